@@ -1,0 +1,64 @@
+#include "core/runtime.hpp"
+
+#include <cstdlib>
+#include <cstring>
+#include <utility>
+
+namespace lrnn::cpu {
+namespace {
+
+class HostResource final : public MemoryResource {
+ public:
+  void* allocate(std::size_t bytes, Stream) override {
+    const std::size_t size = (bytes + kAlignment - 1) / kAlignment * kAlignment;
+    void* ptr = std::aligned_alloc(kAlignment, size == 0 ? kAlignment : size);
+    LRNN_CHECK(ptr != nullptr, OutOfMemory, "host: ", bytes, " bytes requested");
+    return ptr;
+  }
+  void deallocate(void* ptr, std::size_t, Stream) noexcept override { std::free(ptr); }
+  [[nodiscard]] Device device() const noexcept override { return {}; }
+};
+
+class CpuRecording final : public Recording {
+ public:
+  explicit CpuRecording(std::function<void()> work) : work_(std::move(work)) {}
+  void launch() override { work_(); }
+
+ private:
+  std::function<void()> work_;
+};
+
+class CpuRuntime final : public Runtime {
+ public:
+  [[nodiscard]] Device device() const noexcept override { return {}; }
+  [[nodiscard]] Stream stream() const noexcept override { return {}; }
+  [[nodiscard]] MemoryResource& memory() noexcept override { return memory_; }
+  void make_current() override {}
+  void synchronize() override {}
+  [[nodiscard]] std::unique_ptr<Recording> record(const std::function<void()>& work) override {
+    return std::make_unique<CpuRecording>(work);
+  }
+  void fill_bytes(MutableTensorView dst, unsigned char value) override {
+    std::memset(dst.raw(), value, dst.nbytes());
+  }
+  void copy(MutableTensorView dst, TensorView src) override {
+    std::memcpy(dst.raw(), src.raw(), src.nbytes());
+  }
+  void copy_from_host(MutableTensorView dst, const void* src) override {
+    std::memcpy(dst.raw(), src, dst.nbytes());
+  }
+  void copy_to_host(void* dst, TensorView src) override {
+    std::memcpy(dst, src.raw(), src.nbytes());
+  }
+
+ private:
+  CachingResource memory_{std::make_unique<HostResource>()};
+};
+
+}  // namespace
+
+std::unique_ptr<Runtime> make_runtime() {
+  return std::make_unique<CpuRuntime>();
+}
+
+}  // namespace lrnn::cpu

@@ -1,0 +1,103 @@
+#include "lrnn/nn/parameter.hpp"
+
+#include <algorithm>
+
+namespace lrnn {
+namespace init {
+
+Initializer constant(double value) {
+  return [value](std::span<double> v, const Shape&, Rng&) { std::fill(v.begin(), v.end(), value); };
+}
+Initializer uniform(double bound) {
+  return [bound](std::span<double> v, const Shape&, Rng& rng) {
+    for (double& e : v) e = rng.uniform(-bound, bound);
+  };
+}
+Initializer normal(double stddev) {
+  return [stddev](std::span<double> v, const Shape&, Rng& rng) {
+    for (double& e : v) e = stddev * rng.normal();
+  };
+}
+
+}  // namespace init
+
+namespace {
+
+// Parameters start at multiples of this many elements: 256 bytes for the smallest element type.
+constexpr std::int64_t kAlignElements = 128;
+
+MutableTensorView part(Tensor& slab, std::int64_t offset, const Shape& shape) {
+  return slab.view().slice(0, offset, shape.numel()).reshape(shape);
+}
+
+}  // namespace
+
+Parameter& ParameterStore::add(std::string name, const Shape& shape, Initializer init,
+                               ParameterOptions options) {
+  LRNN_CHECK(slabs_.empty(), InternalError, "parameter ", name, " added after materialize()");
+  LRNN_CHECK(find(name) == nullptr, InternalError, "parameter ", name, " exists already");
+  return parameters_.emplace_back(
+      Parameter{std::move(name), shape, options, std::move(init), {}, {}, 0, 0});
+}
+
+Parameter& ParameterStore::at(std::string_view name) {
+  Parameter* const p = find(name);
+  LRNN_CHECK(p != nullptr, InvalidArgument, "there is no parameter '", name, "'");
+  return *p;
+}
+
+Parameter* ParameterStore::find(std::string_view name) noexcept {
+  const auto it = std::find_if(parameters_.begin(), parameters_.end(),
+                               [&](const Parameter& p) { return p.name == name; });
+  return it == parameters_.end() ? nullptr : &*it;
+}
+
+std::int64_t ParameterStore::numel() const noexcept {
+  std::int64_t n = 0;
+  for (const Parameter& p : parameters_) n += p.shape.numel();
+  return n;
+}
+
+void ParameterStore::materialize(Context& ctx, DType dtype, std::uint64_t seed) {
+  LRNN_CHECK(slabs_.empty(), InternalError, "materialize() called twice");
+  LRNN_CHECK(dtype == DType::float32 || dtype == DType::float64 || dtype == DType::bfloat16,
+             DTypeError, "parameters cannot be ", dtype);
+  const bool islands = dtype == DType::bfloat16;
+  slabs_.resize(islands ? 2 : 1);
+  slabs_[0].dtype = dtype;
+  if (islands) slabs_[1].dtype = DType::float32;
+  for (Parameter& p : parameters_) {
+    p.slab = islands && p.options.keep_float32 ? 1 : 0;
+    auto& slab = slabs_[static_cast<std::size_t>(p.slab)];
+    p.offset = slab.numel;
+    slab.numel += (p.shape.numel() + kAlignElements - 1) / kAlignElements * kAlignElements;
+  }
+  for (ParameterSlab& slab : slabs_) slab.values = ctx.zeros({slab.numel}, slab.dtype);
+  for (Parameter& p : parameters_) {
+    p.value = part(slabs_[static_cast<std::size_t>(p.slab)].values, p.offset, p.shape);
+    std::vector<double> values(static_cast<std::size_t>(p.shape.numel()));
+    Rng rng(seed, p.name);
+    p.init(values, p.shape, rng);
+    ctx.write_from_host(p.value, values);
+  }
+}
+
+void ParameterStore::enable_grad(Context& ctx) {
+  LRNN_CHECK(!slabs_.empty(), InternalError, "enable_grad() before materialize()");
+  if (has_grad()) return;
+  for (ParameterSlab& slab : slabs_)
+    slab.grads = ctx.zeros({slab.numel}, accumulate_dtype(slab.dtype));
+  for (Parameter& p : parameters_)
+    p.grad = part(slabs_[static_cast<std::size_t>(p.slab)].grads, p.offset, p.shape);
+}
+
+void ParameterStore::zero_grad(Context& ctx) {
+  for (ParameterSlab& slab : slabs_)
+    if (slab.grads) ctx.zero(slab.grads);
+}
+
+bool ParameterStore::has_grad() const noexcept {
+  return !slabs_.empty() && static_cast<bool>(slabs_.front().grads);
+}
+
+}  // namespace lrnn
