@@ -206,13 +206,12 @@ Values cut_values(const OpCase& whole, const Values& v, std::int64_t begin, std:
   Values out;
   for (const auto* group : {&whole.inputs, &whole.params, &whole.indices})
     for (const auto& o : *group) out[o.name] = cut(o, v.at(o.name), begin, length);
-  for (const auto& o : whole.outputs)
-    out["d" + o.name] = cut(o, v.at("d" + o.name), begin, length);
+  for (const auto& o : whole.outputs) out["d" + o.name] = cut(o, v.at("d" + o.name), begin, length);
   return out;
 }
 
-void expect_close(const std::vector<double>& got, const std::vector<double>& want,
-                  double tolerance, const std::string& what) {
+void expect_close(const std::vector<double>& got, const std::vector<double>& want, double tolerance,
+                  const std::string& what) {
   ASSERT_EQ(got.size(), want.size()) << what;
   double scale = 0;
   for (const double w : want) scale = std::max(scale, std::abs(w));
@@ -262,8 +261,8 @@ void expect_chunks_match(const OpCase& c, Context& ctx, DType dtype, std::int64_
     expect_close(ctx.to_host_as_double(t1["d" + o.name]), cut(o, want, 0, cut_at), tolerance,
                  "d" + o.name);
     if (o.time >= 0)
-      expect_close(ctx.to_host_as_double(t2["d" + o.name]),
-                   cut(o, want, cut_at, seqlen - cut_at), tolerance, "d" + o.name);
+      expect_close(ctx.to_host_as_double(t2["d" + o.name]), cut(o, want, cut_at, seqlen - cut_at),
+                   tolerance, "d" + o.name);
   }
   for (const auto& o : c.params) {
     auto sum = ctx.to_host_as_double(t1["d" + o.name]);
@@ -274,8 +273,7 @@ void expect_chunks_match(const OpCase& c, Context& ctx, DType dtype, std::int64_
 }
 
 bool can_cut(const OpCase& c) {
-  return c.at_length && has(c.inputs, "state_in") && !has(c.indices, "lengths") &&
-         seqlen_of(c) > 1;
+  return c.at_length && has(c.inputs, "state_in") && !has(c.indices, "lengths") && seqlen_of(c) > 1;
 }
 
 std::vector<std::int64_t> cut_points(std::int64_t seqlen) {

@@ -48,17 +48,17 @@ struct OpCase {
   /// tests. The state operands must be called state_in and state_out.
   std::function<OpCase(std::int64_t seqlen)> at_length = {};
 
-  bool gradcheck = true;         ///< false for sizes meant for parity and speed only
-  bool bfloat16 = true;          ///< whether CUDA runs it in bfloat16 as well
-  double bytes_forward = 0;      ///< least DRAM traffic of one call at float32, for the benchmark
+  bool gradcheck = true;     ///< false for sizes meant for parity and speed only
+  bool bfloat16 = true;      ///< whether CUDA runs it in bfloat16 as well
+  double bytes_forward = 0;  ///< least DRAM traffic of one call at float32, for the benchmark
   double bytes_backward = 0;
   double flops_forward = 0;
   double flops_backward = 0;
-  double gradient_step = 1e-3;        ///< h of the central difference
-  double gradient_tolerance = 1e-8;   ///< numerical gradient in double, relative
-  double forward_nmse = 1e-12;        ///< float32 against float64
+  double gradient_step = 1e-3;       ///< h of the central difference
+  double gradient_tolerance = 1e-8;  ///< numerical gradient in double, relative
+  double forward_nmse = 1e-12;       ///< float32 against float64
   double gradient_nmse = 1e-10;
-  double bfloat16_nmse = 1e-4;        ///< bfloat16 against float64 on rounded inputs
+  double bfloat16_nmse = 1e-4;  ///< bfloat16 against float64 on rounded inputs
   double bfloat16_gradient_nmse = 1e-4;
 };
 
