@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <ostream>
 
-
 namespace lrnn {
 
 Shape::Shape(std::initializer_list<std::int64_t> dims) {

@@ -23,10 +23,9 @@ struct PhiloxBlock {
 /// The block of four 32-bit words that belongs to (key, counter).
 LRNN_HOST_DEVICE inline PhiloxBlock philox(std::uint64_t key, std::uint64_t counter_low,
                                            std::uint64_t counter_high = 0) {
-  PhiloxBlock c{{static_cast<std::uint32_t>(counter_low),
-                 static_cast<std::uint32_t>(counter_low >> 32),
-                 static_cast<std::uint32_t>(counter_high),
-                 static_cast<std::uint32_t>(counter_high >> 32)}};
+  PhiloxBlock c{
+      {static_cast<std::uint32_t>(counter_low), static_cast<std::uint32_t>(counter_low >> 32),
+       static_cast<std::uint32_t>(counter_high), static_cast<std::uint32_t>(counter_high >> 32)}};
   auto k0 = static_cast<std::uint32_t>(key);
   auto k1 = static_cast<std::uint32_t>(key >> 32);
   for (int round = 0; round < 10; ++round) {
