@@ -23,7 +23,7 @@ struct AddNormForward {
   TensorView residual = {};             ///< [..., H], float32 or dtype of x; absent: 0
   TensorView weight;                    ///< [H], float32 (float64)
   TensorView bias = {};                 ///< [H], float32 (float64); Layer only
-  float eps = 1e-5F;                    ///< added to the mean square; dimensionless
+  double eps = 1e-5;                    ///< added to the mean square; dimensionless
   MutableTensorView y;                  ///< [..., H], dtype of x
   MutableTensorView residual_out = {};  ///< [..., H], float32 or dtype of x; may be `residual`
   MutableTensorView rstd = {};          ///< [...], float32 (float64); saved for backward
