@@ -25,16 +25,13 @@ std::unique_ptr<MixerSaved> Mixer::forward(Context& ctx, const MixerForward& arg
   detail::check_operand(op, "y", ctx, args.y, args.x.shape(), dtype);
   detail::check_optional(op, "integration_timesteps", ctx, args.integration_timesteps,
                          {batch, seqlen}, accumulate_dtype(dtype));
-  detail::check_optional(op, "position_ids", ctx, args.position_ids, {batch, seqlen},
-                         DType::int32);
+  detail::check_optional(op, "position_ids", ctx, args.position_ids, {batch, seqlen}, DType::int32);
   detail::check_lengths_operand(op, ctx, args.lengths, batch);
   LRNN_CHECK(!keep_for_backward || args.state_in == nullptr || args.state_in != args.state_out,
              InvalidArgument, op, ": state_out may be state_in only when nothing is kept");
   auto saved = do_forward(ctx, args, keep_for_backward);
-  if (args.lengths) {
-    mask_padding(ctx, {.x = args.y, .lengths = args.lengths});
-    if (saved) saved->lengths = ctx.clone(args.lengths);
-  }
+  if (args.lengths) mask_padding(ctx, {.x = args.y, .lengths = args.lengths});
+  if (saved) saved->lengths = args.lengths;
   return saved;
 }
 

@@ -30,9 +30,11 @@ struct MixerSaved {
   MixerSaved& operator=(const MixerSaved&) = delete;
   virtual ~MixerSaved() = default;
 
-  Tensor lengths;  ///< [B] int32, a copy of MixerForward::lengths if given
+  TensorView lengths;  ///< MixerForward::lengths
 };
 
+/// Operands of forward(). With keep_for_backward, x, integration_timesteps, position_ids, lengths
+/// and state_in must stay alive and unchanged until backward(): mixers keep views of them.
 struct MixerForward {
   TensorView x;                           ///< [B, L, H]
   TensorView integration_timesteps = {};  ///< [B, L], float32 (float64), > 0; event mode
@@ -63,8 +65,9 @@ struct MixerStep {
 /// What a model tells a mixer at construction beside its options.
 struct MixerBuild {
   std::int64_t d_model;
-  std::int64_t d_state;         ///< the model's; options may override it
-  double out_proj_scale = 1.0;  ///< factor on the initial out_proj.weight: 1/sqrt(n_residuals n_layer)
+  std::int64_t d_state;  ///< the model's; options may override it
+  double out_proj_scale =
+      1.0;  ///< factor on the initial out_proj.weight: 1/sqrt(n_residuals n_layer)
 };
 
 /// Stateless apart from its parameters: everything a pass needs to remember is in MixerSaved or
