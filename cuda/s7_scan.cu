@@ -162,7 +162,7 @@ void forward(Context& ctx, const S7ScanForward& a) {
   const T* const D_bias_data = D_bias.view().data<T>();
   for (std::int64_t t = 0; t < tokens; t += tile) {
     const std::int64_t count = std::min(tile, tokens - t);
-    linear_forward(
+    lrnn::linear_forward(
         ctx,
         {.x = x.slice(0, t, count), .weight = rows.B(a.weight), .y = P.view().slice(0, 0, count)});
     s7::contract_channels<T>(stream, count, P.view().data<T>(), x_data + t * dim,
@@ -176,7 +176,7 @@ void forward(Context& ctx, const S7ScanForward& a) {
        A, s);
   for (std::int64_t t = 0; t < tokens; t += tile) {
     const std::int64_t count = std::min(tile, tokens - t);
-    linear_forward(
+    lrnn::linear_forward(
         ctx,
         {.x = x.slice(0, t, count), .weight = rows.C(a.weight), .y = P.view().slice(0, 0, count)});
     s7::contract_states<T>(stream, t, count, P.view().data<T>(), s + t * dstate,

@@ -199,7 +199,7 @@ class Backward {
     return a_.dx.reshape({tokens_, dim_}).slice(0, t, count);
   }
   void project(TensorView weight, std::int64_t t, std::int64_t count) {
-    linear_forward(
+    lrnn::linear_forward(
         ctx_, {.x = x_.slice(0, t, count), .weight = weight, .y = P_.view().slice(0, 0, count)});
   }
 
@@ -234,7 +234,7 @@ class Backward {
     s7::outer<T>(stream_, count, dy, a_.s.data<float>() + t * dstate_, P_data(), H(), N());
     outer_gemms(rows_.C(a_.weight), rows_.C(a_.dweight), t, count);
     Tensor pD = ctx_.empty({count, dim_}, a_.x.dtype());
-    linear_forward(
+    lrnn::linear_forward(
         ctx_,
         {.x = x_.slice(0, t, count), .weight = rows_.D_bias(a_.weight).slice(0, 0, dim_), .y = pD});
     project(rows_.B(a_.weight), t, count);
