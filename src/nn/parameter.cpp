@@ -58,7 +58,8 @@ std::int64_t ParameterStore::numel() const noexcept {
   return n;
 }
 
-void ParameterStore::materialize(Context& ctx, DType dtype, std::uint64_t seed) {
+void ParameterStore::materialize(Context& ctx, DType dtype, std::uint64_t seed,
+                                 bool initialize_values) {
   LRNN_CHECK(slabs_.empty(), InternalError, "materialize() called twice");
   LRNN_CHECK(dtype == DType::float32 || dtype == DType::float64 || dtype == DType::bfloat16,
              DTypeError, "parameters cannot be ", dtype);
@@ -75,11 +76,15 @@ void ParameterStore::materialize(Context& ctx, DType dtype, std::uint64_t seed) 
   for (ParameterSlab& slab : slabs_) slab.values = ctx.zeros({slab.numel}, slab.dtype);
   for (Parameter& p : parameters_) {
     p.value = part(slabs_[static_cast<std::size_t>(p.slab)].values, p.offset, p.shape);
-    std::vector<double> values(static_cast<std::size_t>(p.shape.numel()));
-    Rng rng(seed, p.name);
-    p.init(values, p.shape, rng);
-    ctx.write_from_host(p.value, values);
+    if (initialize_values) initialize(ctx, p, seed);
   }
+}
+
+void ParameterStore::initialize(Context& ctx, Parameter& parameter, std::uint64_t seed) {
+  std::vector<double> values(static_cast<std::size_t>(parameter.shape.numel()));
+  Rng rng(seed, parameter.name);
+  parameter.init(values, parameter.shape, rng);
+  ctx.write_from_host(parameter.value, values);
 }
 
 void ParameterStore::enable_grad(Context& ctx) {

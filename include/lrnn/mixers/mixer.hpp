@@ -2,8 +2,11 @@
 #pragma once
 
 #include <functional>
+#include <map>
 #include <memory>
+#include <string>
 #include <string_view>
+#include <vector>
 
 #include "lrnn/nn/parameter.hpp"
 
@@ -70,6 +73,14 @@ struct MixerBuild {
       1.0;  ///< factor on the initial out_proj.weight: 1/sqrt(n_residuals n_layer)
 };
 
+/// A tensor of a checkpoint, in host memory.
+struct HostTensor {
+  Shape shape;
+  std::vector<double> values;
+};
+/// By state-dict name without the mixer's prefix.
+using HostTensors = std::map<std::string, HostTensor, std::less<>>;
+
 /// Stateless apart from its parameters: everything a pass needs to remember is in MixerSaved or
 /// MixerState, so that passes on different Contexts may run concurrently.
 ///
@@ -96,6 +107,10 @@ class Mixer {
   [[nodiscard]] virtual std::unique_ptr<MixerState> make_state(Context& ctx, std::int64_t batch,
                                                                std::int64_t max_seqlen,
                                                                DType dtype) const = 0;
+  /// Rewrites tensors of another library's checkpoint into this library's parameters. Called on
+  /// loading when the checkpoint has names this mixer has no parameter for (S4's l_kernel); names
+  /// that are still unknown afterwards are an error. @throws ConfigError
+  virtual void import_tensors(HostTensors& tensors) const { static_cast<void>(tensors); }
   /// Whether integration_timesteps change anything.
   [[nodiscard]] virtual bool uses_integration_timesteps() const noexcept { return false; }
   [[nodiscard]] std::int64_t d_model() const noexcept { return d_model_; }

@@ -18,6 +18,7 @@ struct ParameterOptions {
   bool weight_decay = true;   ///< false mirrors `_no_weight_decay` in lrnnx
   bool keep_float32 = false;  ///< float32 whatever the model dtype (A_log, D, dt bias, norms, ...)
   float lr_scale = 1.0F;      ///< multiplies the optimizer learning rate
+  bool optional_on_load = false;  ///< may be missing in a checkpoint; then initialised
 };
 
 /// Fills a float64 host buffer. Receives a generator seeded from (model seed, parameter name),
@@ -39,8 +40,9 @@ struct Parameter {
   ParameterOptions options;
   Initializer init;
   MutableTensorView value;  ///< a part of a slab; absent until materialize()
-  MutableTensorView grad;   ///< same shape; float32 (float64 if value is); absent until enable_grad()
-  int slab = 0;             ///< index into ParameterStore::slabs()
+  MutableTensorView
+      grad;      ///< same shape; float32 (float64 if value is); absent until enable_grad()
+  int slab = 0;  ///< index into ParameterStore::slabs()
   std::int64_t offset = 0;  ///< first element in the slab
 };
 
@@ -73,9 +75,12 @@ class ParameterStore {
   /// Number of learnable elements.
   [[nodiscard]] std::int64_t numel() const noexcept;
 
-  /// Allocates one block per element type, then runs the initialisers. `dtype` is float32, bfloat16
-  /// or float64; keep_float32 parameters of a bfloat16 model form a second block.
-  void materialize(Context& ctx, DType dtype, std::uint64_t seed);
+  /// Allocates one block per element type, then runs the initialisers unless the values are about
+  /// to be loaded. `dtype` is float32, bfloat16 or float64; keep_float32 parameters of a bfloat16
+  /// model form a second block.
+  void materialize(Context& ctx, DType dtype, std::uint64_t seed, bool initialize_values = true);
+  /// Runs the initialiser of one parameter of a materialised store.
+  static void initialize(Context& ctx, Parameter& parameter, std::uint64_t seed);
   void enable_grad(Context& ctx);
   void zero_grad(Context& ctx);
   [[nodiscard]] bool has_grad() const noexcept;
