@@ -1,5 +1,6 @@
 #include "core/runtime.hpp"
 
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <utility>
@@ -28,6 +29,20 @@ class CpuRecording final : public Recording {
   std::function<void()> work_;
 };
 
+class CpuStopwatch final : public Stopwatch {
+ public:
+  void start() override { begin_ = Clock::now(); }
+  void stop() override { end_ = Clock::now(); }
+  [[nodiscard]] double milliseconds() override {
+    return std::chrono::duration<double, std::milli>(end_ - begin_).count();
+  }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  Clock::time_point begin_;
+  Clock::time_point end_;
+};
+
 class CpuRuntime final : public Runtime {
  public:
   [[nodiscard]] Device device() const noexcept override { return {}; }
@@ -37,6 +52,9 @@ class CpuRuntime final : public Runtime {
   void synchronize() override {}
   [[nodiscard]] std::unique_ptr<Recording> record(const std::function<void()>& work) override {
     return std::make_unique<CpuRecording>(work);
+  }
+  [[nodiscard]] std::unique_ptr<Stopwatch> make_stopwatch() override {
+    return std::make_unique<CpuStopwatch>();
   }
   void fill_bytes(MutableTensorView dst, unsigned char value) override {
     std::memset(dst.raw(), value, dst.nbytes());

@@ -8,7 +8,7 @@
 
 #include <gtest/gtest.h>
 
-#include "support/op_case.hpp"
+#include "support/op_parity.hpp"
 
 namespace lrnn::testing {
 namespace {
@@ -85,56 +85,22 @@ TEST_P(OpContract, ParameterGradientAccumulates) {
   }
 }
 
-// |got - want|^2 / |want|^2.
-double nmse(const std::vector<double>& got, const std::vector<double>& want) {
-  double error = 0;
-  double power = 0;
-  for (std::size_t i = 0; i < want.size(); ++i) {
-    error += (got[i] - want[i]) * (got[i] - want[i]);
-    power += want[i] * want[i];
-  }
-  return error / std::max(power, 1e-30);
-}
-
-// Runs the case in `dtype` on `ctx` and in float64 on the CPU.
-void expect_matches_double(const OpCase& c, Context& ctx, DType dtype, double forward_limit,
-                           double gradient_limit) {
-  const Values v = random_values(c);
-  Context cpu = Context::cpu();
-  Tensors want = make_tensors(cpu, c, v, DType::float64);
-  Tensors got = make_tensors(ctx, c, v, dtype);
-  const auto expect_near = [&](const std::string& name, double limit) {
-    EXPECT_LE(nmse(ctx.to_host_as_double(got[name]), cpu.to_host_as_double(want[name])), limit)
-        << name;
-  };
-  c.forward(cpu, want);
-  c.forward(ctx, got);
-  for (const auto& o : c.outputs) expect_near(o.name, forward_limit);
-  if (!c.backward) return;
-  c.backward(cpu, want);
-  c.backward(ctx, got);
-  for (const auto& o : differentiated(c)) expect_near("d" + o.name, gradient_limit);
+void expect_matches_double(const OpCase& c, Context ctx, DType dtype) {
+  for (const Deviation& d : compare_with_double(c, ctx, dtype))
+    EXPECT_LE(d.nmse, d.limit) << d.name;
 }
 
 TEST_P(OpContract, CpuFloatMatchesDouble) {
-  Context ctx = Context::cpu();
-  const OpCase& c = GetParam();
-  expect_matches_double(c, ctx, DType::float32, c.forward_nmse, c.gradient_nmse);
+  expect_matches_double(GetParam(), Context::cpu(), DType::float32);
 }
-
 TEST_P(OpContract, CudaFloat32MatchesDouble) {
   if (Context::cuda_device_count() == 0) GTEST_SKIP() << "no CUDA device";
-  Context ctx = Context::cuda();
-  const OpCase& c = GetParam();
-  expect_matches_double(c, ctx, DType::float32, c.forward_nmse, c.gradient_nmse);
+  expect_matches_double(GetParam(), Context::cuda(), DType::float32);
 }
-
 TEST_P(OpContract, CudaBfloat16MatchesDouble) {
   if (Context::cuda_device_count() == 0) GTEST_SKIP() << "no CUDA device";
-  const OpCase& c = GetParam();
-  if (!c.bfloat16) GTEST_SKIP() << "no bfloat16 form";
-  Context ctx = Context::cuda();
-  expect_matches_double(c, ctx, DType::bfloat16, c.bfloat16_nmse, c.bfloat16_gradient_nmse);
+  if (!GetParam().bfloat16) GTEST_SKIP() << "no bfloat16 form";
+  expect_matches_double(GetParam(), Context::cuda(), DType::bfloat16);
 }
 
 // Everything a case writes.

@@ -12,6 +12,11 @@ std::vector<OpCase>& registry() {
   return cases;
 }
 
+std::vector<OpCase>& bench_registry() {
+  static std::vector<OpCase> cases;
+  return cases;
+}
+
 DType dtype_for(const Operand& o, DType dtype) {
   return o.storage == Storage::Accumulate ? accumulate_dtype(dtype) : dtype;
 }
@@ -35,6 +40,13 @@ const std::vector<OpCase>& all_op_cases() {
 }
 RegisterOpCases::RegisterOpCases(std::vector<OpCase> cases) {
   for (auto& c : cases) registry().push_back(std::move(c));
+}
+
+const std::vector<OpCase>& all_bench_cases() {
+  return bench_registry();
+}
+RegisterBenchCases::RegisterBenchCases(std::vector<OpCase> cases) {
+  for (auto& c : cases) bench_registry().push_back(std::move(c));
 }
 
 Values random_values(const OpCase& c, std::uint64_t seed) {

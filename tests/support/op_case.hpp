@@ -73,6 +73,13 @@ struct RegisterOpCases {
   explicit RegisterOpCases(std::vector<OpCase> cases);
 };
 
+/// Cases of the sizes that the benchmark reports; parity at these sizes is measured there.
+const std::vector<OpCase>& all_bench_cases();
+
+struct RegisterBenchCases {
+  explicit RegisterBenchCases(std::vector<OpCase> cases);
+};
+
 /// Reproducible random values of all operands of a case; cotangents are called "d" + output.
 using Values = std::map<std::string, std::vector<double>>;
 [[nodiscard]] Values random_values(const OpCase& c, std::uint64_t seed = 42);
