@@ -1,0 +1,406 @@
+// Everything is computed in double, also for float operands: the sum of the two parts of a
+// multiplier needs it, and a slow lane would add up the rounding of thousands of steps.
+#include "lrnn/ops/diagonal_scan.hpp"
+
+#include <algorithm>
+#include <complex>
+#include <vector>
+
+#include "common/eigen.hpp"
+
+namespace lrnn::cpu {
+namespace {
+
+constexpr std::int64_t kChunk = kDiagonalScanChunk;
+// Lanes of one work item: a constant, so that the compiler vectorises loops over them and sums do
+// not depend on the number of threads. Unused lanes of the last block hold zeros.
+constexpr std::int64_t kLanes = 16;
+
+struct Lanes {
+  double re[kLanes] = {};
+  double im[kLanes] = {};
+};
+
+// Loads and stores `count` lanes of planes whose imaginary parts lie `plane` elements further on.
+template <class T>
+Lanes load(const T* re, std::int64_t plane, std::int64_t count) {
+  Lanes out;
+  for (std::int64_t i = 0; i < count; ++i) {
+    out.re[i] = static_cast<double>(re[i]);
+    out.im[i] = static_cast<double>(re[plane + i]);
+  }
+  return out;
+}
+template <class T>
+void store(T* re, std::int64_t plane, std::int64_t count, const Lanes& value) {
+  for (std::int64_t i = 0; i < count; ++i) {
+    re[i] = static_cast<T>(value.re[i]);
+    re[plane + i] = static_cast<T>(value.im[i]);
+  }
+}
+
+Lanes times(const Lanes& a, const Lanes& b) {
+  Lanes out;
+  for (std::int64_t i = 0; i < kLanes; ++i) {
+    out.re[i] = a.re[i] * b.re[i] - a.im[i] * b.im[i];
+    out.im[i] = a.re[i] * b.im[i] + a.im[i] * b.re[i];
+  }
+  return out;
+}
+// a conj(b)
+Lanes times_conj(const Lanes& a, const Lanes& b) {
+  Lanes out;
+  for (std::int64_t i = 0; i < kLanes; ++i) {
+    out.re[i] = a.re[i] * b.re[i] + a.im[i] * b.im[i];
+    out.im[i] = a.im[i] * b.re[i] - a.re[i] * b.im[i];
+  }
+  return out;
+}
+void add(Lanes& sum, const Lanes& value) {
+  for (std::int64_t i = 0; i < kLanes; ++i) {
+    sum.re[i] += value.re[i];
+    sum.im[i] += value.im[i];
+  }
+}
+
+// The multipliers of one block of lanes at one position; `slope` is the derivative of an event
+// multiplier by w = tau z.
+struct Step {
+  Lanes a;
+  Lanes slope;
+};
+
+template <class T>
+struct Multiplier {
+  const T* a;
+  const T* a_low;
+  const T* z;
+  const T* tau;
+  bool bilinear;
+  std::int64_t lanes;
+
+  Multiplier(const ScanMultiplier& m, std::int64_t n)
+      : a(m.a ? m.a.data<T>() : nullptr),
+        a_low(m.a_low ? m.a_low.data<T>() : nullptr),
+        z(m.z ? m.z.data<T>() : nullptr),
+        tau(m.tau ? m.tau.data<T>() : nullptr),
+        bilinear(m.event_bilinear),
+        lanes(n) {}
+
+  [[nodiscard]] bool event() const { return z != nullptr; }
+
+  [[nodiscard]] Step fixed(std::int64_t first, std::int64_t count) const {
+    Step s;
+    if (event()) return s;
+    s.a = load(a + first, lanes, count);
+    if (a_low != nullptr) add(s.a, load(a_low + first, lanes, count));
+    return s;
+  }
+  [[nodiscard]] std::complex<double> z_of(std::int64_t lane) const {
+    constexpr double kTwoPi = 6.283185307179586;
+    const auto part = [&](std::int64_t row) { return static_cast<double>(z[row * lanes + lane]); };
+    return {part(0) + part(1), kTwoPi * (part(2) + part(3))};
+  }
+  [[nodiscard]] Step event_step(std::int64_t token, std::int64_t first, std::int64_t count) const {
+    Step s;
+    const auto relative = static_cast<double>(tau[token]);
+    for (std::int64_t i = 0; i < count; ++i) {
+      const std::complex<double> w = relative * z_of(first + i);
+      std::complex<double> value;
+      std::complex<double> slope;
+      if (bilinear) {
+        const std::complex<double> r = 1.0 / (1.0 - 0.5 * w);
+        value = (1.0 + 0.5 * w) * r;
+        slope = r * r;
+      } else {
+        value = std::exp(w);
+        slope = value;
+      }
+      s.a.re[i] = value.real();
+      s.a.im[i] = value.imag();
+      s.slope.re[i] = slope.real();
+      s.slope.im[i] = slope.imag();
+    }
+    return s;
+  }
+};
+
+// The drive before its factor.
+template <class T>
+struct Drive {
+  const T* v;
+  std::int64_t stride;  // between tokens
+  std::int64_t lanes;
+  bool complex;
+
+  Drive(const TensorView& view, std::int64_t n)
+      : v(view.data<T>()),
+        stride(view.rank() == 4 ? 2 * n : n),
+        lanes(n),
+        complex(view.rank() == 4) {}
+
+  [[nodiscard]] Lanes at(std::int64_t token, std::int64_t first, std::int64_t count) const {
+    const T* const p = v + token * stride + first;
+    if (complex) return load(p, lanes, count);
+    Lanes out;
+    for (std::int64_t i = 0; i < count; ++i) out.re[i] = static_cast<double>(p[i]);
+    return out;
+  }
+};
+
+// What both passes share.
+template <class T>
+struct Problem {
+  std::int64_t batch;
+  std::int64_t seqlen;
+  std::int64_t lanes;
+  std::int64_t blocks;
+  std::int64_t chunks;
+  const std::int32_t* lengths;
+  Multiplier<T> multiplier;
+  Drive<T> drive;
+  const T* gamma;
+
+  Problem(const ScanMultiplier& m, const TensorView& v, const TensorView& lengths_view,
+          const TensorView& gamma_view)
+      : batch(v.dim(0)),
+        seqlen(v.dim(1)),
+        lanes(v.dim(-1)),
+        blocks((lanes + kLanes - 1) / kLanes),
+        chunks(diagonal_scan_chunks(seqlen)),
+        lengths(lengths_view ? lengths_view.data<std::int32_t>() : nullptr),
+        multiplier(m, lanes),
+        drive(v, lanes),
+        gamma(gamma_view ? gamma_view.data<T>() : nullptr) {}
+
+  [[nodiscard]] std::int64_t length(std::int64_t b) const {
+    return lengths == nullptr ? seqlen : lengths[b];
+  }
+  [[nodiscard]] Lanes input_factor(std::int64_t first, std::int64_t count) const {
+    if (gamma != nullptr) return load(gamma + first, lanes, count);
+    Lanes one;
+    std::fill_n(one.re, kLanes, 1.0);
+    return one;
+  }
+};
+
+// One batch row and one block of lanes, forward.
+template <class T>
+void forward_block(const Problem<T>& problem, const DiagonalScanForward& args, std::int64_t b,
+                   std::int64_t first) {
+  const std::int64_t n = problem.lanes;
+  const std::int64_t count = std::min(kLanes, n - first);
+  const std::int64_t length = problem.length(b);
+  const Lanes gamma = problem.input_factor(first, count);
+  Step step = problem.multiplier.fixed(first, count);
+  const std::int64_t state_at = b * 2 * n + first;
+  Lanes x;
+  if (args.state_in) x = load(args.state_in.data<T>() + state_at, n, count);
+  T* const chunk_states = args.chunk_states ? args.chunk_states.data<T>() : nullptr;
+  T* const out = args.x.data<T>() + (b * problem.seqlen * 2 * n + first);
+  for (std::int64_t t = 0; t < problem.seqlen; ++t) {
+    if (t % kChunk == 0 && chunk_states != nullptr)
+      store(chunk_states + ((b * problem.chunks + t / kChunk) * 2 * n + first), n, count, x);
+    if (t >= length) {
+      store(out + t * 2 * n, n, count, Lanes{});
+      continue;
+    }
+    const std::int64_t token = b * problem.seqlen + t;
+    if (problem.multiplier.event()) step = problem.multiplier.event_step(token, first, count);
+    x = times(step.a, x);
+    add(x, times(gamma, problem.drive.at(token, first, count)));
+    store(out + t * 2 * n, n, count, x);
+  }
+  if (args.state_out) store(args.state_out.data<T>() + state_at, n, count, x);
+}
+
+// Gradients of what all positions share, of one block of lanes.
+struct Sums {
+  Lanes a;      // of the multiplier, fixed form
+  Lanes log_a;  // of its logarithm, fixed form
+  Lanes z;      // event form
+  Lanes gamma;
+};
+
+// One batch row and one block of lanes, backward: chunk by chunk from the right, each time the
+// states of the chunk, then its adjoints.
+template <class T>
+class BackwardBlock {
+ public:
+  BackwardBlock(const Problem<T>& problem, const DiagonalScanBackward& args, std::int64_t b,
+                std::int64_t first, double* dtau)
+      : problem_(problem),
+        args_(args),
+        b_(b),
+        first_(first),
+        count_(std::min(kLanes, problem.lanes - first)),
+        dtau_(dtau),
+        gamma_(problem.input_factor(first, count_)),
+        event_(problem.multiplier.event()) {
+    steps_[0] = problem.multiplier.fixed(first, count_);
+  }
+
+  Sums run() {
+    const std::int64_t n = problem_.lanes;
+    const std::int64_t state_at = b_ * 2 * n + first_;
+    const std::int64_t length = problem_.length(b_);
+    if (args_.dstate_out) carry_ = load(args_.dstate_out.data<T>() + state_at, n, count_);
+    for (std::int64_t chunk = problem_.chunks - 1; chunk >= 0; --chunk) {
+      const std::int64_t begin = chunk * kChunk;
+      const std::int64_t end = std::min(begin + kChunk, problem_.seqlen);
+      const std::int64_t valid = std::clamp(length, begin, end);
+      write_padding(valid, end);
+      recompute(chunk, begin, valid);
+      reverse(begin, valid);
+    }
+    if (args_.dstate_in) store(args_.dstate_in.data<T>() + state_at, n, count_, carry_);
+    return sums_;
+  }
+
+ private:
+  [[nodiscard]] std::int64_t token(std::int64_t t) const { return b_ * problem_.seqlen + t; }
+  // Element `first_` of position t in a tensor [B, L, 2, N].
+  [[nodiscard]] std::int64_t at(std::int64_t t) const {
+    return token(t) * 2 * problem_.lanes + first_;
+  }
+  // The fixed form has one step for all positions.
+  [[nodiscard]] Step& step_of(std::size_t j) { return steps_[event_ ? j : 0]; }
+
+  void write_dv(std::int64_t t, const Lanes& value) const {
+    T* const out = args_.dv.data<T>() + token(t) * problem_.drive.stride + first_;
+    if (problem_.drive.complex) return store(out, problem_.lanes, count_, value);
+    for (std::int64_t i = 0; i < count_; ++i) out[i] = static_cast<T>(value.re[i]);
+  }
+
+  void write_padding(std::int64_t begin, std::int64_t end) const {
+    for (std::int64_t t = begin; t < end; ++t) {
+      write_dv(t, {});
+      if (args_.x) store(args_.x.data<T>() + at(t), problem_.lanes, count_, Lanes{});
+      if (dtau_ != nullptr) dtau_[token(t)] = 0.0;
+    }
+  }
+
+  // before_[j]: the state that enters position begin + j.
+  void recompute(std::int64_t chunk, std::int64_t begin, std::int64_t end) {
+    const std::int64_t n = problem_.lanes;
+    const T* const states = args_.chunk_states.data<T>();
+    Lanes x = load(states + ((b_ * problem_.chunks + chunk) * 2 * n + first_), n, count_);
+    for (std::int64_t t = begin; t < end; ++t) {
+      const auto j = static_cast<std::size_t>(t - begin);
+      before_[j] = x;
+      if (event_) steps_[j] = problem_.multiplier.event_step(token(t), first_, count_);
+      x = times(step_of(j).a, x);
+      add(x, times(gamma_, problem_.drive.at(token(t), first_, count_)));
+      if (args_.x) store(args_.x.data<T>() + at(t), n, count_, x);
+    }
+  }
+
+  void reverse(std::int64_t begin, std::int64_t end) {
+    for (std::int64_t t = end - 1; t >= begin; --t) {
+      const auto j = static_cast<std::size_t>(t - begin);
+      const Lanes v = problem_.drive.at(token(t), first_, count_);
+      Lanes p = load(args_.dx.data<T>() + at(t), problem_.lanes, count_);
+      add(p, carry_);
+      carry_ = times_conj(p, step_of(j).a);
+      const Lanes da = times_conj(p, before_[j]);
+      if (event_) {
+        event_gradient(t, times_conj(da, step_of(j).slope));
+      } else {
+        add(sums_.a, da);
+        add(sums_.log_a, times_conj(da, step_of(j).a));
+      }
+      add(sums_.gamma, times_conj(p, v));
+      write_dv(t, times_conj(p, gamma_));
+    }
+  }
+
+  // dw: the gradient of tau_t z.
+  void event_gradient(std::int64_t t, const Lanes& dw) {
+    const auto tau = static_cast<double>(problem_.multiplier.tau[token(t)]);
+    double dtau = 0;
+    for (std::int64_t i = 0; i < count_; ++i) {
+      const std::complex<double> z = problem_.multiplier.z_of(first_ + i);
+      sums_.z.re[i] += tau * dw.re[i];
+      sums_.z.im[i] += tau * dw.im[i];
+      dtau += dw.re[i] * z.real() + dw.im[i] * z.imag();
+    }
+    if (dtau_ != nullptr) dtau_[token(t)] = dtau;
+  }
+
+  const Problem<T>& problem_;
+  const DiagonalScanBackward& args_;
+  std::int64_t b_;
+  std::int64_t first_;
+  std::int64_t count_;
+  double* dtau_;  // [B, L], the part of this block of lanes
+  Lanes gamma_;
+  bool event_;
+  Lanes carry_;  // what the positions behind add to the adjoint of the next state
+  Sums sums_;
+  Lanes before_[kChunk];
+  Step steps_[kChunk];
+};
+
+// out += the sum over the batch, in order.
+template <class T>
+void add_sums(const MutableTensorView& out, const std::vector<Sums>& sums, Lanes Sums::*part,
+              std::int64_t batch, std::int64_t blocks) {
+  if (!out) return;
+  const std::int64_t n = out.dim(1);
+  T* const data = out.data<T>();
+  for (std::int64_t block = 0; block < blocks; ++block) {
+    Lanes total;
+    for (std::int64_t b = 0; b < batch; ++b)
+      add(total, sums[static_cast<std::size_t>(b * blocks + block)].*part);
+    const std::int64_t first = block * kLanes;
+    for (std::int64_t i = 0; i < std::min(kLanes, n - first); ++i) {
+      data[first + i] += static_cast<T>(total.re[i]);
+      data[n + first + i] += static_cast<T>(total.im[i]);
+    }
+  }
+}
+
+// dtau = the sum over blocks of lanes, in order.
+template <class T>
+void write_dtau(const MutableTensorView& out, const TensorView& partial) {
+  const auto parts = as_rows<double>(partial);
+  RowVector<double> sum = parts.row(0);
+  for (Eigen::Index block = 1; block < parts.rows(); ++block) sum += parts.row(block);
+  as_row_vector<T>(out) = sum.template cast<T>();
+}
+
+}  // namespace
+
+void diagonal_scan_forward(Context&, const DiagonalScanForward& args) {
+  visit_float("diagonal_scan_forward", args.v.dtype(), [&]<class T>() {
+    const Problem<T> problem(args.multiplier, args.v, args.lengths, args.gamma);
+#pragma omp parallel for
+    for (std::int64_t item = 0; item < problem.batch * problem.blocks; ++item)
+      forward_block(problem, args, item / problem.blocks, item % problem.blocks * kLanes);
+  });
+}
+
+void diagonal_scan_backward(Context& ctx, const DiagonalScanBackward& args) {
+  visit_float("diagonal_scan_backward", args.v.dtype(), [&]<class T>() {
+    const Problem<T> problem(args.multiplier, args.v, args.lengths, args.gamma);
+    const std::int64_t tokens = problem.batch * problem.seqlen;
+    Tensor partial;
+    if (args.dtau) partial = ctx.empty({problem.blocks, tokens}, DType::float64);
+    double* const dtau = args.dtau ? partial.view().data<double>() : nullptr;
+    std::vector<Sums> sums(static_cast<std::size_t>(problem.batch * problem.blocks));
+#pragma omp parallel for
+    for (std::int64_t item = 0; item < problem.batch * problem.blocks; ++item) {
+      const std::int64_t block = item % problem.blocks;
+      double* const part = dtau == nullptr ? nullptr : dtau + block * tokens;
+      sums[static_cast<std::size_t>(item)] =
+          BackwardBlock<T>(problem, args, item / problem.blocks, block * kLanes, part).run();
+    }
+    add_sums<T>(args.da, sums, &Sums::a, problem.batch, problem.blocks);
+    add_sums<T>(args.dlog_a, sums, &Sums::log_a, problem.batch, problem.blocks);
+    add_sums<T>(args.dz, sums, &Sums::z, problem.batch, problem.blocks);
+    add_sums<T>(args.dgamma, sums, &Sums::gamma, problem.batch, problem.blocks);
+    if (args.dtau) write_dtau<T>(args.dtau, partial);
+  });
+}
+
+}  // namespace lrnn::cpu
