@@ -1,0 +1,182 @@
+/// Times every benchmark case: <op>/<sizes>/<pass>/<dtype>/<device>.
+///
+/// CUDA: events around the pass on its stream, 128 MiB written before each iteration so that L2 is
+/// cold, at least 10 warm-ups. A copy of 2 GiB and a GEMM of 8192^3 are timed in the same run;
+/// counters give bytes and FLOP per second and their share of those. `max_err` is the largest
+/// |x - reference| / max |reference| over all results of the pass, against the double reference.
+#include <algorithm>
+#include <cmath>
+#include <iostream>
+
+#include <benchmark/benchmark.h>
+
+#include "core/runtime.hpp"
+#include "lrnn/ops/linear.hpp"
+#include "support/op_parity.hpp"
+
+namespace lrnn::testing {
+namespace {
+
+constexpr int kWarmUps = 10;
+constexpr int kIterations = 30;
+
+double median_ms(Context& ctx, int iterations, const std::function<void()>& before,
+                 const std::function<void()>& work) {
+  const auto watch = ctx.runtime().make_stopwatch();
+  std::vector<double> ms;
+  for (int i = 0; i < iterations; ++i) {
+    before();
+    watch->start();
+    work();
+    watch->stop();
+    ms.push_back(watch->milliseconds());
+  }
+  std::sort(ms.begin(), ms.end());
+  return ms[ms.size() / 2];
+}
+
+/// Rates of this device, measured once per run.
+struct Ceilings {
+  double copy_bytes_per_s = 0;
+  double gemm_flop_per_s_bf16 = 0;
+  double gemm_flop_per_s_fp32 = 0;
+};
+
+double gemm_rate(Context& ctx, DType dtype, std::int64_t n) {
+  const std::vector<double> block = [] {
+    Rng rng(1, "gemm");
+    std::vector<double> v(1 << 16);
+    for (double& e : v) e = rng.uniform(-1, 1);
+    return v;
+  }();
+  Tensor x = ctx.empty({n, n}, dtype);
+  Tensor w = ctx.empty({n, n}, dtype);
+  Tensor y = ctx.empty({n, n}, dtype);
+  const auto rows = static_cast<std::int64_t>(block.size()) / n;
+  for (Tensor* t : {&x, &w})
+    for (std::int64_t r = 0; r < n; r += rows)
+      ctx.write_from_host(t->view().slice(0, r, rows), block);
+  const auto work = [&] { linear_forward(ctx, {.x = x, .weight = w, .y = y}); };
+  for (int i = 0; i < 3; ++i) work();
+  const double ms = median_ms(ctx, 10, [] {}, work);
+  return 2.0 * std::pow(static_cast<double>(n), 3) / (ms * 1e-3);
+}
+
+const Ceilings& ceilings(Context& ctx) {
+  static const Ceilings measured = [&] {
+    Ceilings c;
+    const bool cuda = ctx.device().is_cuda();
+    const std::int64_t n = std::int64_t{1} << (cuda ? 29 : 26);
+    const Tensor src = ctx.zeros({n}, DType::float32);
+    Tensor dst = ctx.empty({n}, DType::float32);
+    const double ms = median_ms(ctx, 10, [] {}, [&] { ctx.copy(dst, src); });
+    c.copy_bytes_per_s = 8.0 * static_cast<double>(n) / (ms * 1e-3);
+    c.gemm_flop_per_s_fp32 = gemm_rate(ctx, DType::float32, cuda ? 8192 : 1024);
+    if (cuda) c.gemm_flop_per_s_bf16 = gemm_rate(ctx, DType::bfloat16, 8192);
+    std::cerr << "copy " << c.copy_bytes_per_s / 1e12 << " TB/s, GEMM float32 "
+              << c.gemm_flop_per_s_fp32 / 1e12 << ", bfloat16 " << c.gemm_flop_per_s_bf16 / 1e12
+              << " TFLOP/s\n";
+    return c;
+  }();
+  return measured;
+}
+
+double max_error(Context& ctx, const OpCase& c, DType dtype, bool backward) {
+  Context cpu = Context::cpu();
+  const Values v = random_values(c);
+  Tensors want = make_tensors(cpu, c, v, DType::float64);
+  Tensors got = make_tensors(ctx, c, v, dtype);
+  c.forward(cpu, want);
+  c.forward(ctx, got);
+  std::vector<std::string> names;
+  if (backward) {
+    c.backward(cpu, want);
+    c.backward(ctx, got);
+    for (const auto* group : {&c.inputs, &c.params})
+      for (const auto& o : *group) names.push_back("d" + o.name);
+  } else {
+    for (const auto& o : c.outputs) names.push_back(o.name);
+  }
+  double worst = 0;
+  for (const auto& name : names) {
+    const auto g = ctx.to_host_as_double(got[name]);
+    const auto w = cpu.to_host_as_double(want[name]);
+    double error = 0;
+    double scale = 1e-300;
+    for (std::size_t i = 0; i < w.size(); ++i) {
+      error = std::max(error, std::abs(g[i] - w[i]));
+      scale = std::max(scale, std::abs(w[i]));
+    }
+    worst = std::max(worst, error / scale);
+  }
+  return worst;
+}
+
+void run(benchmark::State& state, const OpCase& c, DType dtype, bool cuda, bool backward) {
+  Context ctx = cuda ? Context::cuda() : Context::cpu();
+  const Ceilings& top = ceilings(ctx);
+  const double error = max_error(ctx, c, dtype, backward);
+  Tensors t = make_tensors(ctx, c, random_values(c), dtype);
+  Tensor flush = ctx.empty({cuda ? std::int64_t{1} << 25 : 1}, DType::float32);
+  c.forward(ctx, t);
+  const auto work = [&] { (backward ? c.backward : c.forward)(ctx, t); };
+  for (int i = 0; i < (cuda ? kWarmUps : 1); ++i) work();
+  const auto watch = ctx.runtime().make_stopwatch();
+  std::vector<double> ms;
+  for (auto _ : state) {
+    ctx.zero(flush);
+    watch->start();
+    work();
+    watch->stop();
+    ms.push_back(watch->milliseconds());
+    state.SetIterationTime(ms.back() * 1e-3);
+  }
+  std::sort(ms.begin(), ms.end());
+  const double median = ms[ms.size() / 2] * 1e-3;
+  const double width = dtype == DType::bfloat16 ? 0.5 : 1.0;
+  const double bytes = width * (backward ? c.bytes_backward : c.bytes_forward);
+  const double flops = backward ? c.flops_backward : c.flops_forward;
+  const double gemm =
+      dtype == DType::bfloat16 ? top.gemm_flop_per_s_bf16 : top.gemm_flop_per_s_fp32;
+  state.counters["ms_p50"] = median * 1e3;
+  state.counters["ms_p10"] = ms[ms.size() / 10];
+  state.counters["ms_p90"] = ms[ms.size() * 9 / 10];
+  state.counters["max_err"] = error;
+  if (bytes > 0) {
+    state.counters["GB/s"] = bytes / median / 1e9;
+    state.counters["of_copy"] = bytes / median / top.copy_bytes_per_s;
+  }
+  if (flops > 0 && gemm > 0) {
+    state.counters["TFLOP/s"] = flops / median / 1e12;
+    state.counters["of_gemm"] = flops / median / gemm;
+  }
+}
+
+void register_case(const OpCase& c, bool cuda) {
+  std::vector<DType> dtypes = {DType::float32};
+  if (cuda && c.bfloat16) dtypes.push_back(DType::bfloat16);
+  for (const DType dtype : dtypes)
+    for (const bool backward : {false, true}) {
+      if (backward && !c.backward) continue;
+      const std::string name = detail::concat(c.name, backward ? "/backward/" : "/forward/", dtype,
+                                              cuda ? "/cuda" : "/cpu");
+      benchmark::RegisterBenchmark(name.c_str(),
+                                   [&c, dtype, cuda, backward](benchmark::State& s) {
+                                     run(s, c, dtype, cuda, backward);
+                                   })
+          ->UseManualTime()
+          ->Iterations(cuda ? kIterations : 3)
+          ->Unit(benchmark::kMillisecond);
+    }
+}
+
+}  // namespace
+}  // namespace lrnn::testing
+
+int main(int argc, char** argv) {
+  const bool cuda = lrnn::Context::cuda_device_count() > 0;
+  for (const auto& c : lrnn::testing::all_bench_cases()) lrnn::testing::register_case(c, cuda);
+  benchmark::Initialize(&argc, argv);
+  if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 2;
+  benchmark::RunSpecifiedBenchmarks();
+}
