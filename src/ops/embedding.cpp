@@ -38,4 +38,12 @@ void embedding_backward(Context& ctx, const EmbeddingBackward& a) {
   LRNN_DISPATCH(embedding_backward, ctx, a);
 }
 
+void check_token_ids(Context& ctx, TensorView ids, std::int64_t vocab_size) {
+  const auto values = ctx.to_host<std::int32_t>(ids);
+  for (std::size_t i = 0; i < values.size(); ++i)
+    LRNN_CHECK(values[i] >= 0 && values[i] < vocab_size, InvalidArgument,
+               "input_ids: expected values in [0, ", vocab_size, "), got ", values[i],
+               " at position ", i);
+}
+
 }  // namespace lrnn

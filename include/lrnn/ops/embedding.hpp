@@ -25,6 +25,10 @@ struct EmbeddingBackward {
 void embedding_forward(Context& ctx, const EmbeddingForward& args);
 void embedding_backward(Context& ctx, const EmbeddingBackward& args);
 
+/// Reads `ids` on the host, hence synchronises.
+/// @throws InvalidArgument naming the first id outside [0, vocab_size) and its position
+void check_token_ids(Context& ctx, TensorView ids, std::int64_t vocab_size);
+
 // Backends. Unchecked: call the functions above.
 namespace cpu {
 void embedding_forward(Context& ctx, const EmbeddingForward& args);
