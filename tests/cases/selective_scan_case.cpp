@@ -1,0 +1,154 @@
+#include "lrnn/ops/selective_scan.hpp"
+
+#include "support/op_case.hpp"
+
+namespace lrnn::testing {
+namespace {
+
+using Disc = SelectiveDiscretization;
+
+struct Sizes {
+  std::int64_t batch, seqlen, channels, dstate;
+  Disc disc = Disc::Mamba;
+  bool event = false;
+  bool gate = true;
+  bool lengths = false;
+};
+
+SelectiveScanInputs inputs(const Sizes& z, Tensors& t) {
+  return {.discretization = z.disc,
+          .u = t["u"],
+          .dt = t["dt"],
+          .dt_bias = t["dt_bias"],
+          .A_log = t["A_log"],
+          .B = t["B"],
+          .C = t["C"],
+          .D = t["D"],
+          .z = t["z"],
+          .integration_timesteps = t["tau"],
+          .dtA_bias = t["dtA_bias"],
+          .lengths = t["lengths"],
+          .state_in = t["state_in"]};
+}
+void forward(const Sizes& z, Context& ctx, Tensors& t) {
+  selective_scan_forward(ctx, {.in = inputs(z, t),
+                               .y = t["y"],
+                               .state_out = t["state_out"],
+                               .chunk_states = t["chunk_states"]});
+}
+void backward(const Sizes& z, Context& ctx, Tensors& t) {
+  selective_scan_backward(ctx, {.in = inputs(z, t),
+                                .dy = t["dy"],
+                                .chunk_states = t["chunk_states"],
+                                .dstate_out = t["dstate_out"],
+                                .du = t["du"],
+                                .ddt = t["ddt"],
+                                .dB = t["dB"],
+                                .dC = t["dC"],
+                                .dz = t["dz"],
+                                .ddt_bias = t["ddt_bias"],
+                                .dA_log = t["dA_log"],
+                                .dD = t["dD"],
+                                .ddtA_bias = t["ddtA_bias"],
+                                .dintegration_timesteps = t["dtau"],
+                                .dstate_in = t["dstate_in"]});
+}
+void step(const Sizes& z, Context& ctx, Tensors& t) {
+  SelectiveScanInputs in = inputs(z, t);
+  in.state_in = {};
+  selective_scan_step(ctx, {.in = in, .y = t["y"], .state = t["state"]});
+}
+
+std::string case_name(const Sizes& z) {
+  const char* const names[] = {"mamba", "zoh", "bilinear", "dirac"};
+  return detail::concat("selective_scan/", names[static_cast<int>(z.disc)], "/B:", z.batch,
+                        "/L:", z.seqlen, "/D:", z.channels, "/N:", z.dstate,
+                        z.event ? "/event" : "", z.gate ? "" : "/plain",
+                        z.lengths ? "/lengths" : "");
+}
+
+OpCase selective_scan_case(const Sizes& z) {
+  const Shape x = {z.batch, z.seqlen, z.channels};
+  const Shape shared = {z.batch, z.seqlen, z.dstate};
+  const Shape state = {z.batch, z.channels, z.dstate};
+  const auto accumulate = Storage::Accumulate;
+  OpCase c{
+      .name = case_name(z),
+      .inputs = {{.name = "u", .shape = x, .time = 1},
+                 {.name = "dt", .shape = x, .low = -2.0, .high = 1.0, .time = 1},
+                 {.name = "B", .shape = shared, .time = 1},
+                 {.name = "C", .shape = shared, .time = 1},
+                 {.name = "state_in", .shape = state, .storage = accumulate}},
+      .params = {{.name = "dt_bias", .shape = {z.channels}, .storage = accumulate},
+                 {.name = "A_log", .shape = {z.channels, z.dstate}, .storage = accumulate}},
+      .outputs = {{.name = "y", .shape = x, .time = 1},
+                  {.name = "state_out", .shape = state, .storage = accumulate}},
+      .saved = {{.name = "chunk_states",
+                 .shape = {z.batch, selective_scan_chunks(z.seqlen), z.channels, z.dstate},
+                 .storage = accumulate}},
+      .forward = [z](Context& ctx, Tensors& t) { forward(z, ctx, t); },
+      .backward = [z](Context& ctx, Tensors& t) { backward(z, ctx, t); },
+      .step = [z](Context& ctx, Tensors& t) { step(z, ctx, t); },
+      .at_length =
+          [z](std::int64_t seqlen) {
+            Sizes other = z;
+            other.seqlen = seqlen;
+            return selective_scan_case(other);
+          },
+      .bytes_forward = 4.0 * static_cast<double>(4 * x.numel() + 2 * shared.numel()),
+      .bytes_backward = 4.0 * static_cast<double>(7 * x.numel() + 4 * shared.numel()),
+  };
+  if (z.gate) {
+    c.inputs.push_back({.name = "z", .shape = x, .time = 1});
+    c.params.push_back({.name = "D", .shape = {z.channels}, .storage = accumulate});
+  }
+  if (z.event) {
+    c.inputs.push_back({.name = "tau",
+                        .shape = {z.batch, z.seqlen},
+                        .low = 0.2,
+                        .high = 2.0,
+                        .time = 1,
+                        .storage = accumulate});
+    c.params.push_back({.name = "dtA_bias", .shape = {z.channels}, .storage = accumulate});
+  }
+  if (z.lengths)
+    c.indices = {{.name = "lengths",
+                  .shape = {z.batch},
+                  .low = 1,
+                  .high = static_cast<double>(z.seqlen + 1)}};
+  return c;
+}
+
+std::vector<OpCase> cases() {
+  std::vector<OpCase> all;
+  for (const Disc disc : {Disc::Mamba, Disc::Zoh, Disc::Bilinear, Disc::Dirac})
+    for (const bool event : {false, true}) {
+      all.push_back(selective_scan_case({2, 5, 3, 2, disc, event}));
+      all.push_back(selective_scan_case({2, 6, 2, 3, disc, event, false, true}));
+    }
+  all.push_back(selective_scan_case({1, 1, 1, 1}));
+  for (const std::int64_t seqlen : {63, 64, 65, 129})  // around the chunk of 64
+    all.push_back(selective_scan_case({1, seqlen, 2, 2}));
+  all.push_back(selective_scan_case({2, 3, 33, 16}));  // one past a tile of channels
+  all.push_back(selective_scan_case({3, 70, 2, 5, Disc::Mamba, false, true, true}));
+  for (const std::int64_t dstate : {16, 17, 64}) {
+    OpCase large = selective_scan_case({2, 300, 96, dstate});
+    large.gradcheck = false;
+    all.push_back(large);
+  }
+  return all;
+}
+const RegisterOpCases kRegister(cases());
+
+std::vector<OpCase> bench_cases() {
+  std::vector<OpCase> all;
+  for (const Sizes& z :
+       {Sizes{8, 2048, 1536, 16}, Sizes{8, 2048, 5120, 16}, Sizes{1, 65536, 1536, 16},
+        Sizes{64, 256, 1536, 16}, Sizes{8, 2048, 1536, 64}})
+    all.push_back(selective_scan_case(z));
+  return all;
+}
+const RegisterBenchCases kRegisterBench(bench_cases());
+
+}  // namespace
+}  // namespace lrnn::testing
