@@ -170,10 +170,10 @@ std::unique_ptr<MixerSaved> Mamba::do_forward(Context& ctx, const MixerForward& 
   SelectiveScanInputs in = scan_inputs(u, dt, saved->xz, saved->x_dbl, args.integration_timesteps);
   in.lengths = args.lengths;
   if (state_in != nullptr) in.state_in = state_in->lrnn_state;
-  Tensor y = ctx.empty({batch, seqlen, inner_}, dtype);
+  saved->y = ctx.empty({batch, seqlen, inner_}, dtype);
   selective_scan_forward(
       ctx, {.in = in,
-            .y = y,
+            .y = saved->y,
             .state_out = state_out != nullptr ? MutableTensorView(state_out->lrnn_state)
                                               : MutableTensorView(),
             .chunk_states = saved->chunk_states});
