@@ -216,9 +216,7 @@ void forward_block(const Problem<T>& problem, const DiagonalScanForward& args, s
 
 // Gradients of what all positions share, of one block of lanes.
 struct Sums {
-  Lanes a;      // of the multiplier, fixed form
-  Lanes log_a;  // of its logarithm, fixed form
-  Lanes z;      // event form
+  Lanes multiplier;  // a in the fixed form, z in the event form
   Lanes gamma;
 };
 
@@ -303,12 +301,10 @@ class BackwardBlock {
       add(p, carry_);
       carry_ = times_conj(p, step_of(j).a);
       const Lanes da = times_conj(p, before_[j]);
-      if (event_) {
+      if (event_)
         event_gradient(t, times_conj(da, step_of(j).slope));
-      } else {
-        add(sums_.a, da);
-        add(sums_.log_a, times_conj(da, step_of(j).a));
-      }
+      else
+        add(sums_.multiplier, da);
       add(sums_.gamma, times_conj(p, v));
       write_dv(t, times_conj(p, gamma_));
     }
@@ -320,8 +316,8 @@ class BackwardBlock {
     double dtau = 0;
     for (std::int64_t i = 0; i < count_; ++i) {
       const std::complex<double> z = problem_.multiplier.z_of(first_ + i);
-      sums_.z.re[i] += tau * dw.re[i];
-      sums_.z.im[i] += tau * dw.im[i];
+      sums_.multiplier.re[i] += tau * dw.re[i];
+      sums_.multiplier.im[i] += tau * dw.im[i];
       dtau += dw.re[i] * z.real() + dw.im[i] * z.imag();
     }
     if (dtau_ != nullptr) dtau_[token(t)] = dtau;
@@ -341,22 +337,35 @@ class BackwardBlock {
   Step steps_[kChunk];
 };
 
-// out += the sum over the batch, in order.
+// Adds lanes first, ... of `value` to planes.
 template <class T>
-void add_sums(const MutableTensorView& out, const std::vector<Sums>& sums, Lanes Sums::*part,
-              std::int64_t batch, std::int64_t blocks) {
-  if (!out) return;
-  const std::int64_t n = out.dim(1);
-  T* const data = out.data<T>();
-  for (std::int64_t block = 0; block < blocks; ++block) {
-    Lanes total;
-    for (std::int64_t b = 0; b < batch; ++b)
-      add(total, sums[static_cast<std::size_t>(b * blocks + block)].*part);
-    const std::int64_t first = block * kLanes;
-    for (std::int64_t i = 0; i < std::min(kLanes, n - first); ++i) {
-      data[first + i] += static_cast<T>(total.re[i]);
-      data[n + first + i] += static_cast<T>(total.im[i]);
+void add_to_planes(const MutableTensorView& planes, std::int64_t first, const Lanes& value) {
+  if (!planes) return;
+  const std::int64_t n = planes.dim(1);
+  T* const out = planes.data<T>() + first;
+  for (std::int64_t i = 0; i < std::min(kLanes, n - first); ++i) {
+    out[i] += static_cast<T>(value.re[i]);
+    out[n + i] += static_cast<T>(value.im[i]);
+  }
+}
+
+// Sums over the batch, in order. a is the same at every token, so dlog_a is conj(a) da.
+template <class T>
+void add_sums(const Problem<T>& problem, const DiagonalScanBackward& args,
+              const std::vector<Sums>& sums) {
+  for (std::int64_t block = 0; block < problem.blocks; ++block) {
+    Sums total;
+    for (std::int64_t b = 0; b < problem.batch; ++b) {
+      const Sums& part = sums[static_cast<std::size_t>(b * problem.blocks + block)];
+      add(total.multiplier, part.multiplier);
+      add(total.gamma, part.gamma);
     }
+    const std::int64_t first = block * kLanes;
+    const Lanes a = problem.multiplier.fixed(first, std::min(kLanes, problem.lanes - first)).a;
+    add_to_planes<T>(args.da, first, total.multiplier);
+    add_to_planes<T>(args.dlog_a, first, times_conj(total.multiplier, a));
+    add_to_planes<T>(args.dz, first, total.multiplier);
+    add_to_planes<T>(args.dgamma, first, total.gamma);
   }
 }
 
@@ -395,10 +404,7 @@ void diagonal_scan_backward(Context& ctx, const DiagonalScanBackward& args) {
       sums[static_cast<std::size_t>(item)] =
           BackwardBlock<T>(problem, args, item / problem.blocks, block * kLanes, part).run();
     }
-    add_sums<T>(args.da, sums, &Sums::a, problem.batch, problem.blocks);
-    add_sums<T>(args.dlog_a, sums, &Sums::log_a, problem.batch, problem.blocks);
-    add_sums<T>(args.dz, sums, &Sums::z, problem.batch, problem.blocks);
-    add_sums<T>(args.dgamma, sums, &Sums::gamma, problem.batch, problem.blocks);
+    add_sums(problem, args, sums);
     if (args.dtau) write_dtau<T>(args.dtau, partial);
   });
 }

@@ -1,3 +1,5 @@
+#include <tuple>
+
 #include "lrnn/ops/diagonal_scan.hpp"
 #include "lrnn/ops/discretize.hpp"
 
@@ -222,6 +224,30 @@ std::vector<OpCase> cases() {
                                     .form = Form::Event,
                                     .complex_drive = false,
                                     .lengths = true}));
+  // Segments of several chunks with and without padding, tiles of 8, 16 and 32 lanes.
+  all.push_back(diagonal_scan_case({.name = "long_lengths",
+                                    .batch = 3,
+                                    .seqlen = 333,
+                                    .lanes = 40,
+                                    .gamma = true,
+                                    .lengths = true,
+                                    .gradcheck = false}));
+  all.push_back(diagonal_scan_case({.name = "long_event_lengths",
+                                    .batch = 5,
+                                    .seqlen = 300,
+                                    .lanes = 12,
+                                    .form = Form::Event,
+                                    .method = Discretization::Bilinear,
+                                    .complex_drive = false,
+                                    .lengths = true,
+                                    .gradcheck = false}));
+  all.push_back(diagonal_scan_case({.name = "sequences",
+                                    .batch = 10,
+                                    .seqlen = 515,
+                                    .lanes = 20,
+                                    .form = Form::Parameters,
+                                    .method = Discretization::Exponential,
+                                    .gradcheck = false}));
   // Slow lanes with angles of many turns: what float32 multipliers alone would get wrong.
   all.push_back(diagonal_scan_case({.name = "long",
                                     .batch = 1,
@@ -253,6 +279,31 @@ std::vector<OpCase> cases() {
 }
 
 const RegisterOpCases kRegister(cases());
+
+// One layer of LRU (complex drive), S5 (real) and S5 with time steps.
+std::vector<OpCase> bench_cases() {
+  std::vector<OpCase> all;
+  for (const auto& [batch, seqlen, lanes] :
+       {std::tuple{8, 2048, 64}, std::tuple{8, 2048, 256}, std::tuple{1, 65536, 64}}) {
+    Options o{.name = "lru",
+              .batch = batch,
+              .seqlen = seqlen,
+              .lanes = lanes,
+              .form = Form::Parameters,
+              .method = Discretization::Exponential};
+    all.push_back(diagonal_scan_case(o));
+    o.name = "s5";
+    o.method = Discretization::Zoh;
+    o.complex_drive = false;
+    all.push_back(diagonal_scan_case(o));
+    o.name = "s5_event";
+    o.form = Form::Event;
+    all.push_back(diagonal_scan_case(o));
+  }
+  return all;
+}
+
+const RegisterBenchCases kRegisterBench(bench_cases());
 
 }  // namespace
 }  // namespace lrnn::testing
