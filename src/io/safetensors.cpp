@@ -170,14 +170,12 @@ class HeaderReader final : public nlohmann::json_sax<nlohmann::json> {
   void finish_tensor() {
     std::uint64_t bytes = row_of(entry_.dtype).size;
     entry_.shape = Shape();
-    std::array<std::int64_t, Shape::kMaxRank> dims{};
     for (std::size_t i = 0; i < dims_.size(); ++i) {
       check(dims_[i] <= INT64_MAX && !__builtin_mul_overflow(bytes, dims_[i], &bytes) &&
                 bytes <= INT64_MAX,
             "shape: the size overflows");
-      dims[i] = static_cast<std::int64_t>(dims_[i]);
+      entry_.shape.set(static_cast<int>(i), static_cast<std::int64_t>(dims_[i]));
     }
-    entry_.shape = make_shape(dims, dims_.size());
     check(begin_ <= end_, "data_offsets: begin after end");
     check(end_ - begin_ == bytes,
           detail::concat("data_offsets: ", end_ - begin_, " bytes, expected ", bytes,
@@ -185,24 +183,6 @@ class HeaderReader final : public nlohmann::json_sax<nlohmann::json> {
     entry_.offset = begin_;
     entry_.nbytes = bytes;
     entries.emplace(entry_.name, entry_);
-  }
-  static Shape make_shape(const std::array<std::int64_t, Shape::kMaxRank>& d, std::size_t rank) {
-    switch (rank) {
-      case 0:
-        return {};
-      case 1:
-        return {d[0]};
-      case 2:
-        return {d[0], d[1]};
-      case 3:
-        return {d[0], d[1], d[2]};
-      case 4:
-        return {d[0], d[1], d[2], d[3]};
-      case 5:
-        return {d[0], d[1], d[2], d[3], d[4]};
-      default:
-        return {d[0], d[1], d[2], d[3], d[4], d[5]};
-    }
   }
 
   std::string path_;
@@ -251,6 +231,31 @@ void convert(const std::vector<std::byte>& bytes, std::vector<Out>& out) {
     else
       out[i] = static_cast<Out>(v);
   }
+}
+
+template <class F>
+void with_element_type(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::float32:
+      return f.template operator()<float>();
+    case DType::float64:
+      return f.template operator()<double>();
+    case DType::bfloat16:
+      return f.template operator()<bfloat16>();
+    case DType::int32:
+      return f.template operator()<std::int32_t>();
+    case DType::int64:
+      return f.template operator()<std::int64_t>();
+  }
+}
+
+std::vector<std::byte> host_bytes(Context& ctx, TensorView tensor) {
+  std::vector<std::byte> bytes(tensor.nbytes());
+  with_element_type(tensor.dtype(), [&]<class T>() {
+    const auto values = ctx.to_host<T>(tensor);
+    std::memcpy(bytes.data(), values.data(), bytes.size());
+  });
+  return bytes;
 }
 
 std::string header_of(const std::vector<SafetensorsItem>& items,
@@ -398,6 +403,26 @@ std::vector<std::int64_t> SafetensorsFile::read_integers(const SafetensorsEntry&
   else
     convert<std::int64_t>(bytes, out);
   return out;
+}
+
+SafetensorsItem safetensors_item(Context& ctx, std::string name, TensorView tensor) {
+  return {std::move(name), file_dtype(tensor.dtype()), tensor.shape(),
+          [&ctx, tensor] { return host_bytes(ctx, tensor); }};
+}
+
+void read_tensor(Context& ctx, const SafetensorsFile& file, const SafetensorsEntry& entry,
+                 MutableTensorView dst) {
+  LRNN_CHECK(entry.shape.numel() == dst.numel(), IoError, file.path().string(), ": '", entry.name,
+             "': expected ", dst.shape(), ", got ", entry.shape);
+  if (entry.nbytes == 0) return;
+  if (entry.dtype != file_dtype(dst.dtype()))
+    return ctx.write_from_host(dst, file.read_doubles(entry));
+  const auto bytes = file.read_bytes(entry);
+  with_element_type(dst.dtype(), [&]<class T>() {
+    std::vector<T> values(static_cast<std::size_t>(dst.numel()));
+    std::memcpy(values.data(), bytes.data(), bytes.size());
+    ctx.copy(dst, ctx.from_host<T>(dst.shape(), values));
+  });
 }
 
 void write_safetensors(const std::filesystem::path& path, std::vector<SafetensorsItem> items,

@@ -10,8 +10,7 @@
 #include <string_view>
 #include <vector>
 
-#include "lrnn/core/dtype.hpp"
-#include "lrnn/core/shape.hpp"
+#include "lrnn/core/context.hpp"
 #include "lrnn/io/file.hpp"
 
 namespace lrnn {
@@ -84,6 +83,13 @@ template <class T>
   return {std::move(name), file_dtype(dtype_of<T>::value), shape,
           [copy = std::vector<std::byte>(bytes.begin(), bytes.end())] { return copy; }};
 }
+
+/// An item whose bytes are copied from a contiguous tensor of `ctx` when its turn comes.
+[[nodiscard]] SafetensorsItem safetensors_item(Context& ctx, std::string name, TensorView tensor);
+/// Reads a tensor into `dst`, converting between float dtypes.
+/// @throws IoError if the number of elements differs
+void read_tensor(Context& ctx, const SafetensorsFile& file, const SafetensorsEntry& entry,
+                 MutableTensorView dst);
 
 /// Writes the same bytes for the same content: tensors in the order of element size (largest
 /// first, so that all are aligned), then name. The file appears under its name when it is complete.

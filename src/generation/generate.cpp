@@ -1,0 +1,215 @@
+#include "lrnn/generation/generate.hpp"
+
+#include <algorithm>
+
+#include "lrnn/core/graph.hpp"
+#include "lrnn/ops/sample.hpp"
+
+#include "ops/dispatch.hpp"
+
+namespace lrnn {
+namespace {
+
+constexpr const char* kOp = "generate";
+
+// Measures what a recording needs from its arena, which never reuses a block.
+class CountingResource final : public MemoryResource {
+ public:
+  explicit CountingResource(MemoryResource& upstream) : upstream_(&upstream) {}
+  void* allocate(std::size_t bytes, Stream stream) override {
+    total_ += (bytes + kAlignment - 1) / kAlignment * kAlignment;
+    return upstream_->allocate(bytes, stream);
+  }
+  void deallocate(void* ptr, std::size_t bytes, Stream stream) noexcept override {
+    upstream_->deallocate(ptr, bytes, stream);
+  }
+  [[nodiscard]] Device device() const noexcept override { return upstream_->device(); }
+  [[nodiscard]] std::size_t total() const noexcept { return total_; }
+
+ private:
+  MemoryResource* upstream_;
+  std::size_t total_ = 0;
+};
+
+Tensor prompt_as_int32(Context& ctx, TensorView prompt) {
+  if (prompt.dtype() == DType::int32) return ctx.clone(prompt);
+  const auto wide = ctx.to_host<std::int64_t>(prompt);
+  std::vector<std::int32_t> ids;
+  for (const std::int64_t id : wide) {
+    LRNN_CHECK(id >= 0 && id <= INT32_MAX, InvalidArgument, kOp, ": prompt: token id ", id);
+    ids.push_back(static_cast<std::int32_t>(id));
+  }
+  return ctx.from_host<std::int32_t>(prompt.shape(), ids);
+}
+
+// One generation: the tokens just drawn, and everything the next draw depends on.
+class Generation {
+ public:
+  Generation(Context& ctx, const LRNNLMHeadModel& model, TensorView prompt,
+             const GenerateOptions& options)
+      : ctx_(ctx),
+        model_(model),
+        options_(options),
+        prompt_(prompt_as_int32(ctx, prompt)),
+        cache_(model.allocate_inference_cache(
+            ctx,
+            {.batch_size = prompt.dim(0), .max_seqlen = prompt.dim(1) + options.max_new_tokens})),
+        token_(ctx.empty({prompt.dim(0), 1}, DType::int32)),
+        counters_(ctx.zeros({prompt.dim(0)}, DType::int64)),
+        drawn_(ctx.empty({options.max_new_tokens, prompt.dim(0)}, DType::int32)),
+        finished_(static_cast<std::size_t>(prompt.dim(0)), false) {
+    if (options.repetition_penalty == 1.0) return;
+    const std::int64_t vocab_size = model.config().vocab_size;
+    seen_ = ctx.zeros({batch(), seen_words(vocab_size)}, DType::int32);
+    mark_seen(
+        ctx, {.ids = prompt_, .vocab_size = vocab_size, .seen = seen_, .lengths = options.lengths});
+  }
+
+  Tensor run() {
+    prefill();
+    for (count_ = 0; count_ < options_.max_new_tokens;) {
+      if (count_ > 0) next();
+      ctx_.copy(drawn_.view().slice(0, count_, 1).reshape({batch(), 1}), token_);
+      ++count_;
+      if (!wants_more()) break;
+    }
+    return assemble();
+  }
+
+ private:
+  [[nodiscard]] std::int64_t batch() const { return prompt_.dim(0); }
+
+  void prefill() {
+    const std::int64_t seqlen = prompt_.dim(1);
+    // A chunk may not lie wholly in the padding of a sequence.
+    const std::int64_t chunk =
+        options_.lengths || options_.prefill_chunk == 0 ? seqlen : options_.prefill_chunk;
+    Tensor logits;
+    for (std::int64_t begin = 0; begin < seqlen; begin += chunk) {
+      const std::int64_t length = std::min(chunk, seqlen - begin);
+      const Tensor ids = begin == 0 && length == seqlen ? Tensor() : columns(begin, length);
+      logits =
+          model_
+              .forward(ctx_, ids ? ids.view() : prompt_.view(),
+                       {.last_valid_token = true, .lengths = options_.lengths, .cache = &cache_})
+              .logits;
+    }
+    draw(logits);
+  }
+
+  [[nodiscard]] Tensor columns(std::int64_t begin, std::int64_t length) {
+    Tensor out = ctx_.empty({batch(), length}, DType::int32);
+    for (std::int64_t b = 0; b < batch(); ++b)
+      ctx_.copy(out.view().slice(0, b, 1).reshape({length}),
+                prompt_.view().slice(0, b, 1).reshape({prompt_.dim(1)}).slice(0, begin, length));
+    return out;
+  }
+
+  void draw(TensorView logits) {
+    sample_forward(ctx_, {.logits = logits,
+                          .options = {.temperature = options_.temperature,
+                                      .top_k = options_.top_k,
+                                      .top_p = options_.top_p,
+                                      .min_p = options_.min_p,
+                                      .repetition_penalty = options_.repetition_penalty},
+                          .seed = options_.seed,
+                          .counters = counters_,
+                          .seen = seen_ ? seen_.view() : MutableTensorView(),
+                          .ids = token_});
+  }
+
+  void step_and_draw() {
+    const auto output = model_.step(ctx_, token_, cache_, {.validate = false});
+    draw(output.logits);
+  }
+
+  // The first step runs as it is, which loads the kernels and measures the memory of a recording.
+  void next() {
+    const bool record = options_.cuda_graph && ctx_.device().is_cuda();
+    if (!record) return step_and_draw();
+    if (count_ == 1) {
+      CountingResource counting(ctx_.memory());
+      {
+        const Context::MemoryScope scope(ctx_, counting);
+        step_and_draw();
+      }
+      arena_bytes_ = counting.total();
+      return;
+    }
+    if (!graph_) {
+      arena_ = std::make_unique<ArenaResource>(ctx_.memory(), arena_bytes_, ctx_.stream());
+      const Context::MemoryScope scope(ctx_, *arena_);
+      graph_ = std::make_unique<Graph>(Graph::capture(ctx_, [&] { step_and_draw(); }));
+    } else {
+      cache_.check_room(kOp, 1);
+      cache_.advance(1);  // the recording itself has counted its first launch
+    }
+    graph_->launch();
+  }
+
+  [[nodiscard]] bool wants_more() {
+    if (!options_.eos_token && !options_.on_tokens) return true;
+    auto tokens = ctx_.to_host<std::int32_t>(token_);
+    if (options_.eos_token) {
+      for (std::size_t b = 0; b < tokens.size(); ++b) {
+        if (finished_[b]) tokens[b] = *options_.eos_token;
+        finished_[b] = tokens[b] == *options_.eos_token;
+      }
+    }
+    const bool go_on = !options_.on_tokens || options_.on_tokens(tokens);
+    return go_on && !std::all_of(finished_.begin(), finished_.end(), [](bool f) { return f; });
+  }
+
+  [[nodiscard]] Tensor assemble() {
+    const auto prompt = ctx_.to_host<std::int32_t>(prompt_);
+    const auto drawn = ctx_.to_host<std::int32_t>(drawn_);
+    const auto seqlen = static_cast<std::size_t>(prompt_.dim(1));
+    const auto rows = static_cast<std::size_t>(batch());
+    std::vector<std::int32_t> out;
+    for (std::size_t b = 0; b < rows; ++b) {
+      const auto begin = prompt.begin() + static_cast<std::ptrdiff_t>(b * seqlen);
+      out.insert(out.end(), begin, begin + static_cast<std::ptrdiff_t>(seqlen));
+      bool ended = false;
+      for (std::size_t i = 0; i < static_cast<std::size_t>(count_); ++i) {
+        out.push_back(ended ? *options_.eos_token : drawn[i * rows + b]);
+        ended = options_.eos_token && out.back() == *options_.eos_token;
+      }
+    }
+    return ctx_.from_host<std::int32_t>({batch(), prompt_.dim(1) + count_}, out);
+  }
+
+  Context& ctx_;
+  const LRNNLMHeadModel& model_;
+  const GenerateOptions& options_;
+  Tensor prompt_;
+  InferenceCache cache_;
+  Tensor token_;     // [B, 1] drawn last
+  Tensor counters_;  // [B] random numbers used
+  Tensor seen_;      // [B, words] tokens that occurred
+  Tensor drawn_;     // [n, B]
+  std::vector<bool> finished_;
+  std::int64_t count_ = 0;
+  std::size_t arena_bytes_ = 0;
+  std::unique_ptr<ArenaResource> arena_;
+  std::unique_ptr<Graph> graph_;
+};
+
+}  // namespace
+
+Tensor generate(Context& ctx, const LRNNLMHeadModel& model, TensorView prompt,
+                const GenerateOptions& options) {
+  detail::check_rank(kOp, "prompt", prompt, 2);
+  LRNN_CHECK(prompt.dtype() == DType::int32 || prompt.dtype() == DType::int64, DTypeError, kOp,
+             ": prompt: expected int32 or int64, got ", prompt.dtype());
+  detail::check_operand(kOp, "prompt", ctx, prompt, prompt.shape(), prompt.dtype());
+  LRNN_CHECK(prompt.dim(0) >= 1 && prompt.dim(1) >= 1, ShapeError, kOp,
+             ": prompt: expected [B, L], got ", prompt.shape());
+  LRNN_CHECK(options.max_new_tokens >= 0, InvalidArgument, kOp,
+             ": max_new_tokens: expected >= 0, got ", options.max_new_tokens);
+  LRNN_CHECK(options.prefill_chunk >= 0, InvalidArgument, kOp,
+             ": prefill_chunk: expected >= 0, got ", options.prefill_chunk);
+  if (options.max_new_tokens == 0) return prompt_as_int32(ctx, prompt);
+  return Generation(ctx, model, prompt, options).run();
+}
+
+}  // namespace lrnn

@@ -1,0 +1,45 @@
+/// The tensors of a checkpoint and how they become parameters.
+#pragma once
+
+#include <memory>
+#include <utility>
+
+#include "lrnn/io/safetensors.hpp"
+#include "lrnn/mixers/mixer.hpp"
+
+namespace lrnn::detail {
+
+class Checkpoint {
+ public:
+  struct Source {
+    const SafetensorsFile* file;
+    const SafetensorsEntry* entry;
+
+    [[nodiscard]] std::string where() const {
+      return file->path().string() + ": '" + entry->name + "'";
+    }
+  };
+  using Sources = std::map<std::string, Source, std::less<>>;
+
+  /// @throws IoError, also if a name occurs in two files
+  explicit Checkpoint(const std::vector<std::filesystem::path>& files);
+  /// model.safetensors of a folder, or the files that its index names.
+  static Checkpoint of_directory(const std::filesystem::path& directory);
+
+  [[nodiscard]] std::map<std::string, Shape, std::less<>> shapes() const;
+
+  /// A mixer and the prefix of its names.
+  using Mixers = std::vector<std::pair<std::string, const Mixer*>>;
+  /// Allocates and fills every parameter. Second names (lrnnx's `layer.kernel.*` of `mixers`, and
+  /// `second` for `first`) are accepted when their values are equal.
+  /// @throws IoError naming tensors that are missing, unexpected or of another shape
+  void load(Context& ctx, ParameterStore& parameters, DType dtype, const Mixers& mixers,
+            std::pair<std::string, std::string> second_and_first = {}) &&;
+
+ private:
+  std::vector<std::unique_ptr<SafetensorsFile>> files_;
+  Sources sources_;
+  std::string name_;  // of the folder or file, for messages
+};
+
+}  // namespace lrnn::detail

@@ -1,0 +1,38 @@
+#include "io/golden.hpp"
+
+#include <nlohmann/json.hpp>
+
+#include "lrnn/core/error.hpp"
+#include "lrnn/io/file.hpp"
+
+namespace lrnn::detail {
+
+GoldenCase read_golden_case(const std::filesystem::path& directory) {
+  using Json = nlohmann::ordered_json;
+  const auto path = directory / "config.json";
+  try {
+    const Json json = Json::parse(read_text_file(path));
+    GoldenCase out;
+    out.name = json.at("case");
+    out.kind = json.at("kind");
+    out.compute_dtype = json.at("compute_dtype");
+    out.event = json.at("event");
+    out.num_last_tokens = json.value("num_last_tokens", std::int64_t{0});
+    if (json.at("lengths").is_array()) json.at("lengths").get_to(out.lengths);
+    if (json.at("correction").is_string()) out.correction = json.at("correction");
+    Json constructor = json.at("constructor");
+    if (out.kind == "mixer") {
+      out.mixer_type = constructor.at("mixer_type");
+      const char* const size = constructor.contains("embed_dim") ? "embed_dim" : "d_model";
+      out.d_model = constructor.at(size);
+      constructor.erase("mixer_type");
+      constructor.erase(size);
+    }
+    out.constructor = constructor.dump();
+    return out;
+  } catch (const Json::exception& error) {
+    throw IoError(path.string() + ": " + error.what());
+  }
+}
+
+}  // namespace lrnn::detail

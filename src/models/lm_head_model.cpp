@@ -1,0 +1,400 @@
+#include "lrnn/models/lm_head_model.hpp"
+
+#include <algorithm>
+#include <cmath>
+
+#include "lrnn/ops/cross_entropy.hpp"
+#include "lrnn/ops/elementwise.hpp"
+#include "lrnn/ops/embedding.hpp"
+#include "lrnn/ops/linear.hpp"
+
+#include "ops/dispatch.hpp"
+
+namespace lrnn {
+namespace {
+
+// Rows of logits that exist at a time in training: V may be 50,000, and B L many thousands.
+constexpr std::int64_t kLossChunkRows = 1024;
+
+bool is_float(DType dtype) {
+  return dtype == DType::float32 || dtype == DType::float64 || dtype == DType::bfloat16;
+}
+
+// Integers of an int32 or int64 tensor.
+std::vector<std::int64_t> host_integers(Context& ctx, const char* op, const char* operand,
+                                        TensorView t) {
+  LRNN_CHECK(t.dtype() == DType::int32 || t.dtype() == DType::int64, DTypeError, op, ": ", operand,
+             ": expected int32 or int64, got ", t.dtype());
+  if (t.dtype() == DType::int64) return ctx.to_host<std::int64_t>(t);
+  const auto values = ctx.to_host<std::int32_t>(t);
+  return {values.begin(), values.end()};
+}
+
+struct Range {
+  std::int64_t low;
+  std::int64_t high;
+};
+
+// Checks an integer operand and converts it to int32 if need be. `accepted` are single values
+// allowed beside the range.
+TensorView checked_integers(Context& ctx, const char* op, const char* operand, TensorView t,
+                            const Shape& shape, Range range, bool validate, Tensor& owned,
+                            std::optional<std::int64_t> also = {}) {
+  detail::check_operand(op, operand, ctx, t, shape, t.dtype());
+  LRNN_CHECK(t.dtype() == DType::int32 || validate, DTypeError, op, ": ", operand,
+             ": expected int32 without validation, got ", t.dtype());
+  if (!validate) return t;
+  const auto values = host_integers(ctx, op, operand, t);
+  for (std::size_t i = 0; i < values.size(); ++i)
+    LRNN_CHECK((values[i] >= range.low && values[i] <= range.high) || values[i] == also,
+               InvalidArgument, op, ": ", operand, ": expected ", range.low, "..", range.high,
+               ", got ", values[i], " at element ", i);
+  if (t.dtype() == DType::int32) return t;
+  owned =
+      ctx.from_host<std::int32_t>(shape, std::vector<std::int32_t>(values.begin(), values.end()));
+  return owned;
+}
+
+// The last `n` positions of x [B, L, H], as [B, n, H].
+Tensor last_positions(Context& ctx, TensorView x, std::int64_t n) {
+  const std::int64_t batch = x.dim(0);
+  const std::int64_t seqlen = x.dim(1);
+  const std::int64_t width = x.dim(2);
+  Tensor out = ctx.empty({batch, n, width}, x.dtype());
+  cast(ctx, {.src = x.reshape({batch, seqlen * width}).slice(1, (seqlen - n) * width, n * width),
+             .dst = out.view().reshape({batch, n * width})});
+  return out;
+}
+
+// x[b, valid[b] - 1] as [B, 1, H].
+Tensor last_valid_positions(Context& ctx, TensorView x, const std::vector<std::int64_t>& valid) {
+  const std::int64_t batch = x.dim(0);
+  const std::int64_t seqlen = x.dim(1);
+  std::vector<std::int32_t> rows;
+  for (const std::int64_t n : valid)
+    rows.push_back(
+        static_cast<std::int32_t>(static_cast<std::int64_t>(rows.size()) * seqlen + n - 1));
+  const Tensor ids = ctx.from_host<std::int32_t>({batch, 1}, rows);
+  Tensor out = ctx.empty({batch, 1, x.dim(2)}, x.dtype());
+  embedding_forward(ctx, {.ids = ids, .weight = x.reshape({batch * seqlen, x.dim(2)}), .y = out});
+  return out;
+}
+
+}  // namespace
+
+struct LRNNLMHeadModel::Inputs {
+  TensorView ids;        // [B, L] int32
+  TensorView tau;        // [B, L] float32 (float64)
+  TensorView positions;  // [B, L] int32
+  TensorView lengths;    // [B] int32
+  TensorView targets;    // [B, L] int32, for a loss
+  InferenceCache* cache = nullptr;
+  std::vector<std::int64_t> valid;  // tokens per sequence, as far as the host knows
+
+  Tensor owned_ids, owned_tau, owned_positions, owned_lengths, owned_targets;
+};
+
+struct LRNNLMHeadModel::Saved {
+  std::vector<BlockSaved> blocks;
+  AddNormOutput norm_f;
+};
+
+LRNNLMHeadModel::LRNNLMHeadModel(LRNNLMHeadConfig config)
+    : config_(config.resolve()), parameters_(std::make_unique<ParameterStore>()) {
+  const DType dtype = config_.dtype.value_or(DType::float32);
+  config_.dtype = dtype;
+  const ParameterScope backbone(*parameters_, "backbone.");
+  const Shape table{config_.padded_vocab_size(), config_.d_model};
+  embedding_ = &(backbone / "embedding")
+                    .add("weight", table, init::normal(config_.initializer_cfg.initializer_range));
+  const AddNorm::Options norm{.kind = config_.rms_norm ? NormKind::Rms : NormKind::Layer,
+                              .eps = config_.norm_epsilon,
+                              .fused = config_.fused_add_norm};
+  for (std::int64_t i = 0; i < config_.n_layer; ++i)
+    blocks_.emplace_back(
+        BlockOptions{.mixer_type = config_.mixer_types[static_cast<std::size_t>(i)],
+                     .mixer_kwargs = config_.layer_kwargs(i),
+                     .mixer_build = config_.mixer_build(),
+                     .norm = norm,
+                     .residual_dtype = config_.residual_in_fp32 ? accumulate_dtype(dtype) : dtype,
+                     .mlp_cls = config_.mlp_cls,
+                     .d_intermediate = config_.d_intermediate},
+        backbone / "layers" / std::to_string(i));
+  norm_f_.emplace(backbone / "norm_f", config_.d_model, norm);
+  const double bound = 1.0 / std::sqrt(static_cast<double>(config_.d_model));
+  head_ =
+      config_.tie_embeddings
+          ? embedding_
+          : &ParameterScope(*parameters_, "lm_head.").add("weight", table, init::uniform(bound));
+}
+
+LRNNLMHeadModel::LRNNLMHeadModel(Context& ctx, LRNNLMHeadConfig config, const ModelOptions& options)
+    : LRNNLMHeadModel([&] {
+        config.dtype = options.dtype ? options.dtype : config.dtype;
+        return std::move(config);
+      }()) {
+  check_dtype(ctx);
+  parameters_->materialize(ctx, dtype(), options.seed);
+}
+
+void LRNNLMHeadModel::check_dtype(const Context& ctx) const {
+  const DType other = ctx.device().is_cpu() ? DType::float64 : DType::bfloat16;
+  LRNN_CHECK(dtype() == DType::float32 || dtype() == other, ConfigError,
+             "dtype: expected float32 or ", other, " on ", ctx.device(), ", got ", dtype());
+}
+
+bool LRNNLMHeadModel::uses_integration_timesteps() const noexcept {
+  return std::any_of(blocks_.begin(), blocks_.end(),
+                     [](const Block& block) { return block.mixer().uses_integration_timesteps(); });
+}
+
+InferenceCache LRNNLMHeadModel::allocate_inference_cache(Context& ctx,
+                                                         const CacheOptions& options) const {
+  LRNN_CHECK(options.batch_size >= 1 && options.max_seqlen >= 1, InvalidArgument,
+             "allocate_inference_cache: expected batch_size >= 1 and max_seqlen >= 1, got ",
+             options.batch_size, " and ", options.max_seqlen);
+  std::vector<const Mixer*> mixers;
+  for (const Block& block : blocks_) mixers.push_back(&block.mixer());
+  return {
+      ctx, options.batch_size, options.max_seqlen, [mixers, options, dtype = dtype()](Context& on) {
+        InferenceCache::States states;
+        for (const Mixer* mixer : mixers)
+          states.push_back(mixer->make_state(on, options.batch_size, options.max_seqlen, dtype));
+        return states;
+      }};
+}
+
+// --- operands ----------------------------------------------------------------------------------
+
+void LRNNLMHeadModel::check_timesteps(Context& ctx, const char* op, TensorView tau,
+                                      TensorView lengths) const {
+  const auto values = ctx.to_host_as_double(tau);
+  const auto valid = lengths ? ctx.to_host<std::int32_t>(lengths) : std::vector<std::int32_t>();
+  const auto seqlen = static_cast<std::size_t>(tau.dim(1));
+  for (std::size_t i = 0; i < values.size(); ++i) {
+    const bool padding =
+        !valid.empty() && i % seqlen >= static_cast<std::size_t>(valid[i / seqlen]);
+    LRNN_CHECK(padding || (std::isfinite(values[i]) && values[i] > 0), InvalidArgument, op,
+               ": integration_timesteps: expected positive and finite values, got ", values[i],
+               " at [", i / seqlen, ", ", i % seqlen, "]");
+  }
+}
+
+LRNNLMHeadModel::Inputs LRNNLMHeadModel::prepare(Context& ctx, const char* op, TensorView input_ids,
+                                                 const ForwardOptions& options) const {
+  Inputs in;
+  detail::check_rank(op, "input_ids", input_ids, 2);
+  const std::int64_t batch = input_ids.dim(0);
+  const std::int64_t seqlen = input_ids.dim(1);
+  LRNN_CHECK(batch >= 1 && seqlen >= 1, ShapeError, op, ": input_ids: expected [B, L], got ",
+             input_ids.shape());
+  LRNN_CHECK(options.num_last_tokens >= 0 && options.num_last_tokens <= seqlen, InvalidArgument, op,
+             ": num_last_tokens: expected 0..", seqlen, ", got ", options.num_last_tokens);
+  in.ids = checked_integers(ctx, op, "input_ids", input_ids, {batch, seqlen},
+                            {0, config_.vocab_size - 1}, options.validate, in.owned_ids);
+  if (options.lengths)
+    in.lengths = checked_integers(ctx, op, "lengths", options.lengths, {batch}, {1, seqlen},
+                                  options.validate, in.owned_lengths);
+  if (options.position_ids)
+    in.positions = checked_integers(ctx, op, "position_ids", options.position_ids, {batch, seqlen},
+                                    {0, INT32_MAX}, options.validate, in.owned_positions);
+  if (const TensorView tau = options.integration_timesteps) {
+    LRNN_CHECK(uses_integration_timesteps(), InvalidArgument, op,
+               ": integration_timesteps: no layer of this model uses them (Mamba does, and S5 with "
+               "event=true)");
+    LRNN_CHECK(is_float(tau.dtype()), DTypeError, op,
+               ": integration_timesteps: expected a float dtype, got ", tau.dtype());
+    detail::check_operand(op, "integration_timesteps", ctx, tau, {batch, seqlen}, tau.dtype());
+    in.tau = tau;
+    const DType wide = accumulate_dtype(dtype());
+    if (tau.dtype() != wide) {
+      in.owned_tau = ctx.empty(tau.shape(), wide);
+      cast(ctx, {.src = tau, .dst = in.owned_tau});
+      in.tau = in.owned_tau;
+    }
+    if (options.validate) check_timesteps(ctx, op, in.tau, in.lengths);
+  }
+  in.valid.assign(static_cast<std::size_t>(batch), seqlen);
+  if (in.lengths && options.validate) in.valid = host_integers(ctx, op, "lengths", in.lengths);
+  LRNN_CHECK(!options.last_valid_token || !in.lengths || options.validate, InvalidArgument, op,
+             ": last_valid_token with lengths needs validate");
+  in.cache = options.cache;
+  if (in.cache == nullptr) return in;
+  LRNN_CHECK(in.cache->batch_size() == batch, InvalidArgument, op, ": cache: expected batch ",
+             in.cache->batch_size(), ", got input_ids ", input_ids.shape());
+  in.cache->check_room(op, seqlen);
+  return in;
+}
+
+LRNNLMHeadModel::Inputs LRNNLMHeadModel::prepare_with_targets(Context& ctx, const char* op,
+                                                              TensorView input_ids,
+                                                              TensorView targets,
+                                                              const ForwardOptions& options) const {
+  Inputs in = prepare(ctx, op, input_ids, options);
+  LRNN_CHECK(options.cache == nullptr && options.num_last_tokens == 0 && !options.last_valid_token,
+             InvalidArgument, op, ": a loss takes neither a cache nor a choice of positions");
+  in.targets =
+      checked_integers(ctx, op, "targets", targets, input_ids.shape(), {0, config_.vocab_size - 1},
+                       options.validate, in.owned_targets, kIgnoreIndex);
+  return in;
+}
+
+// --- forward and step --------------------------------------------------------------------------
+
+Tensor LRNNLMHeadModel::embed(Context& ctx, TensorView ids) const {
+  Tensor hidden = ctx.empty({ids.dim(0), ids.dim(1), config_.d_model}, dtype());
+  embedding_forward(ctx, {.ids = ids, .weight = embedding_->value, .y = hidden});
+  return hidden;
+}
+
+Tensor LRNNLMHeadModel::hidden_states(Context& ctx, const Inputs& inputs, Saved* saved,
+                                      const ForwardOptions& options) const {
+  const bool keep = saved != nullptr;
+  Tensor hidden = embed(ctx, inputs.ids);
+  BlockInputs block_inputs{.integration_timesteps = inputs.tau,
+                           .position_ids = inputs.positions,
+                           .lengths = inputs.lengths};
+  BlockSaved last;
+  for (std::size_t i = 0; i < blocks_.size(); ++i) {
+    BlockSaved block;
+    block_inputs.state = inputs.cache != nullptr ? &inputs.cache->state(i) : nullptr;
+    hidden = blocks_[i].forward(ctx, std::move(hidden), block_inputs, block, keep);
+    block_inputs.residual = block.residual();
+    if (keep)
+      saved->blocks.push_back(std::move(block));
+    else
+      last = std::move(block);
+  }
+  TensorView residual = block_inputs.residual;
+  if (keep) {
+    saved->norm_f = norm_f_->forward(ctx, std::move(hidden), residual,
+                                     residual ? residual.dtype() : dtype(), true);
+    return std::move(saved->norm_f.y);
+  }
+  const auto pick = [&](TensorView x) -> Tensor {
+    if (!x) return {};
+    if (options.last_valid_token) return last_valid_positions(ctx, x, inputs.valid);
+    return last_positions(ctx, x, options.num_last_tokens);
+  };
+  if (!options.last_valid_token && options.num_last_tokens == 0)
+    return norm_f_->normalize(ctx, hidden, residual);
+  const Tensor some = pick(hidden);
+  const Tensor some_residual = pick(residual);
+  return norm_f_->normalize(ctx, some, some_residual);
+}
+
+Tensor LRNNLMHeadModel::head(Context& ctx, TensorView x) const {
+  Tensor logits = ctx.empty({x.dim(0), x.dim(1), config_.vocab_size}, dtype());
+  linear_forward(ctx,
+                 {.x = x, .weight = head_->value.slice(0, 0, config_.vocab_size), .y = logits});
+  return logits;
+}
+
+CausalLMOutput LRNNLMHeadModel::forward(Context& ctx, TensorView input_ids,
+                                        const ForwardOptions& options) const {
+  const Inputs inputs = prepare(ctx, "LRNNLMHeadModel::forward", input_ids, options);
+  const Tensor x = hidden_states(ctx, inputs, nullptr, options);
+  if (inputs.cache != nullptr) inputs.cache->advance(inputs.valid);
+  return {head(ctx, x)};
+}
+
+CausalLMOutput LRNNLMHeadModel::step(Context& ctx, TensorView input_ids, InferenceCache& cache,
+                                     const StepOptions& options) const {
+  constexpr const char* op = "LRNNLMHeadModel::step";
+  detail::check_rank(op, "input_ids", input_ids, 2);
+  LRNN_CHECK(input_ids.dim(1) == 1, ShapeError, op, ": input_ids: expected [B, 1], got ",
+             input_ids.shape());
+  const auto column = [&](TensorView t) { return t ? t.reshape({t.numel(), 1}) : t; };
+  const Inputs inputs = prepare(ctx, op, input_ids,
+                                {.integration_timesteps = column(options.integration_timesteps),
+                                 .position_ids = column(options.position_ids),
+                                 .cache = &cache,
+                                 .validate = options.validate});
+  Tensor hidden = embed(ctx, inputs.ids);
+  BlockInputs block_inputs{.integration_timesteps = inputs.tau, .position_ids = inputs.positions};
+  BlockSaved last;
+  for (std::size_t i = 0; i < blocks_.size(); ++i) {
+    BlockSaved block;
+    block_inputs.state = &cache.state(i);
+    hidden = blocks_[i].step(ctx, std::move(hidden), block_inputs, block);
+    block_inputs.residual = block.residual();
+    last = std::move(block);
+  }
+  cache.advance(1);
+  return {head(ctx, norm_f_->normalize(ctx, hidden, block_inputs.residual))};
+}
+
+// --- loss and backward -------------------------------------------------------------------------
+
+Tensor LRNNLMHeadModel::head_loss(Context& ctx, TensorView x, TensorView targets,
+                                  TensorView lengths, MutableTensorView dx) const {
+  const DType wide = accumulate_dtype(dtype());
+  const std::int64_t rows = targets.numel();
+  const std::int64_t vocab_size = config_.vocab_size;
+  Tensor counted = ctx.empty(targets.shape(), DType::int32);
+  Tensor scale = ctx.empty({1}, wide);
+  prepare_targets(ctx,
+                  {.targets = targets, .lengths = lengths, .counted = counted, .scale = scale});
+  const TensorView flat_targets = counted.view().reshape({rows});
+  const TensorView flat_x = x.reshape({rows, config_.d_model});
+  const TensorView weight = head_->value.slice(0, 0, vocab_size);
+  Tensor losses = ctx.empty({rows}, wide);
+  Tensor logits = ctx.empty({std::min(rows, kLossChunkRows), vocab_size}, dtype());
+  for (std::int64_t begin = 0; begin < rows; begin += kLossChunkRows) {
+    const std::int64_t count = std::min(kLossChunkRows, rows - begin);
+    const MutableTensorView z = logits.view().slice(0, 0, count);
+    const TensorView x_chunk = flat_x.slice(0, begin, count);
+    linear_forward(ctx, {.x = x_chunk, .weight = weight, .y = z});
+    CrossEntropyForward args{.logits = z,
+                             .targets = flat_targets.slice(0, begin, count),
+                             .vocab_size = vocab_size,
+                             .losses = losses.view().slice(0, begin, count)};
+    if (dx) {
+      args.scale = scale;
+      args.dlogits = z;
+    }
+    cross_entropy_forward(ctx, args);
+    if (!dx) continue;
+    linear_backward(ctx, {.dy = z,
+                          .x = x_chunk,
+                          .weight = weight,
+                          .dx = dx.reshape({rows, config_.d_model}).slice(0, begin, count),
+                          .dweight = head_->grad.slice(0, 0, vocab_size)});
+  }
+  Tensor loss = ctx.empty({}, wide);
+  mean_loss(ctx, {.losses = losses, .scale = scale, .loss = loss});
+  return loss;
+}
+
+Tensor LRNNLMHeadModel::loss(Context& ctx, TensorView input_ids, TensorView targets,
+                             const ForwardOptions& options) const {
+  constexpr const char* op = "LRNNLMHeadModel::loss";
+  const Inputs inputs = prepare_with_targets(ctx, op, input_ids, targets, options);
+  const Tensor x = hidden_states(ctx, inputs, nullptr, {});
+  return head_loss(ctx, x, inputs.targets, inputs.lengths, {});
+}
+
+Tensor LRNNLMHeadModel::loss_and_backward(Context& ctx, TensorView input_ids, TensorView targets,
+                                          const ForwardOptions& options) {
+  constexpr const char* op = "LRNNLMHeadModel::loss_and_backward";
+  const Inputs inputs = prepare_with_targets(ctx, op, input_ids, targets, options);
+  parameters_->enable_grad(ctx);
+  Saved saved;
+  Tensor loss;
+  Tensor dx;
+  {
+    const Tensor x = hidden_states(ctx, inputs, &saved, {});
+    dx = ctx.empty(x.shape(), x.dtype());
+    loss = head_loss(ctx, x, inputs.targets, inputs.lengths, dx);
+  }
+  AddNormGradients gradients = norm_f_->backward(ctx, saved.norm_f, dx, {});
+  saved.norm_f = {};
+  dx = {};
+  for (std::size_t i = blocks_.size(); i-- > 0;)
+    gradients =
+        blocks_[i].backward(ctx, std::move(saved.blocks[i]), gradients.dx, gradients.residual());
+  embedding_backward(ctx, {.ids = inputs.ids, .dy = gradients.dx, .dweight = embedding_->grad});
+  return loss;
+}
+
+}  // namespace lrnn
