@@ -1,0 +1,171 @@
+// Dense projections by cuBLASLt, which is column-major: a row-major matrix is its own transpose
+// there, so y = x W^T is computed as y^T = W x^T, and so on.
+//
+// Algorithms come from the library's heuristic and are kept per shape. In-place split-K reductions,
+// whose order is not fixed, are excluded.
+#include "lrnn/ops/elementwise.hpp"
+#include "lrnn/ops/linear.hpp"
+
+#include "common/check.cuh"
+#include "common/dtype.cuh"
+#include "ops/dispatch.hpp"
+#include "runtime.hpp"
+
+namespace lrnn::cuda {
+namespace {
+
+void check_blas(cublasStatus_t status, const char* call) {
+  LRNN_CHECK(status == CUBLAS_STATUS_SUCCESS, CudaError, "linear: ", call, ": ",
+             cublasLtGetStatusString(status));
+}
+
+cudaDataType_t data_type(DType dtype) {
+  return dtype == DType::bfloat16 ? CUDA_R_16BF : CUDA_R_32F;
+}
+
+/// Owns one cuBLASLt descriptor.
+template <class Handle, cublasStatus_t (*destroy)(Handle)>
+class Descriptor {
+ public:
+  Descriptor() = default;
+  Descriptor(const Descriptor&) = delete;
+  Descriptor& operator=(const Descriptor&) = delete;
+  ~Descriptor() {
+    if (handle != nullptr) static_cast<void>(destroy(handle));
+  }
+  Handle handle = nullptr;
+};
+using MatmulDesc = Descriptor<cublasLtMatmulDesc_t, cublasLtMatmulDescDestroy>;
+using Preference = Descriptor<cublasLtMatmulPreference_t, cublasLtMatmulPreferenceDestroy>;
+
+class Layout : public Descriptor<cublasLtMatrixLayout_t, cublasLtMatrixLayoutDestroy> {
+ public:
+  Layout(DType dtype, std::int64_t rows, std::int64_t cols, std::int64_t ld) {
+    check_blas(
+        cublasLtMatrixLayoutCreate(&handle, data_type(dtype), static_cast<std::uint64_t>(rows),
+                                   static_cast<std::uint64_t>(cols), ld),
+        "cublasLtMatrixLayoutCreate");
+  }
+};
+
+/// A column-major operand as it lies in memory.
+struct Operand {
+  const void* data;
+  DType dtype;
+  std::int64_t rows, cols, ld;
+  bool transposed;
+
+  // The largest power of two, up to 256, that divides the address and the distance of columns.
+  [[nodiscard]] std::uint32_t alignment() const {
+    const auto bits = reinterpret_cast<std::uintptr_t>(data) |
+                      (static_cast<std::uintptr_t>(ld) * size_of(dtype)) | std::uintptr_t{256};
+    return static_cast<std::uint32_t>(bits & (~bits + 1));
+  }
+};
+
+template <class T>
+void set(cublasLtMatmulDesc_t desc, cublasLtMatmulDescAttributes_t attribute, const T& value) {
+  check_blas(cublasLtMatmulDescSetAttribute(desc, attribute, &value, sizeof(value)),
+             "cublasLtMatmulDescSetAttribute");
+}
+template <class T>
+void set(cublasLtMatmulPreference_t pref, cublasLtMatmulPreferenceAttributes_t attribute,
+         const T& value) {
+  check_blas(cublasLtMatmulPreferenceSetAttribute(pref, attribute, &value, sizeof(value)),
+             "cublasLtMatmulPreferenceSetAttribute");
+}
+
+/// D = op(A) op(B) (+ D) (+ bias, along rows of D).
+struct Product {
+  Operand A, B, D;
+  bool accumulate;
+  const void* bias;
+
+  void run(Context& ctx) const {
+    CudaRuntime& runtime = runtime_of(ctx);
+    const bool tf32 = A.dtype == DType::float32 && ctx.allow_tf32();
+    MatmulDesc desc;
+    check_blas(
+        cublasLtMatmulDescCreate(
+            &desc.handle, tf32 ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F, CUDA_R_32F),
+        "cublasLtMatmulDescCreate");
+    set(desc.handle, CUBLASLT_MATMUL_DESC_TRANSA, A.transposed ? CUBLAS_OP_T : CUBLAS_OP_N);
+    set(desc.handle, CUBLASLT_MATMUL_DESC_TRANSB, B.transposed ? CUBLAS_OP_T : CUBLAS_OP_N);
+    if (bias != nullptr) {
+      set(desc.handle, CUBLASLT_MATMUL_DESC_EPILOGUE, CUBLASLT_EPILOGUE_BIAS);
+      set(desc.handle, CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias);
+    }
+    const Layout a(A.dtype, A.rows, A.cols, A.ld);
+    const Layout b(B.dtype, B.rows, B.cols, B.ld);
+    const Layout d(D.dtype, D.rows, D.cols, D.ld);
+    const cublasLtMatmulAlgo_t algorithm =
+        choose(runtime, desc.handle, a.handle, b.handle, d.handle, tf32);
+    const float alpha = 1.0F;
+    const float beta = accumulate ? 1.0F : 0.0F;
+    const MutableTensorView workspace = runtime.blas_workspace();
+    check_blas(
+        cublasLtMatmul(runtime.blas(), desc.handle, &alpha, A.data, a.handle, B.data, b.handle,
+                       &beta, D.data, d.handle, const_cast<void*>(D.data), d.handle, &algorithm,
+                       workspace.raw(), workspace.nbytes(), ctx.stream().handle),
+        "cublasLtMatmul");
+  }
+
+ private:
+  [[nodiscard]] cublasLtMatmulAlgo_t choose(CudaRuntime& runtime, cublasLtMatmulDesc_t desc,
+                                            cublasLtMatrixLayout_t a, cublasLtMatrixLayout_t b,
+                                            cublasLtMatrixLayout_t d, bool tf32) const {
+    const std::int64_t flags = (A.transposed ? 1 : 0) + (B.transposed ? 2 : 0) +
+                               (accumulate ? 4 : 0) + (bias != nullptr ? 8 : 0) + (tf32 ? 16 : 0) +
+                               (A.dtype == DType::bfloat16 ? 32 : 0) +
+                               (D.dtype == DType::bfloat16 ? 64 : 0);
+    const GemmKey key = {flags, A.rows,        A.cols, A.ld,   A.alignment(), B.rows,        B.cols,
+                         B.ld,  B.alignment(), D.rows, D.cols, D.ld,          D.alignment(), 0};
+    auto& known = runtime.gemm_algorithms();
+    if (const auto it = known.find(key); it != known.end()) return it->second;
+    Preference pref;
+    check_blas(cublasLtMatmulPreferenceCreate(&pref.handle), "cublasLtMatmulPreferenceCreate");
+    set(pref.handle, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
+        static_cast<std::uint64_t>(runtime.blas_workspace().nbytes()));
+    set(pref.handle, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
+        static_cast<std::uint32_t>(CUBLASLT_REDUCTION_SCHEME_MASK &
+                                   ~CUBLASLT_REDUCTION_SCHEME_INPLACE));
+    set(pref.handle, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, A.alignment());
+    set(pref.handle, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, B.alignment());
+    set(pref.handle, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, D.alignment());
+    set(pref.handle, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, D.alignment());
+    cublasLtMatmulHeuristicResult_t result{};
+    int found = 0;
+    const cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(runtime.blas(), desc, a, b, d, d,
+                                                                 pref.handle, 1, &result, &found);
+    LRNN_CHECK(status == CUBLAS_STATUS_SUCCESS && found == 1, CudaError,
+               "linear: cuBLASLt has no algorithm for ", D.rows, " x ", D.cols, " x ",
+               A.transposed ? A.rows : A.cols, " ", A.dtype, " -> ", D.dtype, ": ",
+               cublasLtGetStatusString(status));
+    known.emplace(key, result.algo);
+    return result.algo;
+  }
+};
+
+// A row-major tensor of rows is a column-major matrix with one column per row.
+Operand columns_of(TensorView t, bool transposed = false) {
+  return {t.raw(), t.dtype(), t.dim(-1), detail::row_count(t), detail::row_stride(t), transposed};
+}
+
+}  // namespace
+
+void linear_forward(Context& ctx, const LinearForward& a) {
+  Product{columns_of(a.weight, true), columns_of(a.x), columns_of(a.y), a.accumulate,
+          a.bias ? a.bias.raw() : nullptr}
+      .run(ctx);
+}
+
+void linear_backward(Context& ctx, const LinearBackward& a) {
+  if (a.dx)
+    Product{columns_of(a.weight), columns_of(a.dy), columns_of(a.dx), a.accumulate_dx, nullptr}.run(
+        ctx);
+  if (a.dweight)
+    Product{columns_of(a.x), columns_of(a.dy, true), columns_of(a.dweight), true, nullptr}.run(ctx);
+  if (a.dbias) lrnn::sum_columns(ctx, {.a = a.dy, .out = a.dbias});
+}
+
+}  // namespace lrnn::cuda
