@@ -21,8 +21,8 @@ class Generate : public ::testing::Test {
                 .n_layer = 3,
                 .vocab_size = 31,
                 .mixer_types = {LRU, Mamba, S5},
-                .tie_embeddings = false,
-                .initializer_cfg = {.initializer_range = 1.0}},
+                .initializer_cfg = {.initializer_range = 1.0},
+                .tie_embeddings = false},
                {.seed = 11}) {}
 
   [[nodiscard]] Tensor matrix(std::int64_t batch, const Tokens& values) {
