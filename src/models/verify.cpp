@@ -33,11 +33,15 @@ double relative_error(const Doubles& a, const Doubles& b) {
 
 // --- what to expect ----------------------------------------------------------------------------
 
-// The coarser of the type computed in and the type recorded in decides.
+// The coarser of the type computed in and the type recorded in decides. In bfloat16 the rounding of
+// every activation, 2^-9, adds up over the layers; recorded bfloat16 numbers come from two layers.
 void set_tolerances(DType dtype, const GoldenCase& golden, VerifyResult& result) {
-  if (dtype == DType::bfloat16 || golden.compute_dtype == "bfloat16") {
+  if (dtype == DType::bfloat16) {
     result.output_tolerance = 5e-2;
     result.gradient_tolerance = 1e-1;
+  } else if (golden.compute_dtype == "bfloat16") {
+    result.output_tolerance = 2e-2;
+    result.gradient_tolerance = 6e-2;
   } else if (dtype == DType::float32 || golden.compute_dtype == "float32") {
     result.output_tolerance = 1e-4;
     result.gradient_tolerance = 1e-3;
