@@ -2,8 +2,10 @@
 #include "lrnn/models/verify.hpp"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <filesystem>
+#include <memory>
 #include <fmt/format.h>
 #include <vector>
 

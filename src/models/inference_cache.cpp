@@ -76,7 +76,11 @@ void InferenceCache::load(Context& ctx, const std::filesystem::path& path) {
     LRNN_CHECK(p >= 0 && p <= max_seqlen_, IoError, path.string(), ": '", kPositions,
                "': expected 0..", max_seqlen_, ", got ", p);
   visit([&](const std::string& name, MutableTensorView tensor) {
-    read_tensor(ctx, file, checked(name, tensor.shape()), tensor);
+    const SafetensorsEntry& entry = checked(name, tensor.shape());
+    // Integers of a state are positions, which index memory.
+    LRNN_CHECK(tensor.dtype() != DType::int32 || file.read_integers(entry) == positions, IoError,
+               path.string(), ": '", name, "' differs from '", kPositions, "'");
+    read_tensor(ctx, file, entry, tensor);
     ++count;
   });
   LRNN_CHECK(count == file.entries().size(), IoError, path.string(), ": ", file.entries().size(),

@@ -18,9 +18,9 @@ class Generate : public ::testing::Test {
       : model_(ctx_,
                {.d_model = 16,
                 .d_state = 4,
-                .n_layer = 3,
+                .n_layer = 4,
                 .vocab_size = 31,
-                .mixer_types = {LRU, Mamba, S5},
+                .mixer_types = {LRU, Mamba, Attn, S5},
                 .initializer_cfg = {.initializer_range = 1.0},
                 .tie_embeddings = false},
                {.seed = 11}) {}

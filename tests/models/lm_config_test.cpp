@@ -189,6 +189,13 @@ TEST(LmConfig, TextsOfLrnnxNeedWhatLrnnxDoesNotSave) {
                R"({"d_model":16,"d_state":8,"n_layer":1,"vocab_size":61,"mixer_types":[")") +
            type + "\"]" + more + "}";
   };
+  EXPECT_NE(error_of(text("attn", "")).find("mixer_kwargs.attn.num_heads"), std::string::npos);
+  const std::string heads = text("attn", R"(,"mixer_kwargs":{"num_heads":2})");
+  EXPECT_FALSE(config_from_json(heads).mixer_kwargs.attn.causal);
+  const std::string causal = text("attn", R"(,"mixer_kwargs":{"num_heads":2,"causal":true})");
+  EXPECT_TRUE(config_from_json(causal).mixer_kwargs.attn.causal);
+  const std::string own_attn = text("attn", R"(,"lrnn_format_version":1)");
+  EXPECT_TRUE(config_from_json(own_attn).mixer_kwargs.attn.causal);
   EXPECT_NE(error_of(text("S5", "")).find("mixer_kwargs.S5.discretization"), std::string::npos);
   EXPECT_EQ(error_of(text("S5", R"(,"mixer_kwargs":{"discretization":"zoh"})")), "accepted");
   EXPECT_EQ(error_of(text("S5", R"(,"lrnn_format_version":1)")), "accepted");

@@ -183,7 +183,8 @@ TEST_F(Model, IgnoredTargetsDoNotCount) {
 }
 
 TEST_F(Model, ChunkedPrefillAndStepsEqualForward) {
-  for (const auto& types : {std::vector{LRU, Mamba}, std::vector{S5, S7}}) {
+  for (const auto& types :
+       {std::vector{LRU, Mamba}, std::vector{S5, S7}, std::vector{Attn, Mamba}}) {
     const auto model = make(small_config(types));
     const Tensor input = ids(2, 9);
     const Doubles whole = logits(model, input);
@@ -207,7 +208,7 @@ TEST_F(Model, ChunkedPrefillAndStepsEqualForward) {
 }
 
 TEST_F(Model, PaddedRowsEqualRowsOnTheirOwn) {
-  const auto model = make(small_config({LRU, Mamba, S5, S7}));
+  const auto model = make(small_config({LRU, Mamba, S5, Attn, S7}));
   const Tensor input = ids(2, 6);
   const Tensor valid = lengths({3, 6});
   auto cache = model.allocate_inference_cache(ctx_, {.batch_size = 2, .max_seqlen = 8});
@@ -315,7 +316,7 @@ TEST_F(Model, InitialValuesHaveTheStatedSpread) {
 }
 
 TEST_F(Model, CachesAreClonedResetSavedAndLoaded) {
-  const auto model = make(small_config());
+  const auto model = make(small_config({LRU, Mamba, Attn}));
   const Tensor input = ids(2, 4);
   auto cache = model.allocate_inference_cache(ctx_, {.batch_size = 2, .max_seqlen = 8});
   (void)model.forward(ctx_, input, {.cache = &cache});
@@ -412,8 +413,33 @@ TEST_F(Model, RefusesBadOperands) {
   expect(error_of([&] { (void)make(small_config(), DType::bfloat16); }), {"dtype", "bfloat16"});
 }
 
+TEST_F(Model, RotaryAttentionTakesPositions) {
+  LRNNLMHeadConfig config = small_config({Attn});
+  config.mixer_kwargs.attn.num_heads = 2;
+  config.mixer_kwargs.attn.rotary_emb_dim = 4;
+  const auto model = make(config);
+  const Tensor input = ids(1, 4);
+  const auto at = [&](std::vector<std::int64_t> values) {
+    return ctx_.from_host<std::int64_t>({1, 4}, values);
+  };
+  const Doubles plain = logits(model, input);
+  EXPECT_EQ(logits(model, input, {.position_ids = at({0, 1, 2, 3})}), plain);
+  // Rotations depend on distances alone.
+  EXPECT_LT(max_difference(logits(model, input, {.position_ids = at({5, 6, 7, 8})}), plain), 1e-13);
+  EXPECT_GT(max_difference(logits(model, input, {.position_ids = at({0, 2, 4, 9})}), plain), 1e-6);
+}
+
+TEST_F(Model, AttentionThatSeesTheFutureHasNoCache) {
+  LRNNLMHeadConfig config = small_config({Attn});
+  config.mixer_kwargs.attn.causal = false;
+  const auto model = make(config);
+  EXPECT_NO_THROW((void)model.forward(ctx_, ids(1, 4)));
+  EXPECT_THROW((void)model.allocate_inference_cache(ctx_, {.batch_size = 1, .max_seqlen = 8}),
+               InvalidArgument);
+}
+
 TEST_F(Model, ChangingTheLastTokenChangesNoEarlierBit) {
-  const auto model = make(small_config({LRU, Mamba, S5, S7}));
+  const auto model = make(small_config({LRU, Mamba, S5, Attn, S7}));
   auto values = ctx_.to_host<std::int32_t>(ids(1, 6));
   const Doubles before = logits(model, ctx_.from_host<std::int32_t>({1, 6}, values));
   values.back() = (values.back() + 1) % 19;
