@@ -1,0 +1,511 @@
+// Residual addition and normalisation.
+//
+// A row lives in registers from its only load to its only store. Up to 768 columns a warp owns a
+// row, up to 8192 a block; a thread owns kCount groups of kN neighbouring columns. Any other width
+// takes the strided kernels, one block per row, which read the row once per pass. All are bound by
+// HBM: x, residual in, y, residual_out forward; dy, r, dresidual_out in, dx, dresidual backward.
+//
+// Backward runs a fixed number of blocks over interleaved rows. Each adds its share of dweight and
+// dbias to one row of partial sums, folded in order by a second kernel.
+#include <algorithm>
+
+#include "lrnn/ops/add_norm.hpp"
+
+#include "common/reduce.cuh"
+#include "common/vec.cuh"
+#include "ops/dispatch.hpp"
+
+namespace lrnn::cuda {
+namespace {
+
+constexpr int kWarpRowThreads = 256;
+constexpr int kStridedThreads = 256;
+constexpr int kMaxBlockThreads = 512;
+constexpr int kMaxBackwardBlocks = 264;
+
+/// A tensor stored in T or in float32; absent if null.
+template <class T>
+struct EitherConst {
+  const void* data;
+  bool wide;
+
+  template <int N>
+  __device__ __forceinline__ void load(std::int64_t i, float (&out)[N]) const {
+    if (wide)
+      load_vec<float, N>(static_cast<const float*>(data) + i, out);
+    else
+      load_vec<T, N>(static_cast<const T*>(data) + i, out);
+  }
+};
+template <class T>
+struct Either {
+  void* data;
+  bool wide;
+
+  template <int N>
+  __device__ __forceinline__ void store(std::int64_t i, const float (&in)[N]) const {
+    if (wide)
+      store_vec<float, N>(static_cast<float*>(data) + i, in);
+    else
+      store_vec<T, N>(static_cast<T*>(data) + i, in);
+  }
+};
+
+template <class T>
+struct Forward {
+  bool layer;
+  std::int64_t rows, width;
+  float eps;
+  const T* x;
+  EitherConst<T> residual;
+  const float* weight;
+  const float* bias;
+  T* y;
+  Either<T> residual_out;
+  float* rstd;
+  float* mean;
+
+  template <int N>
+  __device__ __forceinline__ void load_sum(std::int64_t i, float (&r)[N]) const {
+    load_vec<T, N>(x + i, r);
+    if (residual.data == nullptr) return;
+    float other[N];
+    residual.load(i, other);
+#pragma unroll
+    for (int k = 0; k < N; ++k) r[k] += other[k];
+  }
+  /// `r` is centred on entry.
+  template <int N>
+  __device__ __forceinline__ void store_y(std::int64_t i, std::int64_t column, float scale,
+                                          const float (&r)[N]) const {
+    float w[N];
+    float out[N];
+    load_vec<float, N>(weight + column, w);
+#pragma unroll
+    for (int k = 0; k < N; ++k) out[k] = r[k] * scale * w[k];
+    if (bias != nullptr) {
+      load_vec<float, N>(bias + column, w);
+#pragma unroll
+      for (int k = 0; k < N; ++k) out[k] += w[k];
+    }
+    store_vec<T, N>(y + i, out);
+  }
+  __device__ __forceinline__ void store_statistics(std::int64_t row, float row_mean,
+                                                   float row_rstd) const {
+    if (rstd != nullptr) rstd[row] = row_rstd;
+    if (mean != nullptr) mean[row] = row_mean;
+  }
+};
+
+template <class T>
+struct Backward {
+  bool layer;
+  std::int64_t rows, width;
+  const T* dy;
+  EitherConst<T> r;
+  const float* weight;
+  const float* rstd;
+  const float* mean;
+  EitherConst<T> dresidual_out;
+  T* dx;
+  Either<T> dresidual;
+  float* dweight;  // [blocks, width] partial sums
+  float* dbias;    // the same, may be null
+
+  /// Normalised row n and g = weight dy at element i.
+  template <int N>
+  __device__ __forceinline__ void load_pair(std::int64_t i, float row_mean, float row_rstd,
+                                            float (&n)[N], float (&d)[N]) const {
+    r.load(i, n);
+    load_vec<T, N>(dy + i, d);
+#pragma unroll
+    for (int k = 0; k < N; ++k) n[k] = (n[k] - row_mean) * row_rstd;
+  }
+  template <int N>
+  __device__ __forceinline__ void store_gradient(std::int64_t i, float (&dr)[N]) const {
+    if (dresidual_out.data != nullptr) {
+      float other[N];
+      dresidual_out.load(i, other);
+#pragma unroll
+      for (int k = 0; k < N; ++k) dr[k] += other[k];
+    }
+    store_vec<T, N>(dx + i, dr);
+    if (dresidual.data != nullptr) dresidual.store(i, dr);
+  }
+};
+
+/// Sum over the threads that share a row. All threads of the block call it if kBlockRow.
+template <bool kBlockRow>
+__device__ __forceinline__ float row_sum(float v, float* slots) {
+  if constexpr (kBlockRow) return block_sum(v, slots);
+  return warp_sum(v);
+}
+
+/// The place of a thread: its lane among `lanes` that share a row, and the row of the group.
+template <bool kBlockRow>
+struct Place {
+  int lane, lanes;
+  std::int64_t row, row_step;
+
+  __device__ Place() {
+    const int thread = static_cast<int>(threadIdx.x);
+    if constexpr (kBlockRow) {
+      lane = thread;
+      lanes = static_cast<int>(blockDim.x);
+      row = blockIdx.x;
+      row_step = gridDim.x;
+    } else {
+      constexpr int warps = kWarpRowThreads / 32;
+      lane = thread % 32;
+      lanes = 32;
+      row = static_cast<std::int64_t>(blockIdx.x) * warps + thread / 32;
+      row_step = static_cast<std::int64_t>(gridDim.x) * warps;
+    }
+  }
+  /// First column of group j of the thread.
+  template <int N>
+  __device__ __forceinline__ int column(int j) const {
+    return (j * lanes + lane) * N;
+  }
+};
+
+template <bool kBlockRow>
+constexpr int kRowThreads = kBlockRow ? kMaxBlockThreads : kWarpRowThreads;
+
+template <class T, int kN, int kCount, bool kBlockRow>
+__global__ __launch_bounds__(kRowThreads<kBlockRow>) void forward_kernel(Forward<T> a) {
+  __shared__ float slots[2][32];
+  const Place<kBlockRow> p;
+  if (p.row >= a.rows) return;  // whole warps; blocks never leave when they own the row
+  const int width = static_cast<int>(a.width);
+  const std::int64_t base = p.row * a.width;
+  const float inverse_width = 1.0F / static_cast<float>(width);
+  float r[kCount][kN];
+  float sum = 0.0F;
+#pragma unroll
+  for (int j = 0; j < kCount; ++j) {
+    const int column = p.template column<kN>(j);
+    if (column < width) {
+      a.load_sum(base + column, r[j]);
+      if (a.residual_out.data != nullptr) a.residual_out.store(base + column, r[j]);
+    }
+#pragma unroll
+    for (int k = 0; k < kN; ++k) {
+      if (column >= width) r[j][k] = 0.0F;
+      sum += r[j][k];
+    }
+  }
+  const float mean = a.layer ? row_sum<kBlockRow>(sum, slots[0]) * inverse_width : 0.0F;
+  sum = 0.0F;
+#pragma unroll
+  for (int j = 0; j < kCount; ++j) {
+    if (p.template column<kN>(j) >= width) continue;
+#pragma unroll
+    for (int k = 0; k < kN; ++k) {
+      r[j][k] -= mean;
+      sum = fmaf(r[j][k], r[j][k], sum);
+    }
+  }
+  const float square = row_sum<kBlockRow>(sum, slots[1]) * inverse_width;
+  const float rstd = 1.0F / sqrtf(square + a.eps);
+#pragma unroll
+  for (int j = 0; j < kCount; ++j) {
+    const int column = p.template column<kN>(j);
+    if (column < width) a.store_y(base + column, column, rstd, r[j]);
+  }
+  if (p.lane == 0) a.store_statistics(p.row, mean, rstd);
+}
+
+/// Any width. A thread meets the same columns in every pass, so the sum may replace `residual`.
+template <class T>
+__global__ __launch_bounds__(kStridedThreads) void forward_strided_kernel(Forward<T> a) {
+  __shared__ float slots[2][32];
+  const std::int64_t row = blockIdx.x;
+  const std::int64_t base = row * a.width;
+  const float inverse_width = 1.0F / static_cast<float>(a.width);
+  float r[1];
+  float mean = 0.0F;
+  if (a.layer) {
+    for (std::int64_t c = threadIdx.x; c < a.width; c += kStridedThreads) {
+      a.load_sum(base + c, r);
+      mean += r[0];
+    }
+    mean = block_sum(mean, slots[0]) * inverse_width;
+  }
+  float square = 0.0F;
+  for (std::int64_t c = threadIdx.x; c < a.width; c += kStridedThreads) {
+    a.load_sum(base + c, r);
+    square = fmaf(r[0] - mean, r[0] - mean, square);
+  }
+  square = block_sum(square, slots[1]) * inverse_width;
+  const float rstd = 1.0F / sqrtf(square + a.eps);
+  for (std::int64_t c = threadIdx.x; c < a.width; c += kStridedThreads) {
+    a.load_sum(base + c, r);
+    if (a.residual_out.data != nullptr) a.residual_out.store(base + c, r);
+    r[0] -= mean;
+    a.store_y(base + c, c, rstd, r);
+  }
+  if (threadIdx.x == 0) a.store_statistics(row, mean, rstd);
+}
+
+/// Adds the sums of the warps of a block in order into row blockIdx.x of `partial`. Called by all
+/// threads of the block; `shared` holds width floats.
+template <int kN, int kCount>
+__device__ void add_warps(const float (&sum)[kCount][kN], int width, float* shared,
+                          float* partial) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  for (int w = 0; w < kWarpRowThreads / 32; ++w) {
+    if (warp == w) {
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) {
+        const int column = (j * 32 + lane) * kN;
+        if (column >= width) continue;
+#pragma unroll
+        for (int k = 0; k < kN; ++k)
+          shared[column + k] = (w == 0 ? 0.0F : shared[column + k]) + sum[j][k];
+      }
+    }
+    __syncthreads();
+  }
+  for (int c = static_cast<int>(threadIdx.x); c < width; c += kWarpRowThreads)
+    partial[static_cast<std::int64_t>(blockIdx.x) * width + c] = shared[c];
+  __syncthreads();
+}
+
+template <int kN, int kCount, bool kBlockRow>
+__device__ __forceinline__ void store_partial(const float (&sum)[kCount][kN], int width,
+                                              float* shared, float* partial) {
+  if constexpr (kBlockRow) {
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+      const int column = (j * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x)) * kN;
+      if (column < width)
+        store_vec<float, kN>(partial + static_cast<std::int64_t>(blockIdx.x) * width + column,
+                             sum[j]);
+    }
+  } else {
+    add_warps<kN, kCount>(sum, width, shared, partial);
+  }
+}
+
+template <class T, int kN, int kCount, bool kBlockRow>
+__global__ __launch_bounds__(kRowThreads<kBlockRow>) void backward_kernel(Backward<T> a) {
+  __shared__ float slots[4][32];
+  __shared__ float shared[kBlockRow ? 1 : 32 * kN * kCount];
+  const Place<kBlockRow> p;
+  const int width = static_cast<int>(a.width);
+  const float inverse_width = 1.0F / static_cast<float>(width);
+  float dweight[kCount][kN] = {};
+  float dbias[kCount][kN] = {};
+  int parity = 0;  // alternate slots, so that one barrier per sum suffices
+  for (std::int64_t row = p.row; row < a.rows; row += p.row_step, parity ^= 2) {
+    const std::int64_t base = row * a.width;
+    const float rstd = a.rstd[row];
+    const float mean = a.layer ? a.mean[row] : 0.0F;
+    float n[kCount][kN];
+    float g[kCount][kN];
+    float sum_ng = 0.0F;
+    float sum_g = 0.0F;
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+      const int column = p.template column<kN>(j);
+      if (column >= width) continue;
+      float w[kN];
+      a.load_pair(base + column, mean, rstd, n[j], g[j]);
+      load_vec<float, kN>(a.weight + column, w);
+#pragma unroll
+      for (int k = 0; k < kN; ++k) {
+        dweight[j][k] = fmaf(g[j][k], n[j][k], dweight[j][k]);
+        dbias[j][k] += g[j][k];
+        g[j][k] *= w[k];
+        sum_ng = fmaf(g[j][k], n[j][k], sum_ng);
+        sum_g += g[j][k];
+      }
+    }
+    const float mean_ng = row_sum<kBlockRow>(sum_ng, slots[parity]) * inverse_width;
+    const float mean_g =
+        a.layer ? row_sum<kBlockRow>(sum_g, slots[parity + 1]) * inverse_width : 0.0F;
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+      const int column = p.template column<kN>(j);
+      if (column >= width) continue;
+      float dr[kN];
+#pragma unroll
+      for (int k = 0; k < kN; ++k) dr[k] = rstd * (g[j][k] - n[j][k] * mean_ng - mean_g);
+      a.store_gradient(base + column, dr);
+    }
+  }
+  store_partial<kN, kCount, kBlockRow>(dweight, width, shared, a.dweight);
+  if (a.dbias != nullptr) store_partial<kN, kCount, kBlockRow>(dbias, width, shared, a.dbias);
+}
+
+/// Any width. A thread owns the same columns of every row of the block and keeps their sums in
+/// the row of partial sums itself.
+template <class T>
+__global__ __launch_bounds__(kStridedThreads) void backward_strided_kernel(Backward<T> a) {
+  __shared__ float slots[4][32];
+  const float inverse_width = 1.0F / static_cast<float>(a.width);
+  float* const dweight = a.dweight + blockIdx.x * a.width;
+  float* const dbias = a.dbias != nullptr ? a.dbias + blockIdx.x * a.width : nullptr;
+  int parity = 0;
+  for (std::int64_t row = blockIdx.x; row < a.rows; row += gridDim.x, parity ^= 2) {
+    const std::int64_t base = row * a.width;
+    const float rstd = a.rstd[row];
+    const float mean = a.layer ? a.mean[row] : 0.0F;
+    const bool first = row == blockIdx.x;
+    float n[1];
+    float d[1];
+    float sum_ng = 0.0F;
+    float sum_g = 0.0F;
+    for (std::int64_t c = threadIdx.x; c < a.width; c += kStridedThreads) {
+      a.load_pair(base + c, mean, rstd, n, d);
+      dweight[c] = fmaf(d[0], n[0], first ? 0.0F : dweight[c]);
+      if (dbias != nullptr) dbias[c] = (first ? 0.0F : dbias[c]) + d[0];
+      const float g = d[0] * a.weight[c];
+      sum_ng = fmaf(g, n[0], sum_ng);
+      sum_g += g;
+    }
+    const float mean_ng = block_sum(sum_ng, slots[parity]) * inverse_width;
+    const float mean_g = a.layer ? block_sum(sum_g, slots[parity + 1]) * inverse_width : 0.0F;
+    for (std::int64_t c = threadIdx.x; c < a.width; c += kStridedThreads) {
+      a.load_pair(base + c, mean, rstd, n, d);
+      float dr[1] = {rstd * (d[0] * a.weight[c] - n[0] * mean_ng - mean_g)};
+      a.store_gradient(base + c, dr);
+    }
+  }
+}
+
+/// How the threads share a row of `width` columns: 8 columns per thread and unit of `count`.
+struct Layout {
+  int count;
+  bool block_row;
+  unsigned threads;
+};
+
+Layout layout_of(std::int64_t width) {
+  if (width <= 768)
+    return {static_cast<int>(std::max<std::int64_t>(1, (width + 255) / 256)), false,
+            kWarpRowThreads};
+  const int count = width <= 8 * kMaxBlockThreads ? 1 : 2;
+  const std::int64_t threads = (width + 8 * count - 1) / (8 * count);
+  return {count, true, static_cast<unsigned>((threads + 31) / 32 * 32)};
+}
+
+/// Calls f.operator()<columns per access, accesses, block per row>().
+template <class T, class F>
+void visit_layout(const Layout& l, F&& f) {
+  constexpr int n = kWide<T>;
+  constexpr int unit = 8 / n;
+  if (l.block_row)
+    return l.count == 1 ? f.template operator()<n, unit, true>()
+                        : f.template operator()<n, 2 * unit, true>();
+  if (l.count == 1) return f.template operator()<n, unit, false>();
+  if (l.count == 2) return f.template operator()<n, 2 * unit, false>();
+  return f.template operator()<n, 3 * unit, false>();
+}
+
+template <class T>
+bool is_wide(TensorView t) {
+  return t && t.dtype() == DType::float32;
+}
+
+/// Whether the register kernels take rows of this width; `operands` are all that they touch.
+template <class T>
+bool takes_registers(std::int64_t width, std::initializer_list<TensorView> operands) {
+  if (width > 16 * kMaxBlockThreads) return false;
+  return std::all_of(operands.begin(), operands.end(), [&](const TensorView& t) {
+    const std::size_t access = size_of(t.dtype()) * static_cast<std::size_t>(kWide<T>);
+    return width % kWide<T> == 0 && reinterpret_cast<std::uintptr_t>(t.raw()) % access == 0;
+  });
+}
+
+float* optional_data(MutableTensorView t) {
+  return t ? t.data<float>() : nullptr;
+}
+const float* optional_data(TensorView t) {
+  return t ? t.data<float>() : nullptr;
+}
+
+template <class T>
+void forward(Context& ctx, const AddNormForward& a) {
+  const std::int64_t width = a.x.dim(a.x.rank() - 1);
+  const std::int64_t rows = a.x.numel() / width;
+  const Forward<T> f{a.kind == NormKind::Layer,
+                     rows,
+                     width,
+                     static_cast<float>(a.eps),
+                     a.x.data<T>(),
+                     {a.residual.raw(), is_wide<T>(a.residual)},
+                     a.weight.data<float>(),
+                     optional_data(a.bias),
+                     a.y.data<T>(),
+                     {a.residual_out.raw(), is_wide<T>(a.residual_out)},
+                     optional_data(a.rstd),
+                     optional_data(a.mean)};
+  const cudaStream_t stream = ctx.stream().handle;
+  if (!takes_registers<T>(width, {a.x, a.residual, a.weight, a.bias, a.y, a.residual_out})) {
+    forward_strided_kernel<T><<<static_cast<unsigned>(rows), kStridedThreads, 0, stream>>>(f);
+    LRNN_CUDA_CHECK_LAUNCH();
+    return;
+  }
+  const Layout l = layout_of(width);
+  constexpr int warps = kWarpRowThreads / 32;
+  const auto blocks = static_cast<unsigned>(l.block_row ? rows : (rows + warps - 1) / warps);
+  visit_layout<T>(l, [&]<int kN, int kCount, bool kBlockRow>() {
+    forward_kernel<T, kN, kCount, kBlockRow><<<blocks, l.threads, 0, stream>>>(f);
+  });
+  LRNN_CUDA_CHECK_LAUNCH();
+}
+
+template <class T>
+void backward(Context& ctx, const AddNormBackward& a) {
+  const std::int64_t width = a.dy.dim(a.dy.rank() - 1);
+  const std::int64_t rows = a.dy.numel() / width;
+  const bool registers =
+      takes_registers<T>(width, {a.dy, a.r, a.weight, a.dresidual_out, a.dx, a.dresidual});
+  const Layout l = layout_of(width);
+  constexpr int warps = kWarpRowThreads / 32;
+  const std::int64_t shares = registers && !l.block_row ? (rows + warps - 1) / warps : rows;
+  const auto blocks = std::min<std::int64_t>(shares, kMaxBackwardBlocks);
+  Tensor dweight = ctx.empty({blocks, width}, DType::float32);
+  Tensor dbias = a.dbias ? ctx.empty({blocks, width}, DType::float32) : Tensor();
+  float* const dweight_data = dweight.view().data<float>();
+  float* const dbias_data = a.dbias ? dbias.view().data<float>() : nullptr;
+  const Backward<T> f{a.kind == NormKind::Layer,
+                      rows,
+                      width,
+                      a.dy.data<T>(),
+                      {a.r.raw(), is_wide<T>(a.r)},
+                      a.weight.data<float>(),
+                      a.rstd.data<float>(),
+                      optional_data(a.mean),
+                      {a.dresidual_out.raw(), is_wide<T>(a.dresidual_out)},
+                      a.dx.data<T>(),
+                      {a.dresidual.raw(), is_wide<T>(a.dresidual)},
+                      dweight_data,
+                      dbias_data};
+  const cudaStream_t stream = ctx.stream().handle;
+  const auto grid = static_cast<unsigned>(blocks);
+  if (registers)
+    visit_layout<T>(l, [&]<int kN, int kCount, bool kBlockRow>() {
+      backward_kernel<T, kN, kCount, kBlockRow><<<grid, l.threads, 0, stream>>>(f);
+    });
+  else
+    backward_strided_kernel<T><<<grid, kStridedThreads, 0, stream>>>(f);
+  LRNN_CUDA_CHECK_LAUNCH();
+  fold_partials(stream, dweight_data, static_cast<int>(blocks), width, a.dweight.data<float>());
+  if (a.dbias)
+    fold_partials(stream, dbias_data, static_cast<int>(blocks), width, a.dbias.data<float>());
+}
+
+}  // namespace
+
+void add_norm_forward(Context& ctx, const AddNormForward& a) {
+  visit_float("add_norm_forward", a.x.dtype(), [&]<class T>() { forward<T>(ctx, a); });
+}
+void add_norm_backward(Context& ctx, const AddNormBackward& a) {
+  visit_float("add_norm_backward", a.dy.dtype(), [&]<class T>() { backward<T>(ctx, a); });
+}
+
+}  // namespace lrnn::cuda
