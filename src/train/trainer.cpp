@@ -6,6 +6,7 @@
 #include <cmath>
 #include <numbers>
 
+#include "lrnn/core/graph.hpp"
 #include "lrnn/train/checkpoint.hpp"
 
 namespace lrnn {
@@ -93,6 +94,61 @@ struct Trainer::Window {
   Tensor losses;  // [steps * accumulation]
 };
 
+/// One forward and backward pass, recorded after its first run where that is possible. Its memory
+/// is a pool of its own: the first run leaves exactly the blocks there that the recording needs,
+/// they keep their addresses, and nobody else can be handed one while the graph is alive.
+class Trainer::Pass {
+ public:
+  Pass(Context& ctx, const TrainingModel& model, const TrainerConfig& config, DType loss_dtype)
+      : ctx_(ctx),
+        model_(model),
+        batch_size_(config.batch_size),
+        recorded_(config.cuda_graph && model.recordable),
+        pool_(std::make_unique<StatisticsResource>(ctx.memory())),
+        tokens_(ctx.empty({2 * config.batch_size, config.seqlen}, DType::int32)),
+        loss_(ctx.empty({}, loss_dtype)) {}
+
+  /// Accumulates gradients; `loss` is written when the pass is through.
+  void run(TensorView tokens, MutableTensorView loss) {
+    ctx_.copy(tokens_, tokens);
+    if (!recorded_ || !warm_) {
+      enqueue();
+      warm_ = true;
+    } else {
+      if (!graph_) record();
+      graph_->launch();
+    }
+    ctx_.copy(loss, loss_);
+  }
+
+  /// Work between passes may use the same memory.
+  [[nodiscard]] MemoryResource& pool() noexcept { return pool_; }
+
+ private:
+  void enqueue() {
+    const Context::MemoryScope scope(ctx_, pool_);
+    const TensorView tokens = tokens_;
+    const Tensor loss = model_.loss_and_backward(ctx_, tokens.slice(0, 0, batch_size_),
+                                                 tokens.slice(0, batch_size_, batch_size_));
+    ctx_.copy(loss_, loss);
+  }
+  void record() {
+    graph_ = std::make_unique<Graph>(Graph::capture(ctx_, [this] { enqueue(); }));
+  }
+
+  Context& ctx_;
+  const TrainingModel& model_;
+  std::int64_t batch_size_;
+  bool recorded_;
+  bool warm_ = false;
+  CachingResource pool_;
+  Tensor tokens_;  // [2 B, L] inputs, then targets
+  Tensor loss_;    // []
+  std::unique_ptr<Graph> graph_;
+};
+
+Trainer::~Trainer() = default;
+
 Trainer::Trainer(Context& ctx, TrainingModel model, const TextData& data, TrainerConfig config,
                  TrainerCallbacks callbacks)
     : ctx_(&ctx),
@@ -107,6 +163,7 @@ Trainer::Trainer(Context& ctx, TrainingModel model, const TextData& data, Traine
              " tokens to train on, expected at least ", config_.seqlen + 1);
   LRNN_CHECK(config_.eval_every == 0 || data.held_out_size() > 1, InvalidArgument,
              "Trainer: eval_every without held-out text");
+  pass_ = std::make_unique<Pass>(ctx, model_, config_, optimizer_.lr().dtype());
   if (!config_.checkpoint_directory.empty()) resume();
 }
 
@@ -204,18 +261,15 @@ void Trainer::train_step(Window& window, std::int64_t index) {
   model_.parameters->zero_grad(*ctx_);
   for (std::int64_t k = 0; k < config_.accumulation; ++k) {
     const std::int64_t pass = index * config_.accumulation + k;
-    const std::int64_t row = 2 * pass * config_.batch_size;
-    const TensorView tokens = window.tokens;
-    const Tensor loss =
-        model_.loss_and_backward(*ctx_, tokens.slice(0, row, config_.batch_size),
-                                 tokens.slice(0, row + config_.batch_size, config_.batch_size));
-    ctx_->copy(window.losses.view().slice(0, pass, 1).reshape({}), loss);
+    const std::int64_t rows = 2 * config_.batch_size;
+    pass_->run(TensorView(window.tokens).slice(0, pass * rows, rows),
+               window.losses.view().slice(0, pass, 1).reshape({}));
   }
   ctx_->copy(optimizer_.lr(), TensorView(window.lr).slice(0, index, 1).reshape({}));
   optimizer_.step(*ctx_, 1.0 / static_cast<double>(config_.accumulation));
 }
 
-void Trainer::finish(Window& window, double seconds) {
+void Trainer::finish(const Window& window, double seconds) {
   step_ += window.steps;
   seconds_ += seconds;
   const std::int64_t passes = window.steps * config_.accumulation;

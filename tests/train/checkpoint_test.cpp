@@ -1,6 +1,10 @@
 #include "lrnn/train/checkpoint.hpp"
 
+#include <chrono>
+#include <csignal>
 #include <fstream>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include <gtest/gtest.h>
 
@@ -171,6 +175,52 @@ TEST(Checkpoint, DamageFallsBackToTheOneBefore) {
     run.save(ctx, scratch.path(), 2);
     EXPECT_EQ(find_checkpoint(scratch.path()).found->step, 2);
   }
+}
+
+// A process that does nothing but write checkpoints is killed at arbitrary moments. Whatever it
+// leaves, the newest intact checkpoint is found without a complaint and holds the values of its
+// step.
+TEST(Checkpoint, SurvivesBeingKilled) {
+  Context ctx = Context::cpu();
+  const ScratchDirectory scratch("checkpoint");
+  TrainingRun run(ctx);
+  Parameter& table = run.model.parameters().at("table");
+  const auto write_step = [&](std::int64_t step) {
+    ctx.write_from_host(table.value, std::vector<double>(25, static_cast<double>(step)));
+    run.save(ctx, scratch.path(), step, 2);
+  };
+  const auto write_until_killed = [&](std::int64_t step) {
+    try {
+      for (;; ++step) write_step(step);
+    } catch (...) {
+      ::_exit(1);
+    }
+  };
+  const auto start = std::chrono::steady_clock::now();
+  write_step(1);
+  const double seconds =
+      std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  Rng rng(8);
+  for (int round = 0; round < 12; ++round) {
+    const std::int64_t first = find_checkpoint(scratch.path()).found->step + 1;
+    const pid_t child = ::fork();
+    ASSERT_GE(child, 0);
+    if (child == 0) write_until_killed(first);
+    ::usleep(static_cast<unsigned>(1e6 * seconds * rng.uniform(0.2, 8.0)));
+    ASSERT_EQ(::kill(child, SIGKILL), 0);
+    int status = 0;
+    ASSERT_EQ(::waitpid(child, &status, 0), child);
+    ASSERT_TRUE(WIFSIGNALED(status));
+    const auto search = find_checkpoint(scratch.path());
+    ASSERT_TRUE(search.found);
+    EXPECT_TRUE(search.rejected.empty()) << search.rejected[0];
+    EXPECT_GE(search.found->step, first - 1);
+    TrainingRun loaded(ctx);
+    load_checkpoint(ctx, search.found->path, loaded.model.parameters(), loaded.optimizer);
+    for (const double v : ctx.to_host_as_double(loaded.model.parameters().at("table").value))
+      ASSERT_EQ(v, static_cast<double>(search.found->step));
+  }
+  EXPECT_GT(find_checkpoint(scratch.path()).found->step, 1);
 }
 
 TEST(Checkpoint, ManifestNamesStayInside) {

@@ -10,6 +10,7 @@
 #include <filesystem>
 #include <functional>
 #include <map>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -19,7 +20,9 @@
 
 namespace lrnn {
 
-/// What the trainer needs of a model; see training_model() in training_model.hpp.
+class LRNNLMHeadModel;
+
+/// What the trainer needs of a model.
 struct TrainingModel {
   ParameterStore* parameters;
   std::int64_t vocab_size;
@@ -30,7 +33,11 @@ struct TrainingModel {
   std::function<Tensor(Context&, TensorView input_ids, TensorView targets)> loss;
   /// Text files for checkpoints by name: config.json.
   std::map<std::string, std::string> files = {};
+  /// Whether loss_and_backward can be recorded: see Graph.
+  bool recordable = false;
 };
+/// `model` outlives the result. With its checkpoints, from_pretrained() reads the model.
+[[nodiscard]] TrainingModel training_model(LRNNLMHeadModel& model);
 
 struct TrainerConfig {
   std::int64_t steps = 1000;      ///< optimizer steps in total
@@ -47,6 +54,7 @@ struct TrainerConfig {
   std::int64_t keep_checkpoints = 2;  ///< 0: all
   std::filesystem::path checkpoint_directory = {};
   bool resume = true;  ///< from the newest intact checkpoint; false: the directory must hold none
+  bool cuda_graph = true;  ///< record one pass and replay it, where the model is recordable
 };
 
 struct TrainingMetrics {
@@ -94,16 +102,21 @@ class Trainer {
   /// @throws ConfigError without a checkpoint directory
   std::filesystem::path save();
 
+  ~Trainer();
+  Trainer(const Trainer&) = delete;
+  Trainer& operator=(const Trainer&) = delete;
+
   [[nodiscard]] std::int64_t step() const noexcept { return step_; }
   [[nodiscard]] AdamW& optimizer() noexcept { return optimizer_; }
   [[nodiscard]] const TrainerConfig& config() const noexcept { return config_; }
 
  private:
   struct Window;
+  class Pass;
   [[nodiscard]] std::int64_t steps_to_boundary(std::int64_t until) const;
   [[nodiscard]] Window upload(std::int64_t steps);
   void train_step(Window& window, std::int64_t index);
-  void finish(Window& window, double seconds);
+  void finish(const Window& window, double seconds);
   void report();
   void resume();
   void record(const std::string& text) const;
@@ -115,6 +128,7 @@ class Trainer {
   TrainerConfig config_;
   TrainerCallbacks callbacks_;
   AdamW optimizer_;
+  std::unique_ptr<Pass> pass_;
   std::int64_t step_ = 0;
   // Since the last report.
   double loss_sum_ = 0.0;
