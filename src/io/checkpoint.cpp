@@ -156,8 +156,8 @@ std::map<std::string, Shape, std::less<>> Checkpoint::shapes() const {
 }
 
 void Checkpoint::load(Context& ctx, ParameterStore& parameters, DType dtype, const Mixers& mixers,
-                      std::pair<std::string, std::string> second_and_first) && {
-  rename(sources_, second_and_first.first, second_and_first.second);
+                      const std::vector<Rename>& renames) && {
+  for (const auto& [second, first] : renames) rename(sources_, second, first);
   Imported imported;
   for (const auto& [prefix, mixer] : mixers) {
     const std::string alias = prefix + kAlias;

@@ -30,11 +30,16 @@ class Checkpoint {
 
   /// A mixer and the prefix of its names.
   using Mixers = std::vector<std::pair<std::string, const Mixer*>>;
-  /// Allocates and fills every parameter. Second names (lrnnx's `layer.kernel.*` of `mixers`, and
-  /// `second` for `first`) are accepted when their values are equal.
+  /// A name in the file that stands for another.
+  struct Rename {
+    std::string second;
+    std::string first;
+  };
+  /// Allocates and fills every parameter. Where both names of a tensor occur (lrnnx's
+  /// `layer.kernel.*` of `mixers`, and `renames`, in order), their values must be equal.
   /// @throws IoError naming tensors that are missing, unexpected or of another shape
   void load(Context& ctx, ParameterStore& parameters, DType dtype, const Mixers& mixers,
-            std::pair<std::string, std::string> second_and_first = {}) &&;
+            const std::vector<Rename>& renames = {}) &&;
 
  private:
   std::vector<std::unique_ptr<SafetensorsFile>> files_;

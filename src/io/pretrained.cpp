@@ -15,6 +15,7 @@ namespace fs = std::filesystem;
 constexpr const char* kConfig = "config.json";
 constexpr const char* kWeights = "model.safetensors";
 constexpr const char* kHead = "lm_head.weight";
+constexpr const char* kHuggingFaceEmbedding = "backbone.embeddings.weight";
 constexpr const char* kEmbedding = "backbone.embedding.weight";
 constexpr const char* kAlias = ".mixer.layer.kernel.";
 
@@ -53,9 +54,9 @@ void LRNNLMHeadModel::load(Context& ctx, detail::Checkpoint&& checkpoint) {
   detail::Checkpoint::Mixers mixers;
   for (std::size_t i = 0; i < blocks_.size(); ++i)
     mixers.emplace_back("backbone.layers." + std::to_string(i) + ".mixer.", &mixer(i));
-  std::pair<std::string, std::string> tied;
-  if (config_.tie_embeddings) tied = {kHead, kEmbedding};
-  std::move(checkpoint).load(ctx, *parameters_, dtype(), mixers, tied);
+  std::vector<detail::Checkpoint::Rename> renames{{kHuggingFaceEmbedding, kEmbedding}};
+  if (config_.tie_embeddings) renames.push_back({kHead, kEmbedding});
+  std::move(checkpoint).load(ctx, *parameters_, dtype(), mixers, renames);
 }
 
 LRNNLMHeadModel LRNNLMHeadModel::from_pretrained(Context& ctx, const fs::path& directory,

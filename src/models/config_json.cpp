@@ -4,6 +4,8 @@
 
 #include "lrnn/models/lm_config.hpp"
 
+#include "models/foreign_config.hpp"
+
 namespace lrnn {
 namespace {
 
@@ -372,7 +374,7 @@ bool read_version(const Json& json) {
 }  // namespace
 
 LRNNLMHeadConfig config_from_json(std::string_view text, const ReadConfigOptions& options) {
-  const Json json = parse(text);
+  const Json json = detail::translate_foreign_config(parse(text));
   LRNNLMHeadConfig config{
       .d_model = 0, .d_state = 0, .n_layer = 0, .vocab_size = 0, .mixer_types = {}};
   Keys accepted = keys_of<LRNNLMHeadConfig>();

@@ -235,6 +235,56 @@ TEST_F(Pretrained, ConfigurationsOfLrnnxAreCompletedOrRefused) {
   EXPECT_EQ(logits(loaded), logits(model));
 }
 
+TEST_F(Pretrained, Mamba1CheckpointsOfOtherLibraries) {
+  LRNNLMHeadConfig c{.d_model = 8,
+                     .d_state = 4,
+                     .n_layer = 2,
+                     .vocab_size = 19,
+                     .mixer_types = {Mamba, Mamba},
+                     .residual_in_fp32 = true};
+  c.mixer_kwargs.mamba.d_conv = 3;
+  c.mixer_kwargs.mamba.dt_rank = 2;
+  const LRNNLMHeadModel model(ctx_, c, {.seed = 5});
+  model.save_pretrained(ctx_, folder_, {.lrnnx_names = true});
+  auto changed = items();
+  std::erase_if(changed,
+                [](const auto& item) { return item.name.find("dtA_proj") != std::string::npos; });
+  rewrite(changed);
+  write("config.json", R"({"d_model":8,"n_layer":2,"vocab_size":19,"rms_norm":true,)"
+                       R"("ssm_cfg":{"d_state":4,"d_conv":3,"dt_rank":2,"layer":"Mamba1"},)"
+                       R"("residual_in_fp32":true,"fused_add_norm":true,)"
+                       R"("pad_vocab_size_multiple":8})");
+  EXPECT_EQ(logits(LRNNLMHeadModel::from_pretrained(ctx_, folder_)), logits(model));
+  write("config.json", R"({"d_model":8,"n_layer":2,"vocab_size":19,"ssm_cfg":{"layer":"Mamba2"}})");
+  expect_error({"ssm_cfg.layer", "Mamba2"});
+  write("config.json", R"({"d_model":8,"n_layer":2,"vocab_size":19,"ssm_cfg":{"d_stat":4}})");
+  expect_error({"mixer_kwargs.Mamba.d_stat", "unknown"});
+  write("config.json", R"({"d_model":8,"n_layer":2,"vocab_size":19,"ssm_cfg":{},"speed":4})");
+  expect_error({"speed", "unknown"});
+  write("config.json", R"({"d_model":8,"n_layer":2,"vocab_size":19,"ssm_cfg":{},)"
+                       R"("attn_layer_idx":[2],"attn_cfg":{"num_heads":2}})");
+  expect_error({"attn_layer_idx", "2"});
+
+  // Hugging Face: another name of the embedding, no head when tied, the padded size.
+  std::erase_if(changed, [](const auto& item) { return item.name == "lm_head.weight"; });
+  for (auto& item : changed)
+    if (item.name == "backbone.embedding.weight") item.name = "backbone.embeddings.weight";
+  rewrite(changed);
+  const std::string common =
+      R"("hidden_size":8,"state_size":4,"num_hidden_layers":2,"vocab_size":24,"expand":2,)"
+      R"("conv_kernel":3,"time_step_rank":2,"layer_norm_epsilon":1e-5,"use_bias":false,)"
+      R"("use_conv_bias":true,"hidden_act":"silu","torch_dtype":"float16","eos_token_id":0})";
+  write("config.json", R"({"model_type":"mamba",)" + common);
+  const auto loaded = LRNNLMHeadModel::from_pretrained(ctx_, folder_);
+  EXPECT_EQ(loaded.config().vocab_size, 24);
+  const auto wide = logits(loaded);
+  const auto narrow = logits(model);
+  for (std::size_t t = 0; t < 4; ++t)
+    for (std::size_t v = 0; v < 19; ++v) EXPECT_NEAR(wide[t * 24 + v], narrow[t * 19 + v], 1e-7);
+  write("config.json", R"({"model_type":"falcon_mamba",)" + common);
+  expect_error({"model_type", "falcon_mamba"});
+}
+
 TEST_F(Pretrained, DamagedFoldersAreTypedErrors) {
   expect_error({"config.json", "cannot open"});
   const LRNNLMHeadModel model(ctx_, config(), {.seed = 5});

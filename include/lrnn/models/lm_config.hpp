@@ -81,7 +81,8 @@ struct ReadConfigOptions {
 };
 
 /// A text without this library's format version is lrnnx's: attention is not causal unless it says
-/// so, and attention num_heads, S5 discretization and Centaurus sub_state_dim must be given.
+/// so, and attention num_heads, S5 discretization and Centaurus sub_state_dim must be given. Also
+/// reads the config.json of Mamba-1 checkpoints of mamba_ssm and of Hugging Face `mamba` models.
 /// @throws ConfigError naming the field, what was expected and what came
 [[nodiscard]] LRNNLMHeadConfig config_from_json(std::string_view text,
                                                 const ReadConfigOptions& options = {});
