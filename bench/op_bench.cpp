@@ -11,6 +11,7 @@
 #include <benchmark/benchmark.h>
 
 #include "core/runtime.hpp"
+#include "lrnn/core/random.hpp"
 #include "lrnn/ops/linear.hpp"
 #include "support/op_parity.hpp"
 

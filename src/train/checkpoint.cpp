@@ -107,6 +107,7 @@ std::vector<std::byte> bytes_of(Context& ctx, const TensorView& tensor) {
 
 void write_tensors(Context& ctx, const fs::path& path, const std::vector<NamedTensor>& tensors) {
   std::vector<SafetensorsItem> items;
+  items.reserve(tensors.size());
   for (const NamedTensor& t : tensors)
     items.push_back({t.name, file_dtype(t.tensor.dtype()), t.tensor.shape(),
                      [&ctx, tensor = t.tensor] { return bytes_of(ctx, tensor); }});
@@ -194,7 +195,7 @@ fs::path save_checkpoint(Context& ctx, const SaveCheckpoint& args, ParameterStor
     fs::create_directories(args.directory);
     remove_temporaries(args.directory);
     const std::string name = name_of_step(args.step);
-    const fs::path final_path = args.directory / name;
+    fs::path final_path = args.directory / name;
     const std::string suffix = std::to_string(args.step) + "-" + std::to_string(::getpid());
     const TemporaryDirectory temporary(args.directory / (kTemporaryPrefix + suffix));
     write_content(ctx, temporary.path(), args, parameters, optimizer);

@@ -35,12 +35,13 @@ void check_batch(const TokenBatch& batch, std::int64_t seqlen) {
 
 }  // namespace
 
-std::int64_t TextData::size(const Tokens& tokens) noexcept {
+std::int64_t TextData::size(const Tokens& tokens) {
   return static_cast<std::int64_t>(std::visit([](const auto& v) { return v.size(); }, tokens));
 }
 
 TextData TextData::from_files(const std::vector<std::filesystem::path>& files, double held_out) {
   std::vector<std::vector<std::uint8_t>> texts;
+  texts.reserve(files.size());
   for (const auto& path : files) texts.push_back(read_bytes(path));
   return from_bytes(texts, held_out);
 }
@@ -78,7 +79,7 @@ TextData TextData::from_tokens(std::vector<std::int32_t> train, std::vector<std:
   return data;
 }
 
-std::int32_t TextData::max_token() const noexcept {
+std::int32_t TextData::max_token() const {
   std::int32_t greatest = -1;
   for (const Tokens* tokens : {&train_, &held_out_})
     std::visit(
@@ -111,7 +112,7 @@ void TextData::fill_train(std::uint64_t seed, std::int64_t first, std::int64_t s
   }
 }
 
-std::int64_t TextData::held_out_windows(std::int64_t seqlen) const noexcept {
+std::int64_t TextData::held_out_windows(std::int64_t seqlen) const {
   const std::int64_t targets = held_out_size() - 1;
   return targets <= 0 ? 0 : (targets + seqlen - 1) / seqlen;
 }

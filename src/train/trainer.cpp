@@ -43,7 +43,7 @@ TrainerConfig resolved(TrainerConfig c) {
 /// One line of JSON.
 class Record {
  public:
-  explicit Record(const char* event) : text_(detail::concat("{\"event\":\"", event, '"')) {}
+  explicit Record(const char* event) : text_(detail::concat(R"({"event":")", event, '"')) {}
   Record& add(const char* name, double value) {
     std::array<char, 32> digits{};
     const auto end = std::to_chars(digits.data(), digits.data() + digits.size(), value).ptr;
@@ -215,13 +215,13 @@ void Trainer::resume() {
 std::filesystem::path Trainer::save() {
   LRNN_CHECK(!config_.checkpoint_directory.empty(), ConfigError,
              "TrainerConfig.checkpoint_directory: expected for a checkpoint");
-  const auto path = save_checkpoint(*ctx_,
-                                    {.directory = config_.checkpoint_directory,
-                                     .step = step_,
-                                     .settings = settings(),
-                                     .files = model_.files,
-                                     .keep = config_.keep_checkpoints},
-                                    *model_.parameters, optimizer_);
+  auto path = save_checkpoint(*ctx_,
+                              {.directory = config_.checkpoint_directory,
+                               .step = step_,
+                               .settings = settings(),
+                               .files = model_.files,
+                               .keep = config_.keep_checkpoints},
+                              *model_.parameters, optimizer_);
   record(Record("checkpoint").add("step", step_).add("path", path.string()).text());
   return path;
 }

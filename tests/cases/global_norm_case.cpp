@@ -24,6 +24,9 @@ const RegisterOpCases kRegister({
     global_norm_case(16384, 16385),                        // around the length of a run
     global_norm_case(16383, 40 * 4096),                    // several runs
 });
+const RegisterBenchCases kRegisterBench({
+    global_norm_case(std::int64_t{1} << 24, std::int64_t{1} << 23),
+});
 
 }  // namespace
 }  // namespace lrnn::testing

@@ -33,11 +33,11 @@ class TextData {
   static TextData from_tokens(std::vector<std::int32_t> train, std::vector<std::int32_t> held_out,
                               double bytes_per_token);
 
-  [[nodiscard]] std::int64_t train_size() const noexcept { return size(train_); }
-  [[nodiscard]] std::int64_t held_out_size() const noexcept { return size(held_out_); }
+  [[nodiscard]] std::int64_t train_size() const { return size(train_); }
+  [[nodiscard]] std::int64_t held_out_size() const { return size(held_out_); }
   [[nodiscard]] double bytes_per_token() const noexcept { return bytes_per_token_; }
   /// The greatest id; -1 without tokens.
-  [[nodiscard]] std::int32_t max_token() const noexcept;
+  [[nodiscard]] std::int32_t max_token() const;
 
   /// Sequences first, first + 1, ... of the endless random order of `seed`, each of seqlen + 1
   /// consecutive tokens.
@@ -46,15 +46,15 @@ class TextData {
                   const TokenBatch& batch) const;
 
   /// Windows of seqlen targets that together predict every held-out token but the first once.
-  [[nodiscard]] std::int64_t held_out_windows(std::int64_t seqlen) const noexcept;
+  [[nodiscard]] std::int64_t held_out_windows(std::int64_t seqlen) const;
   /// Windows first, first + 1, ...; what lies behind the end has targets kIgnoreIndex. Returns the
   /// number of targets that count.
-  std::int64_t fill_held_out(std::int64_t first, std::int64_t seqlen,
-                             const TokenBatch& batch) const;
+  [[nodiscard]] std::int64_t fill_held_out(std::int64_t first, std::int64_t seqlen,
+                                           const TokenBatch& batch) const;
 
  private:
   using Tokens = std::variant<std::vector<std::uint8_t>, std::vector<std::int32_t>>;
-  static std::int64_t size(const Tokens& tokens) noexcept;
+  static std::int64_t size(const Tokens& tokens);
 
   Tokens train_;
   Tokens held_out_;
