@@ -1,10 +1,9 @@
 /// What the subcommands of the program `lrnn` share.
 #pragma once
 
+#include <CLI/CLI.hpp>
 #include <functional>
 #include <string>
-
-#include <CLI/CLI.hpp>
 
 #include "lrnn/core/context.hpp"
 

@@ -1,7 +1,6 @@
 /// The program `lrnn`: the list of its subcommands.
 #include <cstdio>
 #include <exception>
-
 #include <fmt/format.h>
 
 #include "command.hpp"

@@ -1,6 +1,5 @@
 /// `lrnn selftest`: what this machine has, and every op of this build against the CPU reference.
 #include <chrono>
-
 #include <fmt/format.h>
 
 #include "command.hpp"
@@ -55,8 +54,8 @@ int run_device(Context ctx, const std::vector<DType>& dtypes, const Options& opt
       failures += run_case(c, ctx, dtype, options.verbose);
     }
   const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
-  fmt::print("{}: {} cases, {} failures, {:.1f} s\n",
-             ctx.device().is_cuda() ? "cuda" : "cpu", cases, failures, seconds.count());
+  fmt::print("{}: {} cases, {} failures, {:.1f} s\n", ctx.device().is_cuda() ? "cuda" : "cpu",
+             cases, failures, seconds.count());
   return failures;
 }
 

@@ -5,8 +5,8 @@
 #include <array>
 #include <cmath>
 #include <filesystem>
-#include <memory>
 #include <fmt/format.h>
+#include <memory>
 #include <vector>
 
 #include "command.hpp"
