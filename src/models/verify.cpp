@@ -2,12 +2,14 @@
 
 #include <algorithm>
 #include <cmath>
+#include <map>
 
 #include "lrnn/io/safetensors.hpp"
 #include "lrnn/models/lm_head_model.hpp"
 
 #include "io/checkpoint.hpp"
 #include "io/golden.hpp"
+#include "models/s4_coordinates.hpp"
 
 namespace lrnn {
 namespace {
@@ -174,19 +176,78 @@ struct Recorded {
   SafetensorsFile file;
 };
 
-void add_parameter_gradients(Context& ctx, ParameterStore& parameters, const Recorded& recorded,
+using NamedGradients = std::map<std::string, Doubles>;
+
+NamedGradients own_gradients(Context& ctx, const ParameterStore& parameters) {
+  NamedGradients own;
+  for (const Parameter& p : parameters) own.emplace(p.name, ctx.to_host_as_double(p.grad));
+  return own;
+}
+
+void add_parameter_gradients(const NamedGradients& own, const Recorded& recorded,
                              Gradients& gradients) {
   constexpr std::string_view kPrefix = "grad.";
   for (const auto& [name, entry] : recorded.file.entries()) {
     if (!name.starts_with(kPrefix)) continue;
     const std::string parameter = name.substr(kPrefix.size());
-    const Parameter* const p = parameters.find(parameter);
-    if (p == nullptr) {
-      gradients.add(parameter + " (no such parameter)", {}, recorded.file.read_doubles(entry));
-      continue;
-    }
-    gradients.add(parameter, ctx.to_host_as_double(p->grad), recorded.file.read_doubles(entry));
+    const auto it = own.find(parameter);
+    gradients.add(it == own.end() ? parameter + " (no such parameter)" : parameter,
+                  it == own.end() ? Doubles() : it->second, recorded.file.read_doubles(entry));
   }
+}
+
+// lrnnx's l_kernel of an S4 layer after its forward pass, 0 if it kept C as it was.
+std::int64_t kernel_length(const std::filesystem::path& directory, const std::string& prefix) {
+  for (const char* file : {"model_after.safetensors", "model.safetensors"}) {
+    if (!std::filesystem::exists(directory / file)) continue;
+    const auto tensors = SafetensorsFile::open(directory / file);
+    if (const auto* const entry = tensors.find(prefix + "layer.kernel.l_kernel"))
+      return tensors.read_integers(*entry).at(0);
+  }
+  return 0;
+}
+
+void s4_gradients_to_lrnnx(Context& ctx, ParameterStore& parameters, const std::string& prefix,
+                           const MixerKwargs& kwargs, const std::filesystem::path& directory,
+                           NamedGradients& own) {
+  const std::int64_t length = kernel_length(directory, prefix);
+  if (length == 0) return;
+  const auto value = [&](const char* name) {
+    return ctx.to_host_as_double(parameters.at(prefix + name).value);
+  };
+  const auto gradient = [&](const char* name) -> Doubles& { return own.at(prefix + name); };
+  const auto option = [&](const char* name, const char* otherwise) {
+    const std::string text = mixer_option(MixerType::S4, kwargs, name);
+    return text.size() < 2 ? std::string(otherwise) : text.substr(1, text.size() - 2);
+  };
+  const Shape C = parameters.at(prefix + "C").shape;  // (channels, H, N/2, 2)
+  const Shape P = parameters.at(prefix + "P").shape;  // (rank, n_ssm, N/2, 2)
+  detail::S4Layer layer{.channels = C[0],
+                        .heads = C[1],
+                        .states = C[2],
+                        .ssm_copies = P[1],
+                        .rank = P[0],
+                        .dt_tied = parameters.at(prefix + "inv_dt").shape[1] == 1,
+                        .A_real = value("A_real"),
+                        .A_imag = value("A_imag"),
+                        .inv_dt = value("inv_dt"),
+                        .P = value("P"),
+                        .C = value("C"),
+                        .dA_real = gradient("A_real"),
+                        .dA_imag = gradient("A_imag"),
+                        .dinv_dt = gradient("inv_dt"),
+                        .dP = gradient("P"),
+                        .dC = gradient("C"),
+                        .real_transform = option("real_transform", "exp"),
+                        .imag_transform = option("imag_transform", "none"),
+                        .dt_transform = option("dt_transform", "exp"),
+                        .dt_fast = mixer_option(MixerType::S4, kwargs, "dt_fast") == "true"};
+  detail::to_lrnnx_coordinates(layer, length);
+  gradient("A_real") = layer.dA_real;
+  gradient("A_imag") = layer.dA_imag;
+  gradient("inv_dt") = layer.dinv_dt;
+  gradient("P") = layer.dP;
+  gradient("C") = layer.dC;
 }
 
 // --- language models ---------------------------------------------------------------------------
@@ -265,8 +326,14 @@ void verify_model(Context& ctx, DType dtype, const std::filesystem::path& direct
   const Tensor targets = ctx.from_host<std::int32_t>(shape, recorded.integers("targets"));
   const Tensor loss = model.loss_and_backward(ctx, input_ids, targets, options);
   result.loss_error = relative_error(ctx.to_host_as_double(loss), recorded.doubles("loss"));
+  NamedGradients own_grads = own_gradients(ctx, model.parameters());
+  for (std::int64_t i = 0; i < model.config().n_layer; ++i)
+    if (model.config().mixer_types[static_cast<std::size_t>(i)] == MixerType::S4)
+      s4_gradients_to_lrnnx(ctx, model.parameters(),
+                            "backbone.layers." + std::to_string(i) + ".mixer.",
+                            model.config().layer_kwargs(i), directory, own_grads);
   Gradients gradients(dtype, result);
-  add_parameter_gradients(ctx, model.parameters(), recorded, gradients);
+  add_parameter_gradients(own_grads, recorded, gradients);
   gradients.write(result);
 }
 
@@ -324,7 +391,10 @@ void verify_mixer(Context& ctx, DType dtype, const std::filesystem::path& direct
   mixer->backward(ctx, *saved, {.dy = dy, .dx = dx});
   Gradients gradients(dtype, result);
   gradients.add("x", ctx.to_host_as_double(dx), recorded.doubles("dx"));
-  add_parameter_gradients(ctx, parameters, recorded, gradients);
+  NamedGradients own_grads = own_gradients(ctx, parameters);
+  if (type == MixerType::S4)
+    s4_gradients_to_lrnnx(ctx, parameters, "", kwargs, directory, own_grads);
+  add_parameter_gradients(own_grads, recorded, gradients);
   gradients.write(result);
 }
 
