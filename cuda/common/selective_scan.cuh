@@ -275,7 +275,7 @@ struct StateSlot {
     for (int n = 0; n < kStates; ++n) h[n] = base != nullptr && n < count ? base[offset + n] : 0.0F;
   }
   __device__ void store(float* base, const float (&h)[kStates]) const {
-    if (count == kStates && offset % kStates == 0) {
+    if (count == kStates && reinterpret_cast<std::uintptr_t>(base + offset) % 16 == 0) {
       *reinterpret_cast<float4*>(base + offset) = make_float4(h[0], h[1], h[2], h[3]);
       return;
     }
