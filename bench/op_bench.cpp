@@ -10,9 +10,10 @@
 
 #include <benchmark/benchmark.h>
 
-#include "core/runtime.hpp"
 #include "lrnn/core/random.hpp"
 #include "lrnn/ops/linear.hpp"
+
+#include "core/runtime.hpp"
 #include "support/op_parity.hpp"
 
 namespace lrnn::testing {
@@ -59,7 +60,8 @@ double gemm_rate(Context& ctx, DType dtype, std::int64_t n) {
       ctx.write_from_host(t->view().slice(0, r, rows), block);
   const auto work = [&] { linear_forward(ctx, {.x = x, .weight = w, .y = y}); };
   for (int i = 0; i < 3; ++i) work();
-  const double ms = median_ms(ctx, 10, [] {}, work);
+  const double ms = median_ms(
+      ctx, 10, [] {}, work);
   return 2.0 * std::pow(static_cast<double>(n), 3) / (ms * 1e-3);
 }
 
@@ -70,7 +72,8 @@ const Ceilings& ceilings(Context& ctx) {
     const std::int64_t n = std::int64_t{1} << (cuda ? 29 : 26);
     const Tensor src = ctx.zeros({n}, DType::float32);
     Tensor dst = ctx.empty({n}, DType::float32);
-    const double ms = median_ms(ctx, 10, [] {}, [&] { ctx.copy(dst, src); });
+    const double ms = median_ms(
+        ctx, 10, [] {}, [&] { ctx.copy(dst, src); });
     c.copy_bytes_per_s = 8.0 * static_cast<double>(n) / (ms * 1e-3);
     c.gemm_flop_per_s_fp32 = gemm_rate(ctx, DType::float32, cuda ? 8192 : 1024);
     if (cuda) c.gemm_flop_per_s_bf16 = gemm_rate(ctx, DType::bfloat16, 8192);
@@ -161,10 +164,9 @@ void register_case(const OpCase& c, bool cuda) {
       if (backward && !c.backward) continue;
       const std::string name = detail::concat(c.name, backward ? "/backward/" : "/forward/", dtype,
                                               cuda ? "/cuda" : "/cpu");
-      benchmark::RegisterBenchmark(name.c_str(),
-                                   [&c, dtype, cuda, backward](benchmark::State& s) {
-                                     run(s, c, dtype, cuda, backward);
-                                   })
+      benchmark::RegisterBenchmark(
+          name.c_str(),
+          [&c, dtype, cuda, backward](benchmark::State& s) { run(s, c, dtype, cuda, backward); })
           ->UseManualTime()
           ->Iterations(cuda ? kIterations : 3)
           ->Unit(benchmark::kMillisecond);
