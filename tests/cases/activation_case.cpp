@@ -1,0 +1,66 @@
+#include "lrnn/ops/activation.hpp"
+
+#include "support/op_case.hpp"
+
+namespace lrnn::testing {
+namespace {
+
+const char* name_of(Activation kind) {
+  switch (kind) {
+    case Activation::Identity:
+      return "identity";
+    case Activation::Silu:
+      return "silu";
+    case Activation::Gelu:
+      return "gelu";
+    case Activation::Sigmoid:
+      return "sigmoid";
+    case Activation::Softplus:
+      return "softplus";
+  }
+  return "";
+}
+
+// Columns [margin, margin + width) of x and y; the rest of y and of dx is 0.
+OpCase activation_case(Activation kind, std::int64_t rows, std::int64_t width,
+                       std::int64_t margin = 0) {
+  const Shape shape = {rows, width + margin};
+  const auto columns = [=](Tensor& t) { return t.view().slice(1, margin, width); };
+  return {
+      .name = detail::concat("activation/", name_of(kind), "/T:", rows, "/C:", width,
+                             margin > 0 ? detail::concat("/margin:", margin) : ""),
+      .inputs = {{.name = "x", .shape = shape, .low = -6, .high = 6}},
+      .outputs = {{.name = "y", .shape = shape}},
+      .forward =
+          [=](Context& ctx, Tensors& t) {
+            ctx.zero(t["y"]);
+            activation_forward(ctx, {.kind = kind, .x = columns(t["x"]), .y = columns(t["y"])});
+          },
+      .backward =
+          [=](Context& ctx, Tensors& t) {
+            ctx.zero(t["dx"]);
+            activation_backward(ctx, {.kind = kind,
+                                      .dy = columns(t["dy"]),
+                                      .x = columns(t["x"]),
+                                      .dx = columns(t["dx"])});
+          },
+  };
+}
+
+std::vector<OpCase> cases() {
+  std::vector<OpCase> all;
+  for (const Activation kind : {Activation::Identity, Activation::Silu, Activation::Gelu,
+                                Activation::Sigmoid, Activation::Softplus}) {
+    all.push_back(activation_case(kind, 1, 1));
+    all.push_back(activation_case(kind, 3, 7));
+    all.push_back(activation_case(kind, 5, 16));
+    all.push_back(activation_case(kind, 3, 8, 8));  // aligned column slices
+    all.push_back(activation_case(kind, 3, 8, 3));  // unaligned column slices
+  }
+  return all;
+}
+
+const RegisterOpCases kRegister(cases());
+
+}  // namespace
+}  // namespace lrnn::testing
