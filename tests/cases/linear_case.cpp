@@ -1,0 +1,114 @@
+#include "lrnn/ops/linear.hpp"
+
+#include "support/op_case.hpp"
+
+namespace lrnn::testing {
+namespace {
+
+struct Sizes {
+  std::int64_t rows, in, out;
+  bool bias = true;
+  std::int64_t margin = 0;  // columns beside x and y, and beside the weight if `slice_weight`
+  bool slice_weight = false;
+};
+
+MutableTensorView columns(const Sizes& z, Tensor& t, std::int64_t width) {
+  return t.view().slice(1, z.margin, width);
+}
+MutableTensorView weight(const Sizes& z, Tensor& t) {
+  return z.slice_weight ? columns(z, t, z.in) : t.view();
+}
+
+void forward(const Sizes& z, Context& ctx, Tensors& t) {
+  if (z.margin > 0) ctx.zero(t["y"]);
+  linear_forward(ctx, {.x = columns(z, t["x"], z.in),
+                       .weight = weight(z, t["weight"]),
+                       .bias = t["bias"],
+                       .y = columns(z, t["y"], z.out)});
+}
+void backward(const Sizes& z, Context& ctx, Tensors& t) {
+  if (z.margin > 0) ctx.zero(t["dx"]);
+  linear_backward(ctx, {.dy = columns(z, t["dy"], z.out),
+                        .x = columns(z, t["x"], z.in),
+                        .weight = weight(z, t["weight"]),
+                        .dx = columns(z, t["dx"], z.in),
+                        .dweight = weight(z, t["dweight"]),
+                        .dbias = t["dbias"]});
+}
+
+OpCase linear_case(const Sizes& z) {
+  const double flops = 2.0 * static_cast<double>(z.rows * z.in * z.out);
+  OpCase c{
+      .name =
+          detail::concat("linear/T:", z.rows, "/I:", z.in, "/O:", z.out, z.bias ? "" : "/no_bias",
+                         z.margin > 0 ? detail::concat("/margin:", z.margin) : "",
+                         z.slice_weight ? "/weight_slice" : ""),
+      .inputs = {{.name = "x", .shape = {z.rows, z.in + z.margin}}},
+      .params = {{.name = "weight", .shape = {z.out, z.in + (z.slice_weight ? z.margin : 0)}}},
+      .outputs = {{.name = "y", .shape = {z.rows, z.out + z.margin}}},
+      .forward = [z](Context& ctx, Tensors& t) { forward(z, ctx, t); },
+      .backward = [z](Context& ctx, Tensors& t) { backward(z, ctx, t); },
+      .flops_forward = flops,
+      .flops_backward = 2.0 * flops,
+  };
+  if (z.bias) c.params.push_back({.name = "bias", .shape = {z.out}});
+  return c;
+}
+
+// y = x W1^T + x W2^T, the second product accumulated, and the same for dx.
+OpCase accumulate_case(std::int64_t rows, std::int64_t in, std::int64_t out) {
+  const auto backward_of = [](Context& ctx, Tensors& t, const char* w, const char* dw, bool add) {
+    linear_backward(ctx, {.dy = t["dy"],
+                          .x = t["x"],
+                          .weight = t[w],
+                          .dx = t["dx"],
+                          .dweight = t[dw],
+                          .accumulate_dx = add});
+  };
+  return {
+      .name = detail::concat("linear/accumulate/T:", rows, "/I:", in, "/O:", out),
+      .inputs = {{.name = "x", .shape = {rows, in}}},
+      .params = {{.name = "w1", .shape = {out, in}}, {.name = "w2", .shape = {out, in}}},
+      .outputs = {{.name = "y", .shape = {rows, out}}},
+      .forward =
+          [](Context& ctx, Tensors& t) {
+            linear_forward(ctx, {.x = t["x"], .weight = t["w1"], .y = t["y"]});
+            linear_forward(ctx, {.x = t["x"], .weight = t["w2"], .y = t["y"], .accumulate = true});
+          },
+      .backward =
+          [backward_of](Context& ctx, Tensors& t) {
+            backward_of(ctx, t, "w1", "dw1", false);
+            backward_of(ctx, t, "w2", "dw2", true);
+          },
+  };
+}
+
+OpCase without_gradcheck(OpCase c) {
+  c.gradcheck = false;
+  return c;
+}
+
+const RegisterOpCases kRegister({
+    linear_case({1, 1, 1}),
+    linear_case({3, 5, 7}),
+    linear_case({1, 16, 9}),  // one row, as in decoding
+    linear_case({17, 8, 16}),
+    linear_case({5, 1, 4, false}),
+    linear_case({4, 6, 1}),
+    linear_case({4, 8, 8, true, 8}),         // aligned column slices
+    linear_case({4, 6, 5, true, 3}),         // unaligned column slices
+    linear_case({4, 8, 8, false, 8, true}),  // of the weight as well
+    linear_case({4, 6, 5, true, 3, true}),
+    accumulate_case(3, 5, 4),
+    accumulate_case(8, 16, 8),
+    without_gradcheck(linear_case({130, 96, 200})),
+    without_gradcheck(linear_case({257, 129, 65})),
+    without_gradcheck(linear_case({2, 600, 300, false})),
+});
+const RegisterBenchCases kRegisterBench({
+    without_gradcheck(linear_case({16384, 768, 3072, false})),
+    without_gradcheck(linear_case({16384, 1536, 768, false})),
+});
+
+}  // namespace
+}  // namespace lrnn::testing
