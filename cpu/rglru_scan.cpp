@@ -1,0 +1,265 @@
+// Channels are the vector lanes: a pack of channels keeps its states in registers while time runs.
+// Work items are (sequence, pack), so that sums do not depend on the number of threads.
+#include "lrnn/ops/rglru_scan.hpp"
+
+#include <algorithm>
+#include <array>
+#include <vector>
+
+#include "common/rows.hpp"
+
+namespace lrnn::cpu {
+namespace {
+
+template <class T>
+constexpr int kLanes = Eigen::internal::packet_traits<T>::size;
+template <class T>
+using Pack = Eigen::Array<T, kLanes<T>, 1>;
+
+template <class T>
+Pack<T> load(const T* p, std::int64_t count) {
+  if (count == kLanes<T>) return Eigen::Map<const Pack<T>>(p);
+  Pack<T> v = Pack<T>::Zero();
+  std::copy_n(p, count, v.data());
+  return v;
+}
+template <class T>
+void store(const Pack<T>& v, T* p, std::int64_t count) {
+  std::copy_n(v.data(), count, p);
+}
+
+template <class T>
+Pack<T> sigmoid(const Pack<T>& v) {
+  return T(1) / (T(1) + (-v).exp());
+}
+template <class T>
+Pack<T> softplus(const Pack<T>& v) {
+  return v.max(T(0)) + (-v.abs()).exp().log1p();
+}
+
+template <class T>
+const T* data_or_null(TensorView t) {
+  return t ? t.data<T>() : nullptr;
+}
+template <class T>
+T* data_or_null(MutableTensorView t) {
+  return t ? t.data<T>() : nullptr;
+}
+
+/// Operands as pointers, and sizes.
+template <class T>
+struct Problem {
+  Rows<const T> v, pre_r, pre_i;
+  const T* a_log;
+  const std::int32_t* lengths;
+  T c;
+  std::int64_t batch, seqlen, channels, packs;
+
+  explicit Problem(const RglruScanInputs& in)
+      : v(rows_of<T>(in.v)),
+        pre_r(rows_of<T>(in.pre_r)),
+        pre_i(rows_of<T>(in.pre_i)),
+        a_log(in.a_log.data<T>()),
+        lengths(data_or_null<std::int32_t>(in.lengths)),
+        c(static_cast<T>(in.c)),
+        batch(in.v.dim(0)),
+        seqlen(in.v.dim(1)),
+        channels(in.v.dim(2)),
+        packs((channels + kLanes<T> - 1) / kLanes<T>) {}
+  [[nodiscard]] std::int64_t length(std::int64_t b) const {
+    return lengths != nullptr ? lengths[b] : seqlen;
+  }
+  [[nodiscard]] std::int64_t chunk_row(std::int64_t b, std::int64_t t) const {
+    return b * rglru_scan_chunks(seqlen) + t / kRglruScanChunk;
+  }
+};
+
+/// What the gates of one token give.
+template <class T>
+struct Gates {
+  Pack<T> log_a, a, m, i;
+};
+
+/// One pack of channels of one sequence.
+template <class T>
+struct Lanes {
+  const Problem<T>& p;
+  std::int64_t b, first, count;
+  Pack<T> rate;  // c softplus(-a_log)
+
+  Lanes(const Problem<T>& problem, std::int64_t sequence, std::int64_t pack)
+      : p(problem),
+        b(sequence),
+        first(pack * kLanes<T>),
+        count(std::min<std::int64_t>(kLanes<T>, problem.channels - first)),
+        rate(p.c * softplus<T>(-load(p.a_log + first, count))) {}
+
+  [[nodiscard]] std::int64_t row(std::int64_t t) const { return b * p.seqlen + t; }
+  [[nodiscard]] Pack<T> read(const Rows<const T>& rows, std::int64_t t) const {
+    return load(rows[row(t)] + first, count);
+  }
+  void write(const Pack<T>& value, const Rows<T>& rows, std::int64_t t) const {
+    store<T>(value, rows[row(t)] + first, count);
+  }
+  // Element (row, channel) of a dense [.., E] tensor.
+  [[nodiscard]] Pack<T> read_state(const T* base, std::int64_t r) const {
+    if (base == nullptr) return Pack<T>::Zero();
+    return load(base + r * p.channels + first, count);
+  }
+  void write_state(const Pack<T>& value, T* base, std::int64_t r) const {
+    if (base != nullptr) store<T>(value, base + r * p.channels + first, count);
+  }
+  [[nodiscard]] Gates<T> gates(std::int64_t t) const {
+    Gates<T> g;
+    g.log_a = -rate * sigmoid<T>(read(p.pre_r, t));
+    g.a = g.log_a.exp();
+    g.m = (-(T(2) * g.log_a).expm1()).sqrt();
+    g.i = sigmoid<T>(read(p.pre_i, t));
+    return g;
+  }
+};
+
+template <class T>
+void forward_pack(const RglruScanForward& args, const Problem<T>& p, std::int64_t b,
+                  std::int64_t pack) {
+  const Lanes<T> lanes(p, b, pack);
+  const auto out = rows_of<T>(args.h);
+  T* const chunk_states = data_or_null<T>(args.chunk_states);
+  Pack<T> h = lanes.read_state(data_or_null<T>(args.in.state_in), b);
+  const std::int64_t length = p.length(b);
+  for (std::int64_t t = 0; t < p.seqlen; ++t) {
+    if (t % kRglruScanChunk == 0) lanes.write_state(h, chunk_states, p.chunk_row(b, t));
+    if (t >= length) {
+      lanes.write(Pack<T>::Zero(), out, t);
+      continue;
+    }
+    const Gates<T> g = lanes.gates(t);
+    h = g.a * h + g.m * (g.i * lanes.read(p.v, t));
+    lanes.write(h, out, t);
+  }
+  lanes.write_state(h, data_or_null<T>(args.state_out), b);
+}
+
+template <class T>
+void forward(const RglruScanForward& args) {
+  const Problem<T> p(args.in);
+#pragma omp parallel for collapse(2) schedule(dynamic)
+  for (std::int64_t b = 0; b < p.batch; ++b)
+    for (std::int64_t pack = 0; pack < p.packs; ++pack) forward_pack(args, p, b, pack);
+}
+
+template <class T>
+class BackwardPack {
+ public:
+  BackwardPack(const RglruScanBackward& args, const Problem<T>& p, std::int64_t b,
+               std::int64_t pack)
+      : args_(args),
+        p_(p),
+        lanes_(p, b, pack),
+        dh_(rows_of<T>(args.dh)),
+        dv_(rows_of<T>(args.dv)),
+        dpre_r_(rows_of<T>(args.dpre_r)),
+        dpre_i_(rows_of<T>(args.dpre_i)) {}
+
+  // Leaves sum t of this sequence in sums[b, :].
+  void run(T* sums) {
+    const std::int64_t b = lanes_.b;
+    const std::int64_t length = p_.length(b);
+    carry_ = lanes_.read_state(data_or_null<T>(args_.dstate_out), b);
+    for (std::int64_t t = length; t < p_.seqlen; ++t) clear(t);
+    for (std::int64_t first = (length - 1) / kRglruScanChunk * kRglruScanChunk; first >= 0;
+         first -= kRglruScanChunk) {
+      const std::int64_t last = std::min(length, first + kRglruScanChunk);
+      recompute(first, last);
+      chunk_sum_ = Pack<T>::Zero();
+      for (std::int64_t t = last - 1; t >= first; --t)
+        token(t, static_cast<std::size_t>(t - first));
+      sum_ += chunk_sum_;
+    }
+    lanes_.write_state(carry_, data_or_null<T>(args_.dstate_in), b);
+    lanes_.write_state(sum_, sums, b);
+  }
+
+ private:
+  void clear(std::int64_t t) {
+    lanes_.write(Pack<T>::Zero(), dv_, t);
+    lanes_.write(Pack<T>::Zero(), dpre_r_, t);
+    lanes_.write(Pack<T>::Zero(), dpre_i_, t);
+  }
+
+  // The gates of a chunk and the states before its tokens.
+  void recompute(std::int64_t first, std::int64_t last) {
+    Pack<T> h = lanes_.read_state(args_.chunk_states.data<T>(), p_.chunk_row(lanes_.b, first));
+    for (std::int64_t t = first; t < last; ++t) {
+      const auto i = static_cast<std::size_t>(t - first);
+      before_[i] = h;
+      gates_[i] = lanes_.gates(t);
+      const Gates<T>& g = gates_[i];
+      h = g.a * h + g.m * (g.i * lanes_.read(p_.v, t));
+    }
+  }
+
+  // carry_ holds a_{t+1} g_{t+1} on entry and a_t g_t on return.
+  void token(std::int64_t t, std::size_t i) {
+    const Gates<T>& gates = gates_[i];
+    const Pack<T> v = lanes_.read(p_.v, t);
+    const Pack<T> g = lanes_.read(dh_, t) + carry_;
+    const Pack<T> q = (gates.m > T(0)).select(gates.log_a / gates.m, Pack<T>::Zero());
+    const Pack<T> gated = gates.i * v;
+    const Pack<T> term = g * (gates.log_a * gates.a * before_[i] - gated * gates.a.square() * q);
+    chunk_sum_ += term;
+    // 1 - sig(x) = sig(-x), without cancellation.
+    lanes_.write(term * sigmoid<T>(-lanes_.read(p_.pre_r, t)), dpre_r_, t);
+    lanes_.write(g * gates.m * gated * sigmoid<T>(-lanes_.read(p_.pre_i, t)), dpre_i_, t);
+    lanes_.write(g * gates.m * gates.i, dv_, t);
+    carry_ = gates.a * g;
+  }
+
+  const RglruScanBackward& args_;
+  const Problem<T>& p_;
+  Lanes<T> lanes_;
+  Rows<const T> dh_;
+  Rows<T> dv_, dpre_r_, dpre_i_;
+  std::array<Pack<T>, kRglruScanChunk> before_;
+  std::array<Gates<T>, kRglruScanChunk> gates_;
+  Pack<T> carry_;
+  // Sums of chunks first: two short sums round less than one long one.
+  Pack<T> chunk_sum_;
+  Pack<T> sum_ = Pack<T>::Zero();
+};
+
+// sig(-x) / log sig(x). Both vanish for large x, where the ratio tends to -1.
+template <class T>
+T slope_over_value(T x) {
+  const T y = std::exp(-std::abs(x));
+  if (x < T(0)) return T(-1) / ((T(1) + y) * (std::log1p(y) - x));
+  return y > T(0) ? -y / ((T(1) + y) * std::log1p(y)) : T(-1);
+}
+
+template <class T>
+void backward(const RglruScanBackward& args) {
+  const Problem<T> p(args.in);
+  std::vector<T> sums(static_cast<std::size_t>(p.batch * p.channels));
+#pragma omp parallel for collapse(2) schedule(dynamic)
+  for (std::int64_t b = 0; b < p.batch; ++b)
+    for (std::int64_t pack = 0; pack < p.packs; ++pack)
+      BackwardPack<T>(args, p, b, pack).run(sums.data());
+  T* const da_log = args.da_log.data<T>();
+  for (std::int64_t e = 0; e < p.channels; ++e) {
+    T sum = T(0);
+    for (std::int64_t b = 0; b < p.batch; ++b)
+      sum += sums[static_cast<std::size_t>(b * p.channels + e)];
+    da_log[e] += sum * slope_over_value(p.a_log[e]);
+  }
+}
+
+}  // namespace
+
+void rglru_scan_forward(Context&, const RglruScanForward& args) {
+  visit_float("rglru_scan_forward", args.in.v.dtype(), [&]<class T>() { forward<T>(args); });
+}
+void rglru_scan_backward(Context&, const RglruScanBackward& args) {
+  visit_float("rglru_scan_backward", args.in.v.dtype(), [&]<class T>() { backward<T>(args); });
+}
+
+}  // namespace lrnn::cpu
