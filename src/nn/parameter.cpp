@@ -63,6 +63,7 @@ void ParameterStore::materialize(Context& ctx, DType dtype, std::uint64_t seed,
   LRNN_CHECK(slabs_.empty(), InternalError, "materialize() called twice");
   LRNN_CHECK(dtype == DType::float32 || dtype == DType::float64 || dtype == DType::bfloat16,
              DTypeError, "parameters cannot be ", dtype);
+  memory_ = &ctx.memory();
   const bool islands = dtype == DType::bfloat16;
   slabs_.resize(islands ? 2 : 1);
   slabs_[0].dtype = dtype;
@@ -90,6 +91,7 @@ void ParameterStore::initialize(Context& ctx, Parameter& parameter, std::uint64_
 void ParameterStore::enable_grad(Context& ctx) {
   LRNN_CHECK(!slabs_.empty(), InternalError, "enable_grad() before materialize()");
   if (has_grad()) return;
+  const Context::MemoryScope scope(ctx, *memory_);
   for (ParameterSlab& slab : slabs_)
     slab.grads = ctx.zeros({slab.numel}, accumulate_dtype(slab.dtype));
   for (Parameter& p : parameters_)

@@ -37,6 +37,23 @@ TEST(ParameterStore, IslandsStayFloat32) {
   EXPECT_EQ(store.at("layer.in_proj.weight").value.dtype(), DType::bfloat16);
 }
 
+// Gradients turned on while memory is redirected outlive the resource it was redirected to.
+TEST(ParameterStore, GradientsLiveWhereTheValuesDo) {
+  Context ctx = Context::cpu();
+  ParameterStore store;
+  add_two(store);
+  store.materialize(ctx, DType::bfloat16, 1);
+  {
+    StatisticsResource passing(ctx.memory());
+    const Context::MemoryScope scope(ctx, passing);
+    store.enable_grad(ctx);
+    EXPECT_EQ(passing.stats().upstream_allocations, 0U);
+    EXPECT_EQ(&ctx.memory(), &passing);
+  }
+  store.zero_grad(ctx);
+  for (const double g : ctx.to_host_as_double(store.at("layer.A_log").grad)) EXPECT_EQ(g, 0.0);
+}
+
 // A value depends on seed and name alone, not on what was added before it.
 TEST(ParameterStore, ValuesDoNotDependOnOrder) {
   Context ctx = Context::cpu();

@@ -81,6 +81,8 @@ class ParameterStore {
   void materialize(Context& ctx, DType dtype, std::uint64_t seed, bool initialize_values = true);
   /// Runs the initialiser of one parameter of a materialised store.
   static void initialize(Context& ctx, Parameter& parameter, std::uint64_t seed);
+  /// Gradients come from the memory of the values, whatever MemoryScope is in force: they live as
+  /// long as the store, not as long as whoever asks for them first.
   void enable_grad(Context& ctx);
   void zero_grad(Context& ctx);
   [[nodiscard]] bool has_grad() const noexcept;
@@ -89,6 +91,7 @@ class ParameterStore {
  private:
   std::deque<Parameter> parameters_;
   std::vector<ParameterSlab> slabs_;
+  MemoryResource* memory_ = nullptr;
 };
 
 /// A ParameterStore with a name prefix: `scope / "mixer"` names "mixer.*".
