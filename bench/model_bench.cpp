@@ -34,9 +34,9 @@ void report(benchmark::State& state, const std::vector<double>& ms) {
 }
 
 Tensor random_tensor(Context& ctx, const Shape& shape, DType dtype) {
-  Rng rng(7, "bench");
   std::vector<double> values(static_cast<std::size_t>(shape.numel()));
-  for (double& v : values) v = rng.normal();
+  Rng rng(7, "bench");
+  init::normal(1.0)(values, shape, rng);
   return ctx.from_host_as(shape, dtype, values);
 }
 

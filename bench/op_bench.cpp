@@ -85,16 +85,32 @@ const Ceilings& ceilings(Context& ctx) {
   return measured;
 }
 
-double max_error(Context& ctx, const OpCase& c, DType dtype, bool backward) {
+/// Values of a case and its results in double on the CPU, kept while its rows are timed.
+struct Reference {
+  const OpCase* c = nullptr;
+  Values values;
+  Tensors results;
+};
+
+const Reference& reference_of(const OpCase& c) {
+  static Reference kept;
+  if (kept.c == &c) return kept;
+  kept = {};
   Context cpu = Context::cpu();
-  const Values v = random_values(c);
-  Tensors want = make_tensors(cpu, c, v, DType::float64);
-  Tensors got = make_tensors(ctx, c, v, dtype);
-  c.forward(cpu, want);
+  kept.values = random_values(c);
+  kept.results = make_tensors(cpu, c, kept.values, DType::float64);
+  c.forward(cpu, kept.results);
+  if (c.backward) c.backward(cpu, kept.results);
+  kept.c = &c;
+  return kept;
+}
+
+double max_error(Context& ctx, const OpCase& c, const Reference& want, Tensors& got,
+                 bool backward) {
+  Context cpu = Context::cpu();
   c.forward(ctx, got);
   std::vector<std::string> names;
   if (backward) {
-    c.backward(cpu, want);
     c.backward(ctx, got);
     for (const auto* group : {&c.inputs, &c.params})
       for (const auto& o : *group) names.push_back("d" + o.name);
@@ -103,8 +119,8 @@ double max_error(Context& ctx, const OpCase& c, DType dtype, bool backward) {
   }
   double worst = 0;
   for (const auto& name : names) {
-    const auto g = ctx.to_host_as_double(got[name]);
-    const auto w = cpu.to_host_as_double(want[name]);
+    const auto g = ctx.to_host_as_double(got.at(name));
+    const auto w = cpu.to_host_as_double(want.results.at(name));
     double error = 0;
     double scale = 1e-300;
     for (std::size_t i = 0; i < w.size(); ++i) {
@@ -119,8 +135,9 @@ double max_error(Context& ctx, const OpCase& c, DType dtype, bool backward) {
 void run(benchmark::State& state, const OpCase& c, DType dtype, bool cuda, bool backward) {
   Context ctx = cuda ? Context::cuda() : Context::cpu();
   const Ceilings& top = ceilings(ctx);
-  const double error = max_error(ctx, c, dtype, backward);
-  Tensors t = make_tensors(ctx, c, random_values(c), dtype);
+  const Reference& reference = reference_of(c);
+  Tensors t = make_tensors(ctx, c, reference.values, dtype);
+  const double error = max_error(ctx, c, reference, t, backward);
   Tensor flush = ctx.empty({cuda ? std::int64_t{1} << 25 : 1}, DType::float32);
   c.forward(ctx, t);
   const auto work = [&] { (backward ? c.backward : c.forward)(ctx, t); };

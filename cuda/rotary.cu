@@ -34,7 +34,8 @@ struct RotaryArgs {
 // head at a time.
 template <class T, int kPairs, bool kInterleaved>
 __global__ __launch_bounds__(kThreads) void rotary_kernel(RotaryArgs<T> a) {
-  extern __shared__ float2 table[];  // [kTokens, dim / 2]: cosine, sine
+  extern __shared__ float2 table[];      // [kTokens, dim / 2]: cosine, sine
+  constexpr bool kScalar = kPairs == 1;  // heads may start at any element
   const int half = a.dim / 2;
   const std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * kTokens;
   const int tokens = static_cast<int>(min(static_cast<std::int64_t>(kTokens), a.rows - first));
@@ -62,7 +63,10 @@ __global__ __launch_bounds__(kThreads) void rotary_kernel(RotaryArgs<T> a) {
       // Pair p is (v[p], v[kPairs + p]), or (v[2 p], v[2 p + 1]) if interleaved.
       float v[2 * kPairs];
       float out[2 * kPairs];
-      if constexpr (kInterleaved) {
+      if constexpr (kScalar) {
+        v[0] = to_float(head[kInterleaved ? 2 * j : j]);
+        v[1] = to_float(head[kInterleaved ? 2 * j + 1 : half + j]);
+      } else if constexpr (kInterleaved) {
         load_vec<T, 2 * kPairs>(head + 2 * j, v);
       } else {
         float(&low)[kPairs] = *reinterpret_cast<float(*)[kPairs]>(v);
@@ -78,7 +82,10 @@ __global__ __launch_bounds__(kThreads) void rotary_kernel(RotaryArgs<T> a) {
         out[u] = fmaf(v[u], angle.x, -v[w] * angle.y);
         out[w] = fmaf(v[u], angle.y, v[w] * angle.x);
       }
-      if constexpr (kInterleaved) {
+      if constexpr (kScalar) {
+        head[kInterleaved ? 2 * j : j] = from_float<T>(out[0]);
+        head[kInterleaved ? 2 * j + 1 : half + j] = from_float<T>(out[1]);
+      } else if constexpr (kInterleaved) {
         store_vec<T, 2 * kPairs>(head + 2 * j, out);
       } else {
         float(&low)[kPairs] = *reinterpret_cast<float(*)[kPairs]>(out);

@@ -43,4 +43,11 @@ std::uint64_t Rng::below(std::uint64_t n) {
   return static_cast<std::uint64_t>(uniform() * static_cast<double>(n));
 }
 
+void Rng::discard(std::uint64_t n) {
+  const std::uint64_t position = 4 * counter_ - (4 - static_cast<std::uint64_t>(used_)) + n;
+  counter_ = position / 4;
+  used_ = 4;
+  for (std::uint64_t i = 0; i < position % 4; ++i) static_cast<void>(bits());
+}
+
 }  // namespace lrnn

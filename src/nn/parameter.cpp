@@ -3,6 +3,25 @@
 #include <algorithm>
 
 namespace lrnn {
+namespace {
+
+// v[i] = next(rng), `words` of rng.bits() each: blocks in parallel, the values of one thread.
+template <class Next>
+void draw(std::span<double> v, Rng& rng, std::uint64_t words, const Next& next) {
+  constexpr std::int64_t kBlock = 1 << 16;
+  const auto size = static_cast<std::int64_t>(v.size());
+#pragma omp parallel for schedule(static)
+  for (std::int64_t begin = 0; begin < size; begin += kBlock) {
+    Rng local = rng;
+    local.discard(static_cast<std::uint64_t>(begin) * words);
+    for (std::int64_t i = begin; i < std::min(size, begin + kBlock); ++i)
+      v[static_cast<std::size_t>(i)] = next(local);
+  }
+  rng.discard(v.size() * words);
+}
+
+}  // namespace
+
 namespace init {
 
 Initializer constant(double value) {
@@ -10,12 +29,12 @@ Initializer constant(double value) {
 }
 Initializer uniform(double bound) {
   return [bound](std::span<double> v, const Shape&, Rng& rng) {
-    for (double& e : v) e = rng.uniform(-bound, bound);
+    draw(v, rng, 2, [bound](Rng& r) { return r.uniform(-bound, bound); });
   };
 }
 Initializer normal(double stddev) {
   return [stddev](std::span<double> v, const Shape&, Rng& rng) {
-    for (double& e : v) e = stddev * rng.normal();
+    draw(v, rng, 4, [stddev](Rng& r) { return stddev * r.normal(); });
   };
 }
 

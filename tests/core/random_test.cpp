@@ -50,5 +50,21 @@ TEST(Rng, NamesSelectIndependentStreams) {
   EXPECT_NE(other.bits(), first);
 }
 
+TEST(Rng, DiscardSkipsWhatWouldHaveBeenDrawn) {
+  for (std::uint64_t drawn = 0; drawn < 6; ++drawn)
+    for (std::uint64_t skipped = 0; skipped < 11; ++skipped) {
+      Rng serial(3, "stream");
+      Rng jumped(3, "stream");
+      for (std::uint64_t i = 0; i < drawn; ++i) {
+        static_cast<void>(serial.bits());
+        static_cast<void>(jumped.bits());
+      }
+      for (std::uint64_t i = 0; i < skipped; ++i) static_cast<void>(serial.bits());
+      jumped.discard(skipped);
+      for (int i = 0; i < 9; ++i)
+        ASSERT_EQ(jumped.bits(), serial.bits()) << drawn << " drawn, " << skipped << " skipped";
+    }
+}
+
 }  // namespace
 }  // namespace lrnn

@@ -1,5 +1,6 @@
 #include "support/op_case.hpp"
 
+#include <algorithm>
 #include <cmath>
 
 #include "lrnn/core/random.hpp"
@@ -24,11 +25,16 @@ DType dtype_for(const Operand& o, DType dtype) {
 // Values are exact in bfloat16 for activations, and in float32 otherwise, so that all runs of a
 // case see the same numbers.
 std::vector<double> random_operand(const Operand& o, const std::string& name, std::uint64_t seed) {
-  Rng rng(seed, name);
   std::vector<double> v(static_cast<std::size_t>(o.shape.numel()));
-  for (double& e : v) {
-    const auto f = static_cast<float>(rng.uniform(o.low, o.high));
-    e = static_cast<double>(o.storage == Storage::Activation ? to_float(to_bfloat16(f)) : f);
+  constexpr std::size_t kBlock = 1 << 16;
+#pragma omp parallel for schedule(static)
+  for (std::size_t begin = 0; begin < v.size(); begin += kBlock) {
+    Rng rng(seed, name);
+    rng.discard(2 * begin);
+    for (std::size_t i = begin; i < std::min(v.size(), begin + kBlock); ++i) {
+      const auto f = static_cast<float>(rng.uniform(o.low, o.high));
+      v[i] = static_cast<double>(o.storage == Storage::Activation ? to_float(to_bfloat16(f)) : f);
+    }
   }
   return v;
 }

@@ -8,8 +8,8 @@ namespace lrnn::testing {
 /// How far one result is from the reference, and how far it may be.
 struct Deviation {
   std::string name;
-  double nmse;  ///< |got - want|^2 / |want|^2
-  double limit;
+  double nmse;   ///< |got - want|^2 / |want|^2
+  double limit;  ///< of the case, or what the conditioning of this result allows, if that is more
 };
 
 /// Runs forward and backward of `c` in `dtype` on `ctx` and in float64 on the CPU, on the same
