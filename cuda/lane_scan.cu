@@ -1,12 +1,435 @@
+// Forward, the carries of both passes, and one token. Steps and ownership: common/lane_scan.cuh.
+//
+// Bound by issue slots: per sub-state and token four FMA of the recurrence and two of the read-out;
+// per sub-state and chunk eight wide reads of the tokens. Step 1 repeats the recurrence.
 #include "lrnn/ops/lane_scan.hpp"
 
-namespace lrnn::cuda {
+#include "common/check.cuh"
+#include "common/lane_scan.cuh"
 
-void lane_scan_forward(Context&, const LaneScanForward&) {
-  throw DeviceError("lane_scan_forward: no CUDA kernel yet");
+namespace lrnn::cuda {
+namespace lane {
+namespace {
+
+enum Field { kMultiplier, kGap, kState, kWeight };  // one weight per channel
+
+template <class T>
+struct ForwardArgs {
+  Sizes sizes;
+  const float* a;
+  const float* a_low;
+  const float* W;
+  const float* skip;
+  const T* v;
+  const std::int32_t* lengths;
+  const float* starts;  // [B S, 2, N, M]; state_in if there is one segment; null: 0
+  T* y;
+  float* sums;  // outputs of several tiles, float32 [B, L, G]: y itself if it is float32
+  float* state_out;
+  float* chunk_states;
+  float* ends;      // step 1
+  float2* columns;  // null: in shared memory
+};
+
+int fields(const Sizes& s) {
+  return kWeight + static_cast<int>(s.channels);
 }
-void lane_scan_backward(Context&, const LaneScanBackward&) {
-  throw DeviceError("lane_scan_backward: no CUDA kernel yet");
+
+// One sub-state through a chunk. Tokens from `steps` on leave the state as it is.
+template <bool kFull, bool kReadOut>
+__device__ __forceinline__ float2 walk(float2 a, float2 W, float2 x, const float* tokens, int steps,
+                                       float (&w)[kChunk]) {
+#pragma unroll
+  for (int q = 0; q < kChunk / 4; ++q) {
+    const float4 four = *reinterpret_cast<const float4*>(tokens + 4 * q);
+    const float v[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      if (!kFull && 4 * q + j >= steps) continue;
+      x = advance(a, x, v[j]);
+      if constexpr (kReadOut) w[4 * q + j] = fmaf(W.x, x.x, fmaf(-W.y, x.y, w[4 * q + j]));
+    }
+  }
+  return x;
+}
+
+// The walk of one block through one tile of lanes.
+template <class T, bool kEnds>
+class Walk {
+ public:
+  __device__ Walk(const ForwardArgs<T>& args, const Segment& segment, std::int64_t group,
+                  std::int64_t tile, float* memory)
+      : args_(args),
+        s_(args.sizes),
+        segment_(segment),
+        group_(group),
+        tile_(tile),
+        place_(args.sizes, group, tile),
+        v_tile_(memory),
+        y_tile_(memory + args.sizes.tile * kPitch),
+        columns_{args.columns, args.sizes.per_part} {
+    if (args.columns == nullptr)
+      columns_.base = reinterpret_cast<float2*>(memory + 2 * args.sizes.tile * kPitch);
+    else
+      columns_.base += static_cast<std::int64_t>(blockIdx.x) * kThreads * args.sizes.per_part *
+                       (kWeight + args.sizes.channels);
+  }
+
+  __device__ void run() {
+    load_columns();
+    for (std::int64_t chunk = segment_.first_chunk; chunk < segment_.last_chunk; ++chunk) {
+      const int steps = segment_.steps(chunk);
+      if (kEnds && steps == 0) break;
+      if (!kEnds && args_.chunk_states != nullptr)
+        store_states(args_.chunk_states + (segment_.batch * s_.chunks + chunk) * 2 * s_.plane);
+      const std::int64_t token = segment_.batch * s_.seqlen + chunk * kChunk;
+      fill_tile(v_tile_, args_.v + token * s_.inputs + place_.column, s_.inputs, 1, steps,
+                place_.columns, s_);
+      __syncthreads();
+      walk_chunk(chunk, token, steps);
+    }
+    if constexpr (kEnds)
+      store_states(args_.ends + segment_.row * 2 * s_.plane);
+    else if (args_.state_out != nullptr && segment_.holds_last)
+      store_states(args_.state_out + segment_.batch * 2 * s_.plane);
+  }
+
+ private:
+  __device__ void load_columns() const {
+    const float* const starts =
+        kEnds || args_.starts == nullptr ? nullptr : args_.starts + segment_.row * 2 * s_.plane;
+    for (int i = 0; i < s_.per_part; ++i) {
+      const Slot slot(s_, place_, i);
+      const float2 a = load_pair(args_.a, s_, slot);
+      columns_.at(kMultiplier, i) = a;
+      columns_.at(kGap, i) = power_gap(a, load_pair(args_.a_low, s_, slot), kChunk);
+      columns_.at(kState, i) = load_pair(starts, s_, slot);
+      if constexpr (!kEnds)
+        for (int c = 0; c < s_.channels; ++c)
+          columns_.at(kWeight + c, i) = load_weight(args_.W, s_, slot, c);
+    }
+  }
+  __device__ void store_states(float* planes) const {
+    for (int i = 0; i < s_.per_part; ++i)
+      store_pair(planes, s_, Slot(s_, place_, i), columns_.at(kState, i));
+  }
+
+  // The barrier behind the walk of the last channel also frees the tile of tokens.
+  __device__ __forceinline__ void walk_chunk(std::int64_t chunk, std::int64_t token,
+                                             int steps) const {
+    const int channels = kEnds ? 1 : static_cast<int>(s_.channels);
+    for (int c = 0; c < channels; ++c) {
+      float w[kChunk] = {};
+      for (int i = 0; i < s_.per_part && steps > 0; ++i) walk_substate(i, c, channels, steps, w);
+      if constexpr (kEnds) {
+        __syncthreads();
+      } else {
+        if (c > 0) __syncthreads();  // behind the output of the channel before
+        const int size =
+            static_cast<int>(min(s_.seqlen - chunk * kChunk, static_cast<std::int64_t>(kChunk)));
+        if (s_.groups > 1)
+          write_sum(w, token, steps, size);
+        else
+          write_lanes(w, c, token, steps, size);
+      }
+    }
+  }
+
+  // A state moves on with the last channel.
+  __device__ __forceinline__ void walk_substate(int i, int c, int channels, int steps,
+                                                float (&w)[kChunk]) const {
+    const float* const tokens = v_tile_ + place_.row * kPitch;
+    const float2 a = columns_.at(kMultiplier, i);
+    const float2 before = columns_.at(kState, i);
+    float2 W{0.0F, 0.0F};
+    if constexpr (!kEnds) W = columns_.at(kWeight + c, i);
+    float2 gap = columns_.at(kGap, i);
+    float2 x;
+    if (steps == kChunk) {
+      x = walk<true, !kEnds>(a, W, before, tokens, steps, w);
+    } else {
+      x = walk<false, !kEnds>(a, W, before, tokens, steps, w);
+      gap = power_gap(a, load_pair(args_.a_low, s_, Slot(s_, place_, i)), steps);
+    }
+    if (c + 1 == channels) columns_.at(kState, i) = x + multiply(gap, before);
+  }
+
+  // Outputs of their own, through shared memory into whole rows.
+  __device__ __forceinline__ void write_lanes(float (&w)[kChunk], int c, std::int64_t token,
+                                              int steps, int size) const {
+    reduce_parts(w, place_.part, s_.parts);
+    const float skip =
+        args_.skip != nullptr && place_.exists ? args_.skip[c * s_.lanes + place_.lane] : 0.0F;
+    const int at = place_.row * kPitch + first_token(place_.part, s_.parts);
+    const int count = kChunk / s_.parts;
+#pragma unroll
+    for (int j = 0; j < kChunk / kMinParts; ++j)
+      if (j < count) y_tile_[at + j] = fmaf(skip, v_tile_[at + j], w[j]);
+    __syncthreads();
+    T* const y = args_.y + token * s_.outputs + c * s_.inputs + place_.column;
+    for (int i = static_cast<int>(threadIdx.x); i < size << s_.tile_log2; i += kThreads) {
+      const int t = i >> s_.tile_log2;
+      const int lane = i & (s_.tile - 1);
+      if (lane < place_.columns)
+        y[t * s_.outputs + lane] = from_float<T>(t < steps ? y_tile_[lane * kPitch + t] : 0.0F);
+    }
+  }
+
+  // The sum over the lanes of the block, added to what the tiles before left.
+  __device__ __forceinline__ void write_sum(float (&w)[kChunk], std::int64_t token, int steps,
+                                            int size) const {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const int warp = static_cast<int>(threadIdx.x) / 32;
+    reduce_parts(w, lane, 32);
+    y_tile_[warp * 32 + first_token(lane, 32)] = w[0];
+    __syncthreads();
+    const int t = static_cast<int>(threadIdx.x);
+    if (t >= size) return;
+    float sum = 0.0F;
+    if (t < steps)
+      for (int i = 0; i < kWarps; ++i) sum += y_tile_[i * 32 + t];
+    const std::int64_t at = (token + t) * s_.outputs + group_;
+    if (tile_ > 0) sum += args_.sums[at];
+    if (tile_ + 1 < s_.tiles)
+      args_.sums[at] = sum;
+    else
+      args_.y[at] = from_float<T>(sum);
+  }
+
+  const ForwardArgs<T>& args_;
+  const Sizes& s_;
+  const Segment& segment_;
+  std::int64_t group_;
+  std::int64_t tile_;
+  Place place_;
+  float* v_tile_;
+  float* y_tile_;
+  Columns columns_;
+};
+
+// kEnds: step 1, which writes nothing but the ends of segments. Else step 3. One block per segment
+// and tile; where outputs sum over lanes, per segment and group in step 3.
+template <class T, bool kEnds>
+__global__ __launch_bounds__(kThreads) void lane_scan_forward_kernel(ForwardArgs<T> args) {
+  extern __shared__ __align__(16) float memory[];
+  const Sizes& s = args.sizes;
+  const std::int64_t per_segment = s.groups > 1 ? s.groups : s.tiles;
+  const Segment segment(s, args.lengths, blockIdx.x / per_segment);
+  if (kEnds && segment.index == s.segments - 1) return;  // nothing follows it
+  const std::int64_t index = blockIdx.x % per_segment;
+  if (s.groups == 1) {
+    Walk<T, kEnds>(args, segment, 0, index, memory).run();
+  } else {
+    for (std::int64_t tile = 0; tile < s.tiles; ++tile)
+      Walk<T, kEnds>(args, segment, index, tile, memory).run();
+  }
+}
+
+template <class T, bool kEnds>
+void launch(Context& ctx, const ForwardArgs<T>& args, std::int64_t blocks, std::size_t shared) {
+  lane_scan_forward_kernel<T, kEnds>
+      <<<static_cast<unsigned>(blocks), kThreads, shared, ctx.stream().handle>>>(args);
+  LRNN_CUDA_CHECK_LAUNCH();
+}
+
+template <class T>
+void forward(Context& ctx, ForwardArgs<T> args) {
+  const Sizes& s = args.sizes;
+  const std::int64_t blocks = s.rows() * (s.groups > 1 ? s.groups : s.tiles);
+  const std::int64_t values = static_cast<std::int64_t>(fields(s)) * s.per_part * kThreads;
+  std::size_t shared = 2 * s.tile_bytes() + static_cast<std::size_t>(values) * sizeof(float2);
+  Tensor columns, sums, ends, carries;
+  if (shared > kSharedLimit) {
+    shared = 2 * s.tile_bytes();
+    columns = ctx.empty({blocks, values, 2}, DType::float32);
+    args.columns = reinterpret_cast<float2*>(columns.view().data<float>());
+  }
+  if (s.groups > 1 && s.tiles > 1) {
+    if constexpr (std::is_same_v<T, float>) {
+      args.sums = args.y;
+    } else {
+      sums = ctx.empty({s.batch, s.seqlen, s.outputs}, DType::float32);
+      args.sums = sums.view().data<float>();
+    }
+  }
+  if (s.segments > 1) {
+    ends = ctx.empty(s.segment_states(), DType::float32);
+    carries = ctx.empty(s.segment_states(), DType::float32);
+    args.ends = ends.view().data<float>();
+    launch<T, true>(ctx, args, blocks, shared);
+    launch_carry(
+        ctx, {s, false, args.a, args.a_low, args.ends, args.starts, carries.view().data<float>()});
+    args.starts = carries.view().data<float>();
+  }
+  launch<T, false>(ctx, args, blocks, shared);
+}
+
+struct Pair {
+  double re;
+  double im;
+};
+__device__ Pair operator*(Pair a, Pair b) {
+  return {a.re * b.re - a.im * b.im, a.re * b.im + a.im * b.re};
+}
+__device__ Pair power(Pair base, std::int64_t exponent) {
+  Pair result{1.0, 0.0};
+  for (; exponent > 0; exponent /= 2) {
+    if (exponent % 2 == 1) result = result * base;
+    base = base * base;
+  }
+  return result;
+}
+
+constexpr int kCarryThreads = 128;
+constexpr int kAhead = 8;  // ends that are loaded before the chain needs them
+
+// One thread per sub-state of a sequence walks its segments. In double, because this is the only
+// place where rounding would travel along the whole sequence. Bound by latency.
+__global__ __launch_bounds__(kCarryThreads) void lane_scan_carry_kernel(CarryArgs args) {
+  const Sizes& s = args.sizes;
+  const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kCarryThreads + threadIdx.x;
+  if (i >= s.batch * s.plane) return;
+  const std::int64_t batch = i / s.plane;
+  const std::int64_t offset = i % s.plane;
+  Pair a{static_cast<double>(args.a[offset]), static_cast<double>(args.a[s.plane + offset])};
+  if (args.a_low != nullptr) {
+    a.re += static_cast<double>(args.a_low[offset]);
+    a.im += static_cast<double>(args.a_low[s.plane + offset]);
+  }
+  Pair multiplier = power(a, s.segment_chunks * kChunk);
+  if (args.reverse) multiplier.im = -multiplier.im;
+  Pair state{0.0, 0.0};
+  if (args.start != nullptr) {
+    const float* const start = args.start + batch * 2 * s.plane + offset;
+    state = {static_cast<double>(start[0]), static_cast<double>(start[s.plane])};
+  }
+  const auto place = [&](std::int64_t k) {
+    const std::int64_t segment = args.reverse ? s.segments - 1 - k : k;
+    return (batch * s.segments + segment) * 2 * s.plane + offset;
+  };
+  for (std::int64_t k0 = 0; k0 < s.segments; k0 += kAhead) {
+    float2 end[kAhead];
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k)
+      if (k0 + k + 1 < s.segments)  // nothing follows the last one, which has no end
+        end[k] = {args.ends[place(k0 + k)], args.ends[place(k0 + k) + s.plane]};
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+      if (k0 + k >= s.segments) continue;
+      args.carries[place(k0 + k)] = static_cast<float>(state.re);
+      args.carries[place(k0 + k) + s.plane] = static_cast<float>(state.im);
+      if (k0 + k + 1 >= s.segments) continue;
+      state = multiplier * state;
+      state.re += static_cast<double>(end[k].x);
+      state.im += static_cast<double>(end[k].y);
+    }
+  }
+}
+
+constexpr int kStepThreads = 128;
+
+// One token. `threads` neighbours share an output: they walk the sub-states of its lane or, where
+// outputs sum over lanes, of all its lanes, which are neighbours in memory. state_out may be
+// state_in: every element is read and written by one thread, with the last channel. Bound by the
+// bytes of the state and of the parameters.
+template <class T>
+__global__ __launch_bounds__(kStepThreads) void lane_scan_step_kernel(ForwardArgs<T> args,
+                                                                      int threads) {
+  const Sizes& s = args.sizes;
+  const std::int64_t index =
+      (static_cast<std::int64_t>(blockIdx.x) * kStepThreads + threadIdx.x) / threads;
+  const std::int64_t units = s.groups > 1 ? s.groups : s.lanes;
+  const std::int64_t per_unit = s.plane / units;
+  const bool exists = index < s.batch * units;
+  const std::int64_t batch = exists ? index / units : 0;
+  const std::int64_t unit = exists ? index % units : 0;
+  const int part = static_cast<int>(threadIdx.x) % threads;
+  const bool valid = args.lengths == nullptr || args.lengths[batch] > 0;
+  const T* const v = args.v + batch * s.inputs;
+  const std::int64_t states = batch * 2 * s.plane;
+  for (std::int64_t c = 0; c < s.channels; ++c) {
+    const bool last = c + 1 == s.channels;
+    const float* const W = args.W + c * (s.real_weight ? 1 : 2) * s.plane;
+    float sum = 0.0F;
+    for (std::int64_t k = part; exists && k < per_unit; k += threads) {
+      const std::int64_t at = unit * per_unit + k;
+      float2 x{0.0F, 0.0F};
+      if (args.starts != nullptr)
+        x = {args.starts[states + at], args.starts[states + s.plane + at]};
+      const float2 before = x;
+      if (valid) {
+        float drive = to_float(v[s.groups > 1 ? k / s.substates : unit]);
+        float2 rest{0.0F, 0.0F};
+        if (args.a_low != nullptr) rest = multiply({args.a_low[at], args.a_low[s.plane + at]}, x);
+        x = advance({args.a[at], args.a[s.plane + at]}, x, drive + rest.x);
+        x.y += rest.y;
+        sum = fmaf(W[at], x.x, sum);
+        if (!s.real_weight) sum = fmaf(-W[s.plane + at], x.y, sum);
+      }
+      if (last && args.chunk_states != nullptr) {
+        args.chunk_states[states + at] = before.x;
+        args.chunk_states[states + s.plane + at] = before.y;
+      }
+      if (last && args.state_out != nullptr) {
+        args.state_out[states + at] = x.x;
+        args.state_out[states + s.plane + at] = x.y;
+      }
+    }
+    for (int offset = threads / 2; offset > 0; offset /= 2)
+      sum += __shfl_xor_sync(0xFFFFFFFFU, sum, offset);
+    if (!exists || part != 0) continue;
+    if (valid && args.skip != nullptr)
+      sum = fmaf(args.skip[c * s.lanes + unit], to_float(v[unit]), sum);
+    args.y[batch * s.outputs + c * s.inputs + unit] = from_float<T>(sum);
+  }
+}
+
+template <class T>
+void step(Context& ctx, const ForwardArgs<T>& args) {
+  const Sizes& s = args.sizes;
+  const std::int64_t units = s.groups > 1 ? s.groups : s.lanes;
+  int threads = 1;
+  while (threads < 32 && threads * 2 <= s.plane / units) threads *= 2;
+  const std::int64_t count = s.batch * units * threads;
+  lane_scan_step_kernel<T><<<static_cast<unsigned>((count + kStepThreads - 1) / kStepThreads),
+                             kStepThreads, 0, ctx.stream().handle>>>(args, threads);
+  LRNN_CUDA_CHECK_LAUNCH();
+}
+
+}  // namespace
+
+void launch_carry(Context& ctx, const CarryArgs& args) {
+  const std::int64_t count = args.sizes.batch * args.sizes.plane;
+  lane_scan_carry_kernel<<<static_cast<unsigned>((count + kCarryThreads - 1) / kCarryThreads),
+                           kCarryThreads, 0, ctx.stream().handle>>>(args);
+  LRNN_CUDA_CHECK_LAUNCH();
+}
+
+}  // namespace lane
+
+void lane_scan_forward(Context& ctx, const LaneScanForward& a) {
+  using namespace lane;  // NOLINT(google-build-using-namespace)
+  const detail::LaneScanSizes sizes(a.a, a.W, a.v);
+  visit_float("lane_scan_forward", a.v.dtype(), [&]<class T>() {
+    const ForwardArgs<T> args{Sizes(sizes, sizes.groups > 1),
+                              a.a.data<float>(),
+                              data_or_null<float>(a.a_low),
+                              a.W.data<float>(),
+                              data_or_null<float>(a.skip),
+                              a.v.data<T>(),
+                              data_or_null<std::int32_t>(a.lengths),
+                              data_or_null<float>(a.state_in),
+                              a.y.data<T>(),
+                              nullptr,
+                              data_or_null<float>(a.state_out),
+                              data_or_null<float>(a.chunk_states),
+                              nullptr,
+                              nullptr};
+    if (sizes.seqlen == 1)
+      step<T>(ctx, args);
+    else
+      forward<T>(ctx, args);
+  });
 }
 
 }  // namespace lrnn::cuda
