@@ -1,7 +1,7 @@
 /// Times whole layers and language models on CUDA.
 ///
 ///   layer/<mixer>/<sizes>/{forward,train}/{float32,tf32,bfloat16}
-///   lm/<model>/{train,prefill,decode}/<sizes>/bfloat16
+///   lm/<model>/{train,optimizer,prefill,decode}/<sizes>/bfloat16
 ///
 /// Layers: events around the pass, 128 MiB written before each iteration (cold L2). Models: no
 /// flush. `peak_MB` is what the pass allocates beside parameters, gradients and input.
@@ -208,6 +208,30 @@ void train_step(benchmark::State& state, const LanguageModel& m) {
   state.counters["peak_MB"] = static_cast<double>(memory.stats().peak_bytes_in_use) / 1e6;
 }
 
+// AdamW with clipping by the global norm over all parameters: norm, factors, update.
+void optimizer_step(benchmark::State& state, const LanguageModel& m) {
+  Context ctx = Context::cuda();
+  LRNNLMHeadModel model(ctx, m.config);
+  AdamW optimizer(ctx, model.parameters(), {});
+  model.parameters().zero_grad(ctx);
+  const auto work = [&] { optimizer.step(ctx); };
+  for (int i = 0; i < 3; ++i) work();
+  const auto watch = ctx.runtime().make_stopwatch();
+  std::vector<double> ms;
+  for (auto _ : state) {
+    watch->start();
+    work();
+    watch->stop();
+    ms.push_back(watch->milliseconds());
+    state.SetIterationTime(ms.back() * 1e-3);
+  }
+  report(state, ms);
+  const auto n = static_cast<double>(model.parameters().numel());
+  // Gradient twice (norm, update), moments and master read and written, bfloat16 copy written.
+  state.counters["GB/s"] = n * (4 + 4 + 16 + 8 + 2) / (summarise(ms).median_ms * 1e-3) / 1e9;
+  state.counters["parameters"] = n;
+}
+
 void prefill(benchmark::State& state, const LanguageModel& m) {
   Context ctx = Context::cuda();
   const LRNNLMHeadModel model(ctx, m.config);
@@ -269,6 +293,11 @@ void register_models(const std::vector<LanguageModel>& models) {
                                  [&m](benchmark::State& s) { train_step(s, m); })
         ->UseManualTime()
         ->Iterations(8)
+        ->Unit(benchmark::kMillisecond);
+    benchmark::RegisterBenchmark((prefix + "/optimizer/bfloat16").c_str(),
+                                 [&m](benchmark::State& s) { optimizer_step(s, m); })
+        ->UseManualTime()
+        ->Iterations(10)
         ->Unit(benchmark::kMillisecond);
     benchmark::RegisterBenchmark((prefix + "/prefill" + sizes).c_str(),
                                  [&m](benchmark::State& s) { prefill(s, m); })

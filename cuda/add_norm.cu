@@ -1,7 +1,8 @@
 // Residual addition and normalisation.
 //
-// A row lives in registers from its only load to its only store. Up to 768 columns a warp owns a
-// row, up to 8192 a block; a thread owns kCount groups of kN neighbouring columns. Any other width
+// A row lives in registers from its only load to its only store. A warp owns a row of up to 768
+// columns (256 in the backward pass, which holds three times as much), a block one of up to 8192; a
+// thread owns kCount groups of kN neighbouring columns. Any other width
 // takes the strided kernels, one block per row, which read the row once per pass. All are bound by
 // HBM: x, residual in, y, residual_out forward; dy, r, dresidual_out in, dx, dresidual backward.
 //
@@ -21,7 +22,7 @@ namespace {
 constexpr int kWarpRowThreads = 256;
 constexpr int kStridedThreads = 256;
 constexpr int kMaxBlockThreads = 512;
-constexpr int kMaxBackwardBlocks = 264;
+constexpr int kBackwardThreads = 132 * 640;  // of a grid: enough rows in flight, few partial sums
 
 /// A tensor stored in T or in float32; absent if null.
 template <class T>
@@ -121,14 +122,15 @@ struct Backward {
 #pragma unroll
     for (int k = 0; k < N; ++k) n[k] = (n[k] - row_mean) * row_rstd;
   }
+  /// The gradient that arrives through residual_out, or 0.
   template <int N>
-  __device__ __forceinline__ void store_gradient(std::int64_t i, float (&dr)[N]) const {
-    if (dresidual_out.data != nullptr) {
-      float other[N];
-      dresidual_out.load(i, other);
+  __device__ __forceinline__ void load_other(std::int64_t i, float (&other)[N]) const {
 #pragma unroll
-      for (int k = 0; k < N; ++k) dr[k] += other[k];
-    }
+    for (int k = 0; k < N; ++k) other[k] = 0.0F;
+    if (dresidual_out.data != nullptr) dresidual_out.load(i, other);
+  }
+  template <int N>
+  __device__ __forceinline__ void store_gradient(std::int64_t i, const float (&dr)[N]) const {
     store_vec<T, N>(dx + i, dr);
     if (dresidual.data != nullptr) dresidual.store(i, dr);
   }
@@ -289,22 +291,27 @@ __device__ __forceinline__ void store_partial(const float (&sum)[kCount][kN], in
   }
 }
 
-template <class T, int kN, int kCount, bool kBlockRow>
+/// kLayer keeps the sums of LayerNorm out of the registers of RMSNorm. Where registers allow two
+/// blocks per SM even so, what arrives through residual_out is loaded before the sums of the row
+/// are known.
+template <class T, int kN, int kCount, bool kBlockRow, bool kLayer>
 __global__ __launch_bounds__(kRowThreads<kBlockRow>) void backward_kernel(Backward<T> a) {
   __shared__ float slots[4][32];
   __shared__ float shared[kBlockRow ? 1 : 32 * kN * kCount];
   const Place<kBlockRow> p;
+  constexpr bool kEarly = kN * kCount <= 8;
   const int width = static_cast<int>(a.width);
   const float inverse_width = 1.0F / static_cast<float>(width);
   float dweight[kCount][kN] = {};
-  float dbias[kCount][kN] = {};
+  float dbias[kLayer ? kCount : 1][kN] = {};
   int parity = 0;  // alternate slots, so that one barrier per sum suffices
   for (std::int64_t row = p.row; row < a.rows; row += p.row_step, parity ^= 2) {
     const std::int64_t base = row * a.width;
     const float rstd = a.rstd[row];
-    const float mean = a.layer ? a.mean[row] : 0.0F;
+    const float mean = kLayer ? a.mean[row] : 0.0F;
     float n[kCount][kN];
     float g[kCount][kN];
+    float other[kEarly ? kCount : 1][kN];
     float sum_ng = 0.0F;
     float sum_g = 0.0F;
 #pragma unroll
@@ -313,11 +320,12 @@ __global__ __launch_bounds__(kRowThreads<kBlockRow>) void backward_kernel(Backwa
       if (column >= width) continue;
       float w[kN];
       a.load_pair(base + column, mean, rstd, n[j], g[j]);
+      if constexpr (kEarly) a.load_other(base + column, other[j]);
       load_vec<float, kN>(a.weight + column, w);
 #pragma unroll
       for (int k = 0; k < kN; ++k) {
         dweight[j][k] = fmaf(g[j][k], n[j][k], dweight[j][k]);
-        dbias[j][k] += g[j][k];
+        if constexpr (kLayer) dbias[j][k] += g[j][k];
         g[j][k] *= w[k];
         sum_ng = fmaf(g[j][k], n[j][k], sum_ng);
         sum_g += g[j][k];
@@ -325,19 +333,21 @@ __global__ __launch_bounds__(kRowThreads<kBlockRow>) void backward_kernel(Backwa
     }
     const float mean_ng = row_sum<kBlockRow>(sum_ng, slots[parity]) * inverse_width;
     const float mean_g =
-        a.layer ? row_sum<kBlockRow>(sum_g, slots[parity + 1]) * inverse_width : 0.0F;
+        kLayer ? row_sum<kBlockRow>(sum_g, slots[parity + 1]) * inverse_width : 0.0F;
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
       const int column = p.template column<kN>(j);
       if (column >= width) continue;
-      float dr[kN];
+      float(&dr)[kN] = other[kEarly ? j : 0];
+      if constexpr (!kEarly) a.load_other(base + column, dr);
 #pragma unroll
-      for (int k = 0; k < kN; ++k) dr[k] = rstd * (g[j][k] - n[j][k] * mean_ng - mean_g);
+      for (int k = 0; k < kN; ++k) dr[k] = fmaf(rstd, g[j][k] - n[j][k] * mean_ng - mean_g, dr[k]);
       a.store_gradient(base + column, dr);
     }
   }
   store_partial<kN, kCount, kBlockRow>(dweight, width, shared, a.dweight);
-  if (a.dbias != nullptr) store_partial<kN, kCount, kBlockRow>(dbias, width, shared, a.dbias);
+  if constexpr (kLayer)
+    if (a.dbias != nullptr) store_partial<kN, kCount, kBlockRow>(dbias, width, shared, a.dbias);
 }
 
 /// Any width. A thread owns the same columns of every row of the block and keeps their sums in
@@ -369,8 +379,10 @@ __global__ __launch_bounds__(kStridedThreads) void backward_strided_kernel(Backw
     const float mean_ng = block_sum(sum_ng, slots[parity]) * inverse_width;
     const float mean_g = a.layer ? block_sum(sum_g, slots[parity + 1]) * inverse_width : 0.0F;
     for (std::int64_t c = threadIdx.x; c < a.width; c += kStridedThreads) {
+      float dr[1];
       a.load_pair(base + c, mean, rstd, n, d);
-      float dr[1] = {rstd * (d[0] * a.weight[c] - n[0] * mean_ng - mean_g)};
+      a.load_other(base + c, dr);
+      dr[0] = fmaf(rstd, d[0] * a.weight[c] - n[0] * mean_ng - mean_g, dr[0]);
       a.store_gradient(base + c, dr);
     }
   }
@@ -383,8 +395,8 @@ struct Layout {
   unsigned threads;
 };
 
-Layout layout_of(std::int64_t width) {
-  if (width <= 768)
+Layout layout_of(std::int64_t width, std::int64_t widest_of_warp) {
+  if (width <= widest_of_warp)
     return {static_cast<int>(std::max<std::int64_t>(1, (width + 255) / 256)), false,
             kWarpRowThreads};
   const int count = width <= 8 * kMaxBlockThreads ? 1 : 2;
@@ -449,7 +461,7 @@ void forward(Context& ctx, const AddNormForward& a) {
     LRNN_CUDA_CHECK_LAUNCH();
     return;
   }
-  const Layout l = layout_of(width);
+  const Layout l = layout_of(width, 768);
   constexpr int warps = kWarpRowThreads / 32;
   const auto blocks = static_cast<unsigned>(l.block_row ? rows : (rows + warps - 1) / warps);
   visit_layout<T>(l, [&]<int kN, int kCount, bool kBlockRow>() {
@@ -464,10 +476,11 @@ void backward(Context& ctx, const AddNormBackward& a) {
   const std::int64_t rows = a.dy.numel() / width;
   const bool registers =
       takes_registers<T>(width, {a.dy, a.r, a.weight, a.dresidual_out, a.dx, a.dresidual});
-  const Layout l = layout_of(width);
+  const Layout l = layout_of(width, 256);
   constexpr int warps = kWarpRowThreads / 32;
   const std::int64_t shares = registers && !l.block_row ? (rows + warps - 1) / warps : rows;
-  const auto blocks = std::min<std::int64_t>(shares, kMaxBackwardBlocks);
+  const auto blocks =
+      std::min<std::int64_t>(shares, kBackwardThreads / (registers ? l.threads : kStridedThreads));
   Tensor dweight = ctx.empty({blocks, width}, DType::float32);
   Tensor dbias = a.dbias ? ctx.empty({blocks, width}, DType::float32) : Tensor();
   float* const dweight_data = dweight.view().data<float>();
@@ -487,12 +500,20 @@ void backward(Context& ctx, const AddNormBackward& a) {
                       dbias_data};
   const cudaStream_t stream = ctx.stream().handle;
   const auto grid = static_cast<unsigned>(blocks);
-  if (registers)
-    visit_layout<T>(l, [&]<int kN, int kCount, bool kBlockRow>() {
-      backward_kernel<T, kN, kCount, kBlockRow><<<grid, l.threads, 0, stream>>>(f);
-    });
-  else
+  const auto run = [&]<int kCount, bool kBlockRow>() {
+    const auto kernel = f.layer ? backward_kernel<T, kWide<T>, kCount, kBlockRow, true>
+                                : backward_kernel<T, kWide<T>, kCount, kBlockRow, false>;
+    kernel<<<grid, l.threads, 0, stream>>>(f);
+  };
+  constexpr int unit = 8 / kWide<T>;
+  if (!registers)
     backward_strided_kernel<T><<<grid, kStridedThreads, 0, stream>>>(f);
+  else if (!l.block_row)
+    run.template operator()<unit, false>();
+  else if (l.count == 1)
+    run.template operator()<unit, true>();
+  else
+    run.template operator()<2 * unit, true>();
   LRNN_CUDA_CHECK_LAUNCH();
   fold_partials(stream, dweight_data, static_cast<int>(blocks), width, a.dweight.data<float>());
   if (a.dbias)
