@@ -18,6 +18,7 @@ struct Options {
   std::string prompt_file;
   std::string device = "auto";
   std::string dtype;
+  std::vector<std::string> stop;
   bool no_graph = false;
   GenerateOptions generate = {.max_new_tokens = 200, .top_k = 0};
 };
@@ -47,6 +48,10 @@ int run_generate(Options o) {
   const Tensor input = ctx.from_host<std::int32_t>({1, static_cast<std::int64_t>(ids.size())}, ids);
   std::int64_t count = 0;
   o.generate.cuda_graph = !o.no_graph;
+  for (const std::string& text : o.stop) {
+    auto& tokens = o.generate.stop_sequences.emplace_back();
+    for (const char c : text) tokens.push_back(static_cast<unsigned char>(c));
+  }
   o.generate.on_tokens = [&](std::span<const std::int32_t> tokens) {
     std::fputc(static_cast<unsigned char>(tokens[0]), stdout);
     std::fflush(stdout);
@@ -77,6 +82,7 @@ void add_generate(CLI::App& app, Run& run) {
   c->add_option("--top-p", o->generate.top_p);
   c->add_option("--min-p", o->generate.min_p);
   c->add_option("--repetition-penalty", o->generate.repetition_penalty);
+  c->add_option("--stop", o->stop, "end after this text; may be given more than once");
   c->add_option("--seed", o->generate.seed);
   c->add_option("--device", o->device, "auto, cpu, cuda or cuda:N");
   c->add_option("--dtype", o->dtype, "default: that of the model; float32 on the CPU");

@@ -51,13 +51,18 @@ class Generation {
         model_(model),
         options_(options),
         prompt_(prompt_as_int32(ctx, prompt)),
-        cache_(model.allocate_inference_cache(
-            ctx,
-            {.batch_size = prompt.dim(0), .max_seqlen = prompt.dim(1) + options.max_new_tokens})),
+        owned_cache_(options.cache != nullptr
+                         ? std::optional<InferenceCache>()
+                         : model.allocate_inference_cache(
+                               ctx, {.batch_size = prompt.dim(0),
+                                     .max_seqlen = prompt.dim(1) + options.max_new_tokens})),
+        cache_(options.cache != nullptr ? *options.cache : *owned_cache_),
         token_(ctx.empty({prompt.dim(0), 1}, DType::int32)),
         counters_(ctx.zeros({prompt.dim(0)}, DType::int64)),
         drawn_(ctx.empty({options.max_new_tokens, prompt.dim(0)}, DType::int32)),
-        finished_(static_cast<std::size_t>(prompt.dim(0)), false) {
+        own_tokens_(static_cast<std::size_t>(prompt.dim(0))),
+        ended_(static_cast<std::size_t>(prompt.dim(0)), false) {
+    cache_.check_room(kOp, prompt.dim(1) + options.max_new_tokens - 1);
     if (options.repetition_penalty == 1.0) return;
     const std::int64_t vocab_size = model.config().vocab_size;
     seen_ = ctx.zeros({batch(), seen_words(vocab_size)}, DType::int32);
@@ -147,17 +152,35 @@ class Generation {
     graph_->launch();
   }
 
+  [[nodiscard]] bool may_end() const {
+    return options_.eos_token || !options_.stop_sequences.empty();
+  }
+  [[nodiscard]] std::int32_t pad_token() const {
+    return options_.pad_token.value_or(options_.eos_token.value_or(0));
+  }
+
+  [[nodiscard]] bool is_end(const std::vector<std::int32_t>& tokens) const {
+    if (tokens.back() == options_.eos_token) return true;
+    return std::any_of(options_.stop_sequences.begin(), options_.stop_sequences.end(),
+                       [&](const std::vector<std::int32_t>& stop) {
+                         return stop.size() <= tokens.size() &&
+                                std::equal(stop.rbegin(), stop.rend(), tokens.rbegin());
+                       });
+  }
+
   [[nodiscard]] bool wants_more() {
-    if (!options_.eos_token && !options_.on_tokens) return true;
+    if (!may_end() && !options_.on_tokens) return true;
     auto tokens = ctx_.to_host<std::int32_t>(token_);
-    if (options_.eos_token) {
-      for (std::size_t b = 0; b < tokens.size(); ++b) {
-        if (finished_[b]) tokens[b] = *options_.eos_token;
-        finished_[b] = tokens[b] == *options_.eos_token;
+    for (std::size_t b = 0; may_end() && b < tokens.size(); ++b) {
+      if (ended_[b]) {
+        tokens[b] = pad_token();
+        continue;
       }
+      own_tokens_[b].push_back(tokens[b]);
+      ended_[b] = is_end(own_tokens_[b]);
     }
     const bool go_on = !options_.on_tokens || options_.on_tokens(tokens);
-    return go_on && !std::all_of(finished_.begin(), finished_.end(), [](bool f) { return f; });
+    return go_on && !std::all_of(ended_.begin(), ended_.end(), [](bool e) { return e; });
   }
 
   [[nodiscard]] Tensor assemble() {
@@ -166,15 +189,15 @@ class Generation {
     const auto seqlen = static_cast<std::size_t>(prompt_.dim(1));
     const auto rows = static_cast<std::size_t>(batch());
     std::vector<std::int32_t> out;
+    std::vector<std::int64_t> lengths;
     for (std::size_t b = 0; b < rows; ++b) {
       const auto begin = prompt.begin() + static_cast<std::ptrdiff_t>(b * seqlen);
       out.insert(out.end(), begin, begin + static_cast<std::ptrdiff_t>(seqlen));
-      bool ended = false;
-      for (std::size_t i = 0; i < static_cast<std::size_t>(count_); ++i) {
-        out.push_back(ended ? *options_.eos_token : drawn[i * rows + b]);
-        ended = options_.eos_token && out.back() == *options_.eos_token;
-      }
+      lengths.push_back(may_end() ? static_cast<std::int64_t>(own_tokens_[b].size()) : count_);
+      for (std::int64_t i = 0; i < count_; ++i)
+        out.push_back(i < lengths[b] ? drawn[static_cast<std::size_t>(i) * rows + b] : pad_token());
     }
+    if (options_.generated_lengths != nullptr) *options_.generated_lengths = lengths;
     return ctx_.from_host<std::int32_t>({batch(), prompt_.dim(1) + count_}, out);
   }
 
@@ -182,12 +205,14 @@ class Generation {
   const LRNNLMHeadModel& model_;
   const GenerateOptions& options_;
   Tensor prompt_;
-  InferenceCache cache_;
-  Tensor token_;     // [B, 1] drawn last
-  Tensor counters_;  // [B] random numbers used
-  Tensor seen_;      // [B, words] tokens that occurred
-  Tensor drawn_;     // [n, B]
-  std::vector<bool> finished_;
+  std::optional<InferenceCache> owned_cache_;
+  InferenceCache& cache_;
+  Tensor token_;                                       // [B, 1] drawn last
+  Tensor counters_;                                    // [B] random numbers used
+  Tensor seen_;                                        // [B, words] tokens that occurred
+  Tensor drawn_;                                       // [n, B]
+  std::vector<std::vector<std::int32_t>> own_tokens_;  // drawn by each sequence until it ended
+  std::vector<bool> ended_;
   std::int64_t count_ = 0;
   std::size_t arena_bytes_ = 0;
   std::unique_ptr<ArenaResource> arena_;
@@ -208,7 +233,17 @@ Tensor generate(Context& ctx, const LRNNLMHeadModel& model, TensorView prompt,
              ": max_new_tokens: expected >= 0, got ", options.max_new_tokens);
   LRNN_CHECK(options.prefill_chunk >= 0, InvalidArgument, kOp,
              ": prefill_chunk: expected >= 0, got ", options.prefill_chunk);
-  if (options.max_new_tokens == 0) return prompt_as_int32(ctx, prompt);
+  for (const auto& stop : options.stop_sequences)
+    LRNN_CHECK(!stop.empty(), InvalidArgument, kOp,
+               ": stop_sequences: expected at least one token in each");
+  LRNN_CHECK(options.cache == nullptr || options.cache->batch_size() == prompt.dim(0),
+             InvalidArgument, kOp, ": cache: expected batch ", prompt.dim(0), ", got ",
+             options.cache == nullptr ? 0 : options.cache->batch_size());
+  if (options.max_new_tokens == 0) {
+    if (options.generated_lengths != nullptr)
+      options.generated_lengths->assign(static_cast<std::size_t>(prompt.dim(0)), 0);
+    return prompt_as_int32(ctx, prompt);
+  }
   return Generation(ctx, model, prompt, options).run();
 }
 

@@ -53,6 +53,31 @@ void InferenceCache::copy_from(Context& ctx, const InferenceCache& other) {
   positions_ = other.positions_;
 }
 
+void InferenceCache::copy_sequence(Context& ctx, std::int64_t to, const InferenceCache& other,
+                                   std::int64_t from) {
+  constexpr const char* op = "InferenceCache::copy_sequence";
+  LRNN_CHECK(to >= 0 && to < batch_size(), InvalidArgument, op, ": to: expected 0..",
+             batch_size() - 1, ", got ", to);
+  LRNN_CHECK(from >= 0 && from < other.batch_size(), InvalidArgument, op, ": from: expected 0..",
+             other.batch_size() - 1, ", got ", from);
+  LRNN_CHECK(other.max_seqlen_ == max_seqlen_ && other.states_.size() == states_.size(),
+             InvalidArgument, op, ": expected a cache of ", states_.size(), " layers, max_seqlen ",
+             max_seqlen_, ", got ", other.states_.size(), ", ", other.max_seqlen_);
+  std::vector<TensorView> sources;
+  other.visit([&](const std::string&, MutableTensorView tensor) {
+    sources.push_back(tensor.slice(0, from, 1));
+  });
+  std::vector<MutableTensorView> targets;
+  visit([&](const std::string& name, MutableTensorView tensor) {
+    targets.push_back(tensor.slice(0, to, 1));
+    LRNN_CHECK(targets.size() <= sources.size() &&
+                   sources[targets.size() - 1].shape() == targets.back().shape(),
+               InvalidArgument, op, ": ", name, " differs between the caches");
+  });
+  for (std::size_t i = 0; i < targets.size(); ++i) ctx.copy(targets[i], sources[i]);
+  positions_[static_cast<std::size_t>(to)] = other.positions_[static_cast<std::size_t>(from)];
+}
+
 void InferenceCache::save(Context& ctx, const std::filesystem::path& path) const {
   std::vector<SafetensorsItem> items{safetensors_item(kPositions, {batch_size()}, positions_)};
   visit([&](const std::string& name, MutableTensorView tensor) {
@@ -64,7 +89,7 @@ void InferenceCache::save(Context& ctx, const std::filesystem::path& path) const
 
 void InferenceCache::load(Context& ctx, const std::filesystem::path& path) {
   const auto file = SafetensorsFile::open(path);
-  std::size_t count = 1;
+  std::vector<std::pair<const SafetensorsEntry*, MutableTensorView>> tensors;
   const auto checked = [&](const std::string& name, const Shape& shape) -> const SafetensorsEntry& {
     const SafetensorsEntry& entry = file.at(name);
     LRNN_CHECK(entry.shape == shape, IoError, path.string(), ": '", name, "': expected ", shape,
@@ -77,14 +102,17 @@ void InferenceCache::load(Context& ctx, const std::filesystem::path& path) {
                "': expected 0..", max_seqlen_, ", got ", p);
   visit([&](const std::string& name, MutableTensorView tensor) {
     const SafetensorsEntry& entry = checked(name, tensor.shape());
+    LRNN_CHECK(tensor.dtype() == DType::int32 ||
+                   (entry.dtype != FileDType::I32 && entry.dtype != FileDType::I64),
+               IoError, path.string(), ": '", name, "': expected a float dtype, got ", entry.dtype);
     // Integers of a state are positions, which index memory.
     LRNN_CHECK(tensor.dtype() != DType::int32 || file.read_integers(entry) == positions, IoError,
                path.string(), ": '", name, "' differs from '", kPositions, "'");
-    read_tensor(ctx, file, entry, tensor);
-    ++count;
+    tensors.emplace_back(&entry, tensor);
   });
-  LRNN_CHECK(count == file.entries().size(), IoError, path.string(), ": ", file.entries().size(),
-             " tensors, expected ", count);
+  LRNN_CHECK(tensors.size() + 1 == file.entries().size(), IoError, path.string(), ": ",
+             file.entries().size(), " tensors, expected ", tensors.size() + 1);
+  for (const auto& [entry, tensor] : tensors) read_tensor(ctx, file, *entry, tensor);
   positions_ = positions;
 }
 

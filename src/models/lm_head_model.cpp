@@ -80,6 +80,28 @@ Tensor last_valid_positions(Context& ctx, TensorView x, const std::vector<std::i
   return out;
 }
 
+// Sums of the residual stream after the layers that were asked for.
+class LayerOutputs {
+ public:
+  explicit LayerOutputs(const std::vector<std::int64_t>& layers)
+      : layers_(layers), outputs_(layers.size()) {}
+
+  // The same rounding as that of the norm that follows: one addition in the wide type.
+  void collect(Context& ctx, std::size_t layer, TensorView hidden, TensorView residual) {
+    for (std::size_t i = 0; i < layers_.size(); ++i) {
+      if (static_cast<std::size_t>(layers_[i]) != layer) continue;
+      outputs_[i] = ctx.empty(hidden.shape(), residual.dtype());
+      cast(ctx, {.src = hidden, .dst = outputs_[i]});
+      add_to(ctx, {.src = residual, .dst = outputs_[i]});
+    }
+  }
+  [[nodiscard]] std::vector<Tensor> take() { return std::move(outputs_); }
+
+ private:
+  const std::vector<std::int64_t>& layers_;
+  std::vector<Tensor> outputs_;
+};
+
 }  // namespace
 
 struct LRNNLMHeadModel::Inputs {
@@ -95,6 +117,7 @@ struct LRNNLMHeadModel::Inputs {
 };
 
 struct LRNNLMHeadModel::Saved {
+  Inputs inputs;
   std::vector<BlockSaved> blocks;
   AddNormOutput norm_f;
 };
@@ -218,6 +241,9 @@ LRNNLMHeadModel::Inputs LRNNLMHeadModel::prepare(Context& ctx, const char* op, T
   if (in.lengths && options.validate) in.valid = host_integers(ctx, op, "lengths", in.lengths);
   LRNN_CHECK(!options.last_valid_token || !in.lengths || options.validate, InvalidArgument, op,
              ": last_valid_token with lengths needs validate");
+  for (const std::int64_t layer : options.layer_outputs)
+    LRNN_CHECK(layer >= 0 && layer < config_.n_layer, InvalidArgument, op,
+               ": layer_outputs: expected 0..", config_.n_layer - 1, ", got ", layer);
   in.cache = options.cache;
   if (in.cache == nullptr) return in;
   LRNN_CHECK(in.cache->batch_size() == batch, InvalidArgument, op, ": cache: expected batch ",
@@ -233,6 +259,8 @@ LRNNLMHeadModel::Inputs LRNNLMHeadModel::prepare_with_targets(Context& ctx, cons
   Inputs in = prepare(ctx, op, input_ids, options);
   LRNN_CHECK(options.cache == nullptr && options.num_last_tokens == 0 && !options.last_valid_token,
              InvalidArgument, op, ": a loss takes neither a cache nor a choice of positions");
+  LRNN_CHECK(options.layer_outputs.empty(), InvalidArgument, op,
+             ": a loss returns no layer_outputs; see encode_for_backward");
   in.targets =
       checked_integers(ctx, op, "targets", targets, input_ids.shape(), {0, config_.vocab_size - 1},
                        options.validate, in.owned_targets, kIgnoreIndex);
@@ -247,10 +275,11 @@ Tensor LRNNLMHeadModel::embed(Context& ctx, TensorView ids) const {
   return hidden;
 }
 
-Tensor LRNNLMHeadModel::hidden_states(Context& ctx, const Inputs& inputs, Saved* saved,
-                                      const ForwardOptions& options) const {
+EncoderOutput LRNNLMHeadModel::hidden_states(Context& ctx, const Inputs& inputs, Saved* saved,
+                                             const ForwardOptions& options) const {
   const bool keep = saved != nullptr;
   Tensor hidden = embed(ctx, inputs.ids);
+  LayerOutputs layer_outputs(options.layer_outputs);
   BlockInputs block_inputs{.integration_timesteps = inputs.tau,
                            .position_ids = inputs.positions,
                            .lengths = inputs.lengths};
@@ -260,6 +289,7 @@ Tensor LRNNLMHeadModel::hidden_states(Context& ctx, const Inputs& inputs, Saved*
     block_inputs.state = inputs.cache != nullptr ? &inputs.cache->state(i) : nullptr;
     hidden = blocks_[i].forward(ctx, std::move(hidden), block_inputs, block, keep);
     block_inputs.residual = block.residual();
+    layer_outputs.collect(ctx, i, hidden, block_inputs.residual);
     if (keep)
       saved->blocks.push_back(std::move(block));
     else
@@ -269,7 +299,7 @@ Tensor LRNNLMHeadModel::hidden_states(Context& ctx, const Inputs& inputs, Saved*
   if (keep) {
     saved->norm_f = norm_f_->forward(ctx, std::move(hidden), residual,
                                      residual ? residual.dtype() : dtype(), true);
-    return std::move(saved->norm_f.y);
+    return {std::move(saved->norm_f.y), layer_outputs.take()};
   }
   const auto pick = [&](TensorView x) -> Tensor {
     if (!x) return {};
@@ -277,10 +307,10 @@ Tensor LRNNLMHeadModel::hidden_states(Context& ctx, const Inputs& inputs, Saved*
     return last_positions(ctx, x, options.num_last_tokens);
   };
   if (!options.last_valid_token && options.num_last_tokens == 0)
-    return norm_f_->normalize(ctx, hidden, residual);
+    return {norm_f_->normalize(ctx, hidden, residual), layer_outputs.take()};
   const Tensor some = pick(hidden);
   const Tensor some_residual = pick(residual);
-  return norm_f_->normalize(ctx, some, some_residual);
+  return {norm_f_->normalize(ctx, some, some_residual), layer_outputs.take()};
 }
 
 Tensor LRNNLMHeadModel::head(Context& ctx, TensorView x) const {
@@ -293,9 +323,17 @@ Tensor LRNNLMHeadModel::head(Context& ctx, TensorView x) const {
 CausalLMOutput LRNNLMHeadModel::forward(Context& ctx, TensorView input_ids,
                                         const ForwardOptions& options) const {
   const Inputs inputs = prepare(ctx, "LRNNLMHeadModel::forward", input_ids, options);
-  const Tensor x = hidden_states(ctx, inputs, nullptr, options);
+  EncoderOutput x = hidden_states(ctx, inputs, nullptr, options);
   if (inputs.cache != nullptr) inputs.cache->advance(inputs.valid);
-  return {head(ctx, x)};
+  return {head(ctx, x.hidden), std::move(x.layer_outputs)};
+}
+
+EncoderOutput LRNNLMHeadModel::encode(Context& ctx, TensorView input_ids,
+                                      const ForwardOptions& options) const {
+  const Inputs inputs = prepare(ctx, "LRNNLMHeadModel::encode", input_ids, options);
+  EncoderOutput out = hidden_states(ctx, inputs, nullptr, options);
+  if (inputs.cache != nullptr) inputs.cache->advance(inputs.valid);
+  return out;
 }
 
 CausalLMOutput LRNNLMHeadModel::step(Context& ctx, TensorView input_ids, InferenceCache& cache,
@@ -309,19 +347,22 @@ CausalLMOutput LRNNLMHeadModel::step(Context& ctx, TensorView input_ids, Inferen
                                 {.integration_timesteps = column(options.integration_timesteps),
                                  .position_ids = column(options.position_ids),
                                  .cache = &cache,
+                                 .layer_outputs = options.layer_outputs,
                                  .validate = options.validate});
   Tensor hidden = embed(ctx, inputs.ids);
   BlockInputs block_inputs{.integration_timesteps = inputs.tau, .position_ids = inputs.positions};
+  LayerOutputs layer_outputs(options.layer_outputs);
   BlockSaved last;
   for (std::size_t i = 0; i < blocks_.size(); ++i) {
     BlockSaved block;
     block_inputs.state = &cache.state(i);
     hidden = blocks_[i].step(ctx, std::move(hidden), block_inputs, block);
     block_inputs.residual = block.residual();
+    layer_outputs.collect(ctx, i, hidden, block_inputs.residual);
     last = std::move(block);
   }
   cache.advance(1);
-  return {head(ctx, norm_f_->normalize(ctx, hidden, block_inputs.residual))};
+  return {head(ctx, norm_f_->normalize(ctx, hidden, block_inputs.residual)), layer_outputs.take()};
 }
 
 // --- loss and backward -------------------------------------------------------------------------
@@ -370,31 +411,65 @@ Tensor LRNNLMHeadModel::loss(Context& ctx, TensorView input_ids, TensorView targ
                              const ForwardOptions& options) const {
   constexpr const char* op = "LRNNLMHeadModel::loss";
   const Inputs inputs = prepare_with_targets(ctx, op, input_ids, targets, options);
-  const Tensor x = hidden_states(ctx, inputs, nullptr, {});
+  const Tensor x = hidden_states(ctx, inputs, nullptr, {}).hidden;
   return head_loss(ctx, x, inputs.targets, inputs.lengths, {});
 }
 
 Tensor LRNNLMHeadModel::loss_and_backward(Context& ctx, TensorView input_ids, TensorView targets,
                                           const ForwardOptions& options) {
   constexpr const char* op = "LRNNLMHeadModel::loss_and_backward";
-  const Inputs inputs = prepare_with_targets(ctx, op, input_ids, targets, options);
-  parameters_->enable_grad(ctx);
   Saved saved;
+  saved.inputs = prepare_with_targets(ctx, op, input_ids, targets, options);
+  parameters_->enable_grad(ctx);
   Tensor loss;
   Tensor dx;
   {
-    const Tensor x = hidden_states(ctx, inputs, &saved, {});
+    const Tensor x = hidden_states(ctx, saved.inputs, &saved, {}).hidden;
     dx = ctx.empty(x.shape(), x.dtype());
-    loss = head_loss(ctx, x, inputs.targets, inputs.lengths, dx);
+    loss = head_loss(ctx, x, saved.inputs.targets, saved.inputs.lengths, dx);
   }
   AddNormGradients gradients = norm_f_->backward(ctx, saved.norm_f, dx, {});
-  saved.norm_f = {};
   dx = {};
+  backward_blocks(ctx, saved, std::move(gradients));
+  return loss;
+}
+
+void LRNNLMHeadModel::backward_blocks(Context& ctx, Saved& saved, AddNormGradients gradients) {
+  saved.norm_f = {};
   for (std::size_t i = blocks_.size(); i-- > 0;)
     gradients =
         blocks_[i].backward(ctx, std::move(saved.blocks[i]), gradients.dx, gradients.residual());
-  embedding_backward(ctx, {.ids = inputs.ids, .dy = gradients.dx, .dweight = embedding_->grad});
-  return loss;
+  embedding_backward(ctx,
+                     {.ids = saved.inputs.ids, .dy = gradients.dx, .dweight = embedding_->grad});
+}
+
+LRNNLMHeadModel::Encoding LRNNLMHeadModel::encode_for_backward(Context& ctx, TensorView input_ids,
+                                                               const ForwardOptions& options) {
+  constexpr const char* op = "LRNNLMHeadModel::encode_for_backward";
+  LRNN_CHECK(options.cache == nullptr && options.num_last_tokens == 0 && !options.last_valid_token,
+             InvalidArgument, op, ": takes neither a cache nor a choice of positions");
+  Encoding out;
+  out.saved_ = std::make_shared<Saved>();
+  out.saved_->inputs = prepare(ctx, op, input_ids, options);
+  // The embedding's gradient needs the ids long after the caller may have let go of them.
+  if (!out.saved_->inputs.owned_ids) {
+    out.saved_->inputs.owned_ids = ctx.clone(out.saved_->inputs.ids);
+    out.saved_->inputs.ids = out.saved_->inputs.owned_ids;
+  }
+  EncoderOutput x = hidden_states(ctx, out.saved_->inputs, out.saved_.get(), options);
+  out.hidden_ = std::move(x.hidden);
+  out.layer_outputs_ = std::move(x.layer_outputs);
+  return out;
+}
+
+void LRNNLMHeadModel::backward(Context& ctx, Encoding encoding, TensorView dhidden) {
+  constexpr const char* op = "LRNNLMHeadModel::backward";
+  LRNN_CHECK(encoding.saved_ != nullptr, InvalidArgument, op, ": encoding: used before");
+  detail::check_operand(op, "dhidden", ctx, dhidden, encoding.hidden_.shape(),
+                        encoding.hidden_.dtype());
+  parameters_->enable_grad(ctx);
+  Saved& saved = *encoding.saved_;
+  backward_blocks(ctx, saved, norm_f_->backward(ctx, saved.norm_f, dhidden, {}));
 }
 
 }  // namespace lrnn

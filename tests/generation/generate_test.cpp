@@ -114,6 +114,51 @@ TEST_F(Generate, EndsWhenEverySequenceHasDrawnTheEndToken) {
   EXPECT_LE(alone.size(), 6U);
 }
 
+TEST_F(Generate, EndsAfterAStopSequence) {
+  const Tensor input = matrix(2, {3, 1, 4, 1, 5, 9});
+  GenerateOptions options{.max_new_tokens = 12, .temperature = 1.5, .top_k = 0, .seed = 4};
+  const Tokens free = run(input, options);
+  const auto drawn = [&](std::size_t b, std::size_t i) { return free[b * 15 + 3 + i]; };
+  // Two tokens that the first sequence draws one after the other, and a sequence never drawn whole.
+  options.stop_sequences = {{drawn(0, 4), drawn(0, 5)},
+                            {drawn(0, 1), drawn(0, 2), (drawn(0, 3) + 1) % 31}};
+  options.pad_token = 30;
+  std::vector<std::int64_t> lengths;
+  options.generated_lengths = &lengths;
+  const Tokens out = run(input, options);
+  const std::size_t width = out.size() / 2;
+  for (std::size_t b = 0; b < 2; ++b) {
+    std::size_t end = 12;
+    for (std::size_t i = 11; i >= 1; --i)
+      if (drawn(b, i - 1) == drawn(0, 4) && drawn(b, i) == drawn(0, 5)) end = i + 1;
+    EXPECT_EQ(lengths.at(b), static_cast<std::int64_t>(end));
+    for (std::size_t i = 0; i + 3 < width; ++i)
+      EXPECT_EQ(out[b * width + 3 + i], i < end ? drawn(b, i) : 30) << b << ' ' << i;
+  }
+  EXPECT_EQ(lengths[0], 6);
+  // What is in the prompt stops nothing.
+  options.stop_sequences = {{1, 4, drawn(0, 0)}};
+  EXPECT_EQ(run(input, options), free);
+}
+
+TEST_F(Generate, ContinuesFromACache) {
+  const Tokens whole = run(matrix(1, {3, 1, 4, 1, 5}), {.max_new_tokens = 6});
+  auto prefix = model_.allocate_inference_cache(ctx_, {.batch_size = 1, .max_seqlen = 11});
+  (void)model_.forward(ctx_, matrix(1, {3, 1, 4}), {.cache = &prefix});
+  auto cache = prefix.clone(ctx_);
+  const Tokens rest = run(matrix(1, {1, 5}), {.max_new_tokens = 6, .cache = &cache});
+  EXPECT_TRUE(std::equal(whole.begin() + 3, whole.end(), rest.begin(), rest.end()));
+  EXPECT_EQ(cache.positions(), (std::vector<std::int64_t>{10}));
+  // The last token has not been seen yet: it is the next prompt.
+  const Tokens longer = run(matrix(1, {3, 1, 4, 1, 5}), {.max_new_tokens = 7});
+  EXPECT_EQ(run(matrix(1, {rest.back()}), {.max_new_tokens = 1, .cache = &cache}).back(),
+            longer.back());
+  EXPECT_THROW((void)run(matrix(1, {1, 5}), {.max_new_tokens = 8, .cache = &prefix}),
+               InvalidArgument);
+  EXPECT_THROW((void)run(matrix(2, {1, 5}), {.max_new_tokens = 1, .cache = &prefix}),
+               InvalidArgument);
+}
+
 TEST_F(Generate, StreamsTokensAndStopsOnRequest) {
   Tokens seen;
   const Tokens out = run(matrix(1, {3, 1, 4}),
@@ -139,6 +184,9 @@ TEST_F(Generate, RefusesBadOptions) {
   EXPECT_THROW((void)run(input, {.prefill_chunk = -1}), InvalidArgument);
   EXPECT_THROW((void)run(input, {.temperature = -1}), InvalidArgument);
   EXPECT_THROW((void)run(input, {.top_p = 0}), InvalidArgument);
+  EXPECT_THROW((void)run(input, {.min_p = 1}), InvalidArgument);
+  EXPECT_THROW((void)run(input, {.repetition_penalty = 0}), InvalidArgument);
+  EXPECT_THROW((void)run(input, {.stop_sequences = {{}}}), InvalidArgument);
   EXPECT_THROW((void)run(matrix(1, {31}), {}), InvalidArgument);
   EXPECT_THROW((void)generate(ctx_, model_, ctx_.zeros({1, 2}, DType::float32)), DTypeError);
   EXPECT_EQ(run(input, {.max_new_tokens = 0}), (Tokens{3, 1, 4}));

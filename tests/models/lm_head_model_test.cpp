@@ -342,6 +342,153 @@ TEST_F(Model, CachesAreClonedResetSavedAndLoaded) {
   EXPECT_EQ(logits(model, input, {.cache = &cache}), logits(model, input));
 }
 
+TEST_F(Model, OnePrefixServesManyContinuations) {
+  const auto model = make(small_config(all_mixer_types()));
+  auto prefix = model.allocate_inference_cache(ctx_, {.batch_size = 2, .max_seqlen = 8});
+  const Tensor valid = lengths({4, 3});
+  (void)model.forward(ctx_, ids(2, 4), {.lengths = valid, .cache = &prefix});
+  auto branches = model.allocate_inference_cache(ctx_, {.batch_size = 3, .max_seqlen = 8});
+  const std::vector<std::int64_t> sources{1, 0, 1};
+  for (std::int64_t b = 0; b < 3; ++b)
+    branches.copy_sequence(ctx_, b, prefix, sources[static_cast<std::size_t>(b)]);
+  EXPECT_EQ(branches.positions(), (std::vector<std::int64_t>{3, 4, 3}));
+  const Tensor next = ids(3, 2, 5);
+  const Doubles together = logits(model, next, {.cache = &branches});
+  for (std::int64_t b = 0; b < 3; ++b) {
+    auto one = model.allocate_inference_cache(ctx_, {.batch_size = 1, .max_seqlen = 8});
+    one.copy_sequence(ctx_, 0, prefix, sources[static_cast<std::size_t>(b)]);
+    const Doubles alone = logits(model, ctx_.clone(next.view().slice(0, b, 1)), {.cache = &one});
+    EXPECT_LT(max_difference(alone, positions(together, 1, 3, b, 1)), 1e-13) << b;
+  }
+  auto longer = model.allocate_inference_cache(ctx_, {.batch_size = 1, .max_seqlen = 9});
+  EXPECT_THROW(longer.copy_sequence(ctx_, 0, prefix, 0), InvalidArgument);
+  EXPECT_THROW(branches.copy_sequence(ctx_, 3, prefix, 0), InvalidArgument);
+  EXPECT_THROW(branches.copy_sequence(ctx_, 0, prefix, 2), InvalidArgument);
+}
+
+TEST_F(Model, ARefusedFileLeavesTheCacheAsItWas) {
+  const auto model = make(small_config({LRU, Mamba}));
+  const auto other = make(small_config({LRU, LRU}));  // its first layer has the same state
+  const auto path = std::filesystem::temp_directory_path() /
+                    ("lrnn_refused_" + std::to_string(::getpid()) + ".safetensors");
+  auto foreign = other.allocate_inference_cache(ctx_, {.batch_size = 1, .max_seqlen = 8});
+  (void)other.forward(ctx_, ids(1, 3), {.cache = &foreign});
+  foreign.save(ctx_, path);
+  auto cache = model.allocate_inference_cache(ctx_, {.batch_size = 1, .max_seqlen = 8});
+  (void)model.forward(ctx_, ids(1, 4), {.cache = &cache});
+  const auto before = cache.clone(ctx_);
+  EXPECT_THROW(cache.load(ctx_, path), IoError);
+  std::filesystem::remove(path);
+  EXPECT_EQ(cache.positions(), before.positions());
+  auto untouched = before.clone(ctx_);
+  EXPECT_EQ(logits(model, ids(1, 1, 9), {.cache = &cache}),
+            logits(model, ids(1, 1, 9), {.cache = &untouched}));
+}
+
+TEST_F(Model, EncodingsAreWhatTheHeadReads) {
+  const auto model = make(small_config({LRU, Mamba, Attn}));
+  const Tensor input = ids(2, 5);
+  const Tensor valid = lengths({3, 5});
+  const Doubles expected = logits(model, input, {.lengths = valid});
+  const auto out = model.encode(ctx_, input, {.lengths = valid});
+  EXPECT_EQ(out.hidden.shape(), (Shape{2, 5, 8}));
+  const Doubles hidden = ctx_.to_host_as_double(out.hidden);
+  const Doubles weight =
+      ctx_.to_host_as_double(model.parameters().at("backbone.embedding.weight").value);
+  Doubles product(std::size_t{2 * 5 * 19});
+  for (std::size_t row = 0; row < 10; ++row)
+    for (std::size_t v = 0; v < 19; ++v)
+      for (std::size_t i = 0; i < 8; ++i)
+        product[row * 19 + v] += hidden[row * 8 + i] * weight[v * 8 + i];
+  EXPECT_LT(max_difference(product, expected), 1e-14);
+
+  const auto last = model.encode(ctx_, input, {.last_valid_token = true, .lengths = valid});
+  EXPECT_EQ(last.hidden.shape(), (Shape{2, 1, 8}));
+  Doubles chosen(hidden.begin() + 2 * 8, hidden.begin() + 3 * 8);
+  chosen.insert(chosen.end(), hidden.end() - 8, hidden.end());
+  EXPECT_LT(max_difference(ctx_.to_host_as_double(last.hidden), chosen), 1e-15);
+}
+
+TEST_F(Model, OutputsOfInnerLayersEndShorterModels) {
+  for (const std::int64_t d_intermediate : {0, 12}) {
+    LRNNLMHeadConfig config = small_config({LRU, Mamba, S5});
+    config.d_intermediate = d_intermediate;
+    const auto model = make(config);
+    const Tensor input = ids(2, 5);
+    const auto out = model.forward(ctx_, input, {.layer_outputs = {2, 0}});
+    EXPECT_EQ(ctx_.to_host_as_double(out.logits), logits(model, input));
+    ASSERT_EQ(out.layer_outputs.size(), 2U);
+    for (const std::size_t i : {0U, 1U}) {
+      // A model that ends after the layer: its encoding is the normalised output of the layer.
+      LRNNLMHeadConfig head = config;
+      head.n_layer = i == 0 ? 3 : 1;
+      head.mixer_types.resize(static_cast<std::size_t>(head.n_layer));
+      const auto shorter = make(head);
+      for (const Parameter& p : shorter.parameters())
+        ctx_.copy(shorter.parameters().at(p.name).value, model.parameters().at(p.name).value);
+      Doubles normalised = ctx_.to_host_as_double(out.layer_outputs[i]);
+      ASSERT_EQ(normalised.size(), 2U * 5 * 8);
+      for (std::size_t row = 0; row < 10; ++row) {
+        double square = 0;
+        for (std::size_t c = 0; c < 8; ++c) square += std::pow(normalised[row * 8 + c], 2);
+        for (std::size_t c = 0; c < 8; ++c)
+          normalised[row * 8 + c] /= std::sqrt(square / 8 + config.norm_epsilon);
+      }
+      EXPECT_LT(
+          max_difference(ctx_.to_host_as_double(shorter.encode(ctx_, input).hidden), normalised),
+          1e-14);
+    }
+    // The same from a step.
+    auto cache = model.allocate_inference_cache(ctx_, {.batch_size = 2, .max_seqlen = 5});
+    (void)model.forward(ctx_, columns(input, 0, 4), {.cache = &cache});
+    const auto step = model.step(ctx_, columns(input, 4, 1), cache, {.layer_outputs = {1, 2}});
+    EXPECT_LT(max_difference(ctx_.to_host_as_double(step.layer_outputs.at(1)),
+                             positions(ctx_.to_host_as_double(out.layer_outputs[0]), 2, 5, 4, 1)),
+              1e-14);
+    EXPECT_THROW((void)model.forward(ctx_, input, {.layer_outputs = {3}}), InvalidArgument);
+    EXPECT_THROW((void)model.forward(ctx_, input, {.layer_outputs = {-1}}), InvalidArgument);
+  }
+}
+
+TEST_F(Model, GradientsOfAnEncoderMatchDifferenceQuotients) {
+  auto model = make(small_config({LRU, Mamba}));
+  const Tensor valid = lengths({4, 2});
+  const ForwardOptions options{.lengths = valid};
+  Rng rng(5);
+  Doubles weights(std::size_t{2 * 4 * 8});
+  for (double& w : weights) w = rng.normal();
+  const Tensor cotangent = ctx_.from_host_as({2, 4, 8}, DType::float64, weights);
+  auto encoding = model.encode_for_backward(ctx_, ids(2, 4), options);
+  EXPECT_EQ(ctx_.to_host_as_double(encoding.hidden()),
+            ctx_.to_host_as_double(model.encode(ctx_, ids(2, 4), options).hidden));
+  model.backward(ctx_, std::move(encoding), cotangent);
+  for (Parameter& p : model.parameters()) {
+    const Doubles start = ctx_.to_host_as_double(p.value);
+    const Doubles grad = ctx_.to_host_as_double(p.grad);
+    Rng directions(3, p.name);
+    Doubles direction(start.size());
+    for (double& d : direction) d = directions.normal();
+    double analytic = 0;
+    for (std::size_t i = 0; i < grad.size(); ++i) analytic += grad[i] * direction[i];
+    const auto at = [&](double h) {
+      Doubles moved = start;
+      for (std::size_t i = 0; i < moved.size(); ++i) moved[i] += h * direction[i];
+      ctx_.write_from_host(p.value, moved);
+      const Doubles hidden = ctx_.to_host_as_double(model.encode(ctx_, ids(2, 4), options).hidden);
+      double sum = 0;
+      for (std::size_t i = 0; i < hidden.size(); ++i) sum += hidden[i] * weights[i];
+      return sum;
+    };
+    constexpr double h = 1e-4;
+    const double numeric = (at(-2 * h) - 8 * at(-h) + 8 * at(h) - at(2 * h)) / (12 * h);
+    ctx_.write_from_host(p.value, start);
+    EXPECT_NEAR(analytic, numeric, 1e-8 * (1 + std::abs(numeric))) << p.name;
+  }
+  EXPECT_THROW(model.backward(ctx_, std::move(encoding), cotangent), InvalidArgument);
+  EXPECT_THROW(model.backward(ctx_, model.encode_for_backward(ctx_, ids(2, 5)), cotangent),
+               ShapeError);
+}
+
 TEST_F(Model, AcceptsInt64AndTimestepsOfAnyFloatType) {
   const auto model = make(small_config());
   const Tensor input = ids(2, 4);

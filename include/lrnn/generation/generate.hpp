@@ -17,8 +17,17 @@ struct GenerateOptions {
   double min_p = 0.0;               ///< in [0, 1)
   double repetition_penalty = 1.0;  ///< 1: none; counts the prompt
   std::uint64_t seed = 0;
-  /// A sequence that drew it is continued with this token; all done ends the generation.
+  /// A sequence ends with this token, or with any of the stop sequences among the tokens it drew
+  /// (of a byte-level model: strings). What ended it is part of the result; pad_token fills its row
+  /// while others go on. The generation ends with the last sequence.
   std::optional<std::int32_t> eos_token = {};
+  std::vector<std::vector<std::int32_t>> stop_sequences = {};
+  std::optional<std::int32_t> pad_token = {};  ///< default: eos_token, or 0 without one
+  /// Set to the number of tokens that each sequence drew until it ended.
+  std::vector<std::int64_t>* generated_lengths = nullptr;
+  /// States of what came before the prompt. Left at the last token that the model has seen, which
+  /// is the last but one of the result.
+  InferenceCache* cache = nullptr;
   TensorView lengths = {};            ///< [B] int32, prompt lengths; the rest of a row is padding
   std::int64_t prefill_chunk = 2048;  ///< tokens of the prompt processed at a time, 0: all
   bool cuda_graph = true;             ///< on CUDA: record one step and replay it
@@ -30,7 +39,8 @@ struct GenerateOptions {
 /// prompt: [B, L] int32 or int64. Returns [B, L + n] int32: the prompt as given, padding included,
 /// then the n <= max_new_tokens generated tokens.
 ///
-/// Nothing is copied to the host before the end unless eos_token or on_tokens ask for it.
+/// Nothing is copied to the host before the end unless eos_token, stop_sequences or on_tokens ask
+/// for it.
 /// @throws InvalidArgument, ConfigError naming the option
 [[nodiscard]] Tensor generate(Context& ctx, const LRNNLMHeadModel& model, TensorView prompt,
                               const GenerateOptions& options = {});

@@ -26,10 +26,15 @@ class InferenceCache {
   [[nodiscard]] InferenceCache clone(Context& ctx) const;
   /// Copies the content of a cache of the same model and size. @throws InvalidArgument
   void copy_from(Context& ctx, const InferenceCache& other);
+  /// Makes sequence `to` of this cache a copy of sequence `from` of `other`, a cache of the same
+  /// model and max_seqlen with any batch size: one prefix may serve many continuations.
+  /// @throws InvalidArgument
+  void copy_sequence(Context& ctx, std::int64_t to, const InferenceCache& other, std::int64_t from);
 
   /// Writes the states to a safetensors file. @throws IoError
   void save(Context& ctx, const std::filesystem::path& path) const;
-  /// Reads them back into a cache of the same model and size.
+  /// Reads them back into a cache of the same model and size. A file that is refused leaves the
+  /// cache as it was.
   /// @throws IoError naming file, tensor, what was expected and what came
   void load(Context& ctx, const std::filesystem::path& path);
 

@@ -53,19 +53,29 @@ struct ForwardOptions {
   TensorView lengths = {};                ///< [B] int32, 1..L; the rest of a row is padding
   TensorView position_ids = {};           ///< [B, L] int32 or int64; rotary attention
   InferenceCache* cache = nullptr;  ///< prefill: read first, then left at the last valid token
+  std::vector<std::int64_t> layer_outputs = {};  ///< layers whose outputs are returned as well
   /// Whether to copy ids, lengths and timesteps to the host and check them. Without it the call is
   /// recordable (see Graph), needs int32 ids, and bad values are undefined behaviour.
   bool validate = true;
 };
 
 struct StepOptions {
-  TensorView integration_timesteps = {};  ///< [B] or [B, 1]
-  TensorView position_ids = {};           ///< [B] or [B, 1]; default: the tokens seen before
-  bool validate = true;                   ///< as in ForwardOptions
+  TensorView integration_timesteps = {};         ///< [B] or [B, 1]
+  TensorView position_ids = {};                  ///< [B] or [B, 1]; default: the tokens seen before
+  std::vector<std::int64_t> layer_outputs = {};  ///< as in ForwardOptions
+  bool validate = true;                          ///< as in ForwardOptions
 };
 
 struct CausalLMOutput {
   Tensor logits;
+  /// For every entry of ForwardOptions::layer_outputs, the residual stream that the layer leaves
+  /// behind, [B, L, H] of all positions, rounded as it is stored. Values at padding mean nothing.
+  std::vector<Tensor> layer_outputs = {};
+};
+
+struct EncoderOutput {
+  Tensor hidden;                           ///< output of the final norm, [B, L, H]
+  std::vector<Tensor> layer_outputs = {};  ///< as in CausalLMOutput
 };
 
 class LRNNLMHeadModel {
@@ -94,6 +104,20 @@ class LRNNLMHeadModel {
                                     const StepOptions& options = {}) const;
   [[nodiscard]] InferenceCache allocate_inference_cache(Context& ctx,
                                                         const CacheOptions& options) const;
+
+  /// The model without its head, as an encoder of sequences. num_last_tokens and last_valid_token
+  /// select positions of `hidden` as they do for logits; last_valid_token gives one vector per
+  /// sequence, [B, 1, H].
+  [[nodiscard]] EncoderOutput encode(Context& ctx, TensorView input_ids,
+                                     const ForwardOptions& options = {}) const;
+  class Encoding;
+  /// The same at all positions, with what backward() needs. Operands in `options` must stay alive
+  /// until then.
+  [[nodiscard]] Encoding encode_for_backward(Context& ctx, TensorView input_ids,
+                                             const ForwardOptions& options = {});
+  /// dhidden: [B, L, H], the gradient of encoding.hidden(). Gradients accumulate into parameters().
+  /// @throws InvalidArgument if `encoding` was used before
+  void backward(Context& ctx, Encoding encoding, TensorView dhidden);
 
   /// Mean cross-entropy over the targets that count, [] float32 (float64).
   /// targets: [B, L] int32 or int64, each in [0, V) or kIgnoreIndex. Positions at or beyond lengths
@@ -129,8 +153,10 @@ class LRNNLMHeadModel {
   void check_timesteps(Context& ctx, const char* op, TensorView tau, TensorView lengths) const;
   [[nodiscard]] Tensor embed(Context& ctx, TensorView ids) const;
   /// Returns norm_f's output [B, L, H]; fills `saved` unless null.
-  [[nodiscard]] Tensor hidden_states(Context& ctx, const Inputs& inputs, Saved* saved,
-                                     const ForwardOptions& options) const;
+  [[nodiscard]] EncoderOutput hidden_states(Context& ctx, const Inputs& inputs, Saved* saved,
+                                            const ForwardOptions& options) const;
+  /// From the gradients of norm_f's operands to that of the embedding. Frees what `saved` holds.
+  void backward_blocks(Context& ctx, Saved& saved, AddNormGradients gradients);
   [[nodiscard]] Tensor head(Context& ctx, TensorView x) const;
   /// The mean loss of normalised hidden values. Unless dx is absent, also the gradients of x, which
   /// may be overwritten with them, and of the head.
@@ -143,6 +169,20 @@ class LRNNLMHeadModel {
   std::vector<Block> blocks_;
   std::optional<AddNorm> norm_f_;
   Parameter* head_ = nullptr;  ///< the embedding when tied
+};
+
+/// Hidden values and what their backward pass needs; serves one backward pass.
+class LRNNLMHeadModel::Encoding {
+ public:
+  [[nodiscard]] TensorView hidden() const noexcept { return hidden_; }  ///< [B, L, H]
+  [[nodiscard]] const std::vector<Tensor>& layer_outputs() const noexcept { return layer_outputs_; }
+
+ private:
+  friend class LRNNLMHeadModel;
+
+  Tensor hidden_;
+  std::vector<Tensor> layer_outputs_;
+  std::shared_ptr<Saved> saved_;
 };
 
 }  // namespace lrnn
