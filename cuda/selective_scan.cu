@@ -1,363 +1,395 @@
-// Forward and step of the selective scan.
-//
-// A CTA walks one segment of one sequence for 32 channels in tiles of kTile steps, double-buffered
-// by asynchronous copies. A tile is first turned into (delta, delta u) per channel and into float
-// rows of B and C; then every thread advances four states serially in registers, and four steps of
-// y at a time are summed over the lanes of a channel by a transposing shuffle. The gate is applied
-// by the lane that holds the sum; results leave through shared memory in whole rows.
-//
-// Bound by issue slots: per state one ex2, two FMA; per four states and step one shuffle and the
-// reads of B, C and (delta, delta u). When batch x channels is small, time is cut into segments:
-// a first pass leaves each segment's end state and decay, a carry pass chains them.
-#include <algorithm>
-
+// Forward, step, and the carries of both passes. Ownership: common/selective_scan.cuh.
+// Forward is bound by issue slots and shared memory reads, next the exponentials; step by HBM.
 #include "common/selective_scan.cuh"
 
 namespace lrnn::cuda {
-namespace scan {
-
-__global__ void carry_kernel(const float2* __restrict__ ends, const float* __restrict__ start,
-                             float* __restrict__ before, std::int64_t states, int batch,
-                             int segments, bool reverse) {
-  const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (i >= states * batch) return;
-  const std::int64_t b = i / states;
-  const std::int64_t rest = i % states;
-  float state = start != nullptr ? start[i] : 0.0F;
-  for (int k = 0; k < segments; ++k) {
-    const int s = reverse ? segments - 1 - k : k;
-    const std::int64_t at = (b * segments + s) * states + rest;
-    before[at] = state;
-    state = fmaf(ends[at].x, state, ends[at].y);
-  }
-}
-
-}  // namespace scan
-
+namespace selective {
 namespace {
 
-using namespace scan;  // NOLINT(google-build-using-namespace)
-
-enum class Pass { Whole, Ends };
-
-/// Where a pass leaves its results.
-template <class T>
-struct Outputs {
-  DeviceRows<T> y;
-  float* chunk_states;  // [B, chunks, E, N] or null
-  float* state_out;     // [B, E, N] or null
-  const float* before;  // [B, segments, E, N] or null: state before each segment
-  float2* ends;         // [B, segments, E, N], pass Ends
-  bool vectors;         // 16-byte stores of y
+/// Operands of one tile of steps, as they come from memory.
+template <class T, class L, int kSteps>
+struct RawTile {
+  alignas(16) T u[kSteps][L::kChannels];
+  alignas(16) T dt[kSteps][L::kChannels];
+  alignas(16) T z[kSteps][L::kChannels];  // replaced by y
+  alignas(16) T B[kSteps][L::kN];
+  alignas(16) T C[kSteps][L::kN];
 };
 
-template <int kLanes>
-constexpr int kTile = kLanes <= 4 ? 64 : (kLanes == 32 ? 16 : 32);
-
-/// Shared memory of a CTA, in order.
-template <class T, int kLanes, bool kPlain>
-struct Layout {
-  static constexpr int kC = kChannels<kLanes>;
-  static constexpr int kT = kTile<kLanes>;
-  static constexpr int kPadded = kStates * kLanes;
-  static constexpr int kRaw = 3 * kT * kC;         // u, dt, z of one buffer, elements of T
-  static constexpr int kFactors = kPlain ? 2 : 3;  // floats per channel and step
-  static constexpr std::size_t kRawBytes = 2 * kRaw * sizeof(T);
-  static constexpr std::size_t kBytes =
-      kRawBytes + sizeof(float) * (kT * kC * kFactors + 2 * kT * kPadded);
+template <class T, class L, int kSteps, bool kGeneral>
+struct ForwardShared {
+  RawTile<T, L, kSteps> raw[2];
+  alignas(16) float2 drive[kSteps][L::kChannels];  // delta and delta u; general: delta and u
+  alignas(16) float alpha[kGeneral ? kSteps : 1][L::kChannels];
+  alignas(16) float B[kSteps][L::kN];
+  alignas(16) float C[kSteps][L::kN];
 };
 
-template <class T, int kLanes, bool kPlain, Pass pass>
-__global__ __launch_bounds__(kThreads<kLanes>) void selective_scan_forward_kernel(
-    Inputs<T> p, Outputs<T> out, Segments segments) {
-  using L = Layout<T, kLanes, kPlain>;
-  constexpr int kC = L::kC;
-  constexpr int kT = L::kT;
-  constexpr int kCount = kThreads<kLanes>;
-  extern __shared__ __align__(16) unsigned char memory[];
-  T* const raw = reinterpret_cast<T*>(memory);
-  float* const factors = reinterpret_cast<float*>(memory + L::kRawBytes);
-  float* const shared_B = factors + kT * kC * L::kFactors;
-  float* const shared_C = shared_B + kT * L::kPadded;
-
-  const Place<kLanes> place;
-  const int b = static_cast<int>(blockIdx.y);
-  const int first = static_cast<int>(blockIdx.x) * kC;
-  const int columns = min(kC, p.channels - first);
-  const int channel = first + place.channel;
-  const StateSlot slot(p.dstate, p.channels, channel, place.part);
-  const std::int64_t states = static_cast<std::int64_t>(p.channels) * p.dstate;
-  const int s = static_cast<int>(blockIdx.z);
-  const std::int64_t begin = segments.begin(s);
-  const std::int64_t end = segments.end(s, p.seqlen);
-  const std::int64_t length = p.length(b);
-  const std::int64_t row = b * p.seqlen;
-
-  const auto request = [&](std::int64_t t0, int buffer) {
-    T* const tile = raw + buffer * L::kRaw;
-    const int rows = static_cast<int>(min(static_cast<std::int64_t>(kT), end - t0));
-    copy_tile<T, kC, kCount>(tile, p.u, row + t0, rows, first, columns, p.vectors);
-    copy_tile<T, kC, kCount>(tile + kT * kC, p.dt, row + t0, rows, first, columns, p.vectors);
-    if (pass == Pass::Whole && p.z.data != nullptr)
-      copy_tile<T, kC, kCount>(tile + 2 * kT * kC, p.z, row + t0, rows, first, columns, p.vectors);
-  };
-
-  float A[kStates];
-  load_A(p.A_log, slot, A);
-  float h[kStates];
-  if (pass == Pass::Ends)
-    slot.load(nullptr, h);
-  else if (out.before != nullptr)
-    slot.load(out.before + (static_cast<std::int64_t>(b) * segments.count + s) * states, h);
-  else
-    slot.load(p.state_in != nullptr ? p.state_in + b * states : nullptr, h);
-  float product[kStates] = {1.0F, 1.0F, 1.0F, 1.0F};
-  float alpha_sum = 0.0F;
-  const float D = p.D != nullptr && channel < p.channels ? p.D[channel] : 0.0F;
-
-  request(begin, 0);
-  copies_commit();
-  int buffer = 0;
-  for (std::int64_t t0 = begin; t0 < end; t0 += kT, buffer ^= 1) {
-    copies_wait();
-    __syncthreads();
-    if (t0 + kT < end) request(t0 + kT, buffer ^ 1);
-    copies_commit();
-    T* const raw_u = raw + buffer * L::kRaw;
-    const T* const raw_dt = raw_u + kT * kC;
-    T* const raw_z = raw_u + 2 * kT * kC;
-    const int steps = static_cast<int>(min(static_cast<std::int64_t>(kT), end - t0));
-    const int valid =
-        static_cast<int>(max(std::int64_t{0}, min(static_cast<std::int64_t>(steps), length - t0)));
-    // Beyond the valid steps delta = 0 and u = 0, which leaves every state as it is.
-    for (int i = static_cast<int>(threadIdx.x); i < kT * kC; i += kCount) {
-      const int t = i / kC;
-      const int c = i % kC;
-      float delta = 0.0F;
-      float u = 0.0F;
-      if (t < valid && c < columns) {
-        delta = softplus(to_float(raw_dt[i]) + p.dt_bias[first + c]);
-        u = to_float(raw_u[i]);
-      }
-      if constexpr (kPlain) {
-        factors[2 * i] = delta;
-        factors[2 * i + 1] = delta * u;
-      } else {
-        float alpha = delta;
-        if (p.tau != nullptr)
-          alpha = t < valid && c < columns ? p.tau[row + t0 + t] * softplus(p.dtA_bias[first + c])
-                                           : 0.0F;
-        factors[3 * i] = alpha;
-        factors[3 * i + 1] = delta;
-        factors[3 * i + 2] = u;
-      }
-    }
-    load_shared_states<T, L::kPadded, kCount>(shared_B, p.B, row + t0, kT, valid, p.dstate);
-    if (pass == Pass::Whole)
-      load_shared_states<T, L::kPadded, kCount>(shared_C, p.C, row + t0, kT, valid, p.dstate);
-    __syncthreads();
-
-    if (pass == Pass::Whole && out.chunk_states != nullptr && t0 % kChunk == 0)
-      slot.store(
-          out.chunk_states +
-              (static_cast<std::int64_t>(b) * ((p.seqlen + kChunk - 1) / kChunk) + t0 / kChunk) *
-                  states,
-          h);
-    constexpr int G = kGroup<kLanes>;
-#pragma unroll 2
-    for (int g = 0; g < kT; g += G) {
-      float y[G];
-#pragma unroll
-      for (int j = 0; j < G; ++j) {
-        const int t = g + j;
-        const float4 B4 =
-            *reinterpret_cast<const float4*>(shared_B + t * L::kPadded + kStates * place.part);
-        const float Bs[kStates] = {B4.x, B4.y, B4.z, B4.w};
-        float Cs[kStates] = {};
-        if (pass == Pass::Whole) {
-          const float4 C4 =
-              *reinterpret_cast<const float4*>(shared_C + t * L::kPadded + kStates * place.part);
-          Cs[0] = C4.x;
-          Cs[1] = C4.y;
-          Cs[2] = C4.z;
-          Cs[3] = C4.w;
-        }
-        y[j] = 0.0F;
-        if constexpr (kPlain) {
-          const float2 f = *reinterpret_cast<const float2*>(factors + 2 * (t * kC + place.channel));
-          if (pass == Pass::Ends) alpha_sum += f.x;
-          const float scaled = f.x * kLog2e;
-#pragma unroll
-          for (int n = 0; n < kStates; ++n) {
-            h[n] = fmaf(ex2(scaled * A[n]), h[n], f.y * Bs[n]);
-            y[j] = fmaf(Cs[n], h[n], y[j]);
-          }
-        } else {
-          const float* const f = factors + 3 * (t * kC + place.channel);
-          const float alpha = f[0];
-          const float delta = f[1];
-          const float u = f[2];
-#pragma unroll
-          for (int n = 0; n < kStates; ++n) {
-            const float a = multiplier(p.disc, alpha, A[n]);
-            h[n] = fmaf(a, h[n], input_factor(p.disc, delta, A[n]) * u * Bs[n]);
-            if (pass == Pass::Ends) product[n] *= a;
-            y[j] = fmaf(Cs[n], h[n], y[j]);
-          }
-        }
-      }
-      if (pass == Pass::Whole) {
-        reduce_parts<kLanes, G>(y, place.part);
-        if (writes_group<kLanes>(place.part)) {
-          const int i = (g + group_step<kLanes>(place.part)) * kC + place.channel;
-          const int t = g + group_step<kLanes>(place.part);
-          float value = 0.0F;
-          if (t < valid && place.channel < columns) {
-            value = fmaf(D, to_float(raw_u[i]), y[0]);
-            if (p.z.data != nullptr) {
-              const float z = to_float(raw_z[i]);
-              value *= z * sigmoid(z);
-            }
-          }
-          raw_z[i] = from_float<T>(value);
-        }
-      }
-    }
-    if (pass == Pass::Whole) {
-      __syncthreads();
-      constexpr int N = kWide<T>;
-      if (out.vectors && kC % N == 0) {
-        for (int i = static_cast<int>(threadIdx.x); i < steps * (kC / N); i += kCount) {
-          const int t = i / (kC / N);
-          const int c = i % (kC / N) * N;
-          if (c < columns)
-            *reinterpret_cast<uint4*>(out.y.row(row + t0 + t) + first + c) =
-                *reinterpret_cast<const uint4*>(raw_z + t * kC + c);
-        }
-      } else {
-        for (int i = static_cast<int>(threadIdx.x); i < steps * kC; i += kCount)
-          if (i % kC < columns) out.y.row(row + t0 + i / kC)[first + i % kC] = raw_z[i];
-      }
-    }
-  }
-  if (pass == Pass::Ends) {
-    float2* const ends = out.ends + (static_cast<std::int64_t>(b) * segments.count + s) * states;
-#pragma unroll
-    for (int n = 0; n < kStates; ++n)
-      if (n < slot.count)
-        ends[slot.offset + n] = {kPlain ? ex2(alpha_sum * kLog2e * A[n]) : product[n], h[n]};
-  } else if (out.state_out != nullptr && s + 1 == segments.count) {
-    slot.store(out.state_out + b * states, h);
-  }
+/// Steps per tile: as many as 64 KB of shared memory hold, which every GPU has.
+template <class T, class L, bool kGeneral>
+constexpr int steps_per_tile() {
+  constexpr std::size_t kLimit = 64 * 1024;
+  if (sizeof(ForwardShared<T, L, 64, kGeneral>) <= kLimit) return 64;
+  if (sizeof(ForwardShared<T, L, 32, kGeneral>) <= kLimit) return 32;
+  if (sizeof(ForwardShared<T, L, 16, kGeneral>) <= kLimit) return 16;
+  return 8;
 }
 
-template <class T, int kLanes, bool kPlain, Pass pass>
-void launch(Context& ctx, const Inputs<T>& p, const Outputs<T>& out, const Segments& segments) {
-  constexpr std::size_t shared = Layout<T, kLanes, kPlain>::kBytes;
-  const auto kernel = selective_scan_forward_kernel<T, kLanes, kPlain, pass>;
-  if (shared > 48 * 1024)
-    LRNN_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                         static_cast<int>(shared)));
-  const dim3 grid(static_cast<unsigned>((p.channels + kChannels<kLanes> - 1) / kChannels<kLanes>),
-                  static_cast<unsigned>(p.batch), static_cast<unsigned>(segments.count));
-  kernel<<<grid, kThreads<kLanes>, shared, ctx.stream().handle>>>(p, out, segments);
+template <class T>
+struct ForwardArgs {
+  Operands<T> in;
+  const float* starts;  // [B, S, E, N]; state_in if there is one segment; null: 0
+  DeviceRows<T> y;
+  float* state_out;
+  float* chunk_states;
+  float* ends;      // step 1
+  float* products;  // step 1
+};
+
+/// One tile of steps of a block: staging, the recurrence, the output.
+template <class T, class L, bool kGeneral, bool kEnds>
+struct Forward {
+  static constexpr int kSteps = steps_per_tile<T, L, kGeneral>();
+  static constexpr int kGroup = L::kLanes < 8 ? L::kLanes : 8;  // steps whose y are added at once
+  using Shared = ForwardShared<T, L, kSteps, kGeneral>;
+  using Raw = RawTile<T, L, kSteps>;
+
+  const ForwardArgs<T>& p;
+  const Place<L>& at;
+  Shared& s;
+  float A[L::kStates];  // times log2(e) unless general
+  float h[L::kStates];
+  float product[kGeneral && kEnds ? L::kStates : 1];
+  float delta_sum = 0.0F;
+  float D;
+  // Channel of the calling thread while a tile is prepared.
+  int column;
+  float bias;
+  float rate = 0.0F;
+
+  __device__ Forward(const ForwardArgs<T>& args, const Place<L>& place, Shared& shared)
+      : p(args), at(place), s(shared) {
+    const Operands<T>& in = p.in;
+    read_A<L>(in.A_log, at, in.sizes.dstate, kGeneral ? 1.0F : kLog2e, A);
+    D = in.D != nullptr && at.active ? in.D[at.channel] : 0.0F;
+    column = static_cast<int>(threadIdx.x) % L::kChannels;
+    const int channel = at.tile * L::kChannels + column;
+    const bool exists = channel < in.sizes.channels;
+    bias = exists ? in.dt_bias[channel] : 0.0F;
+    if (kGeneral && in.tau != nullptr) rate = exists ? softplus(in.dtA_bias[channel]) : 0.0F;
+    for (float& v : product) v = 1.0F;
+  }
+
+  __device__ void load(Raw& raw, int first) const {
+    constexpr int kThreads = L::kThreads;
+    const Operands<T>& in = p.in;
+    const std::int64_t row = at.first_row + first;
+    const int rows = min(at.length, at.stop) - first;
+    const int c = at.tile * L::kChannels;
+    const int channels = in.sizes.channels;
+    const int dstate = in.sizes.dstate;
+    load_tile<kSteps, L::kChannels, kThreads>(raw.u[0], in.u, row, rows, c, channels,
+                                              in.wide_channels);
+    load_tile<kSteps, L::kChannels, kThreads>(raw.dt[0], in.dt, row, rows, c, channels,
+                                              in.wide_channels);
+    load_tile<kSteps, L::kN, kThreads>(raw.B[0], in.B, row, rows, 0, dstate, in.wide_states);
+    if constexpr (kEnds) return;
+    load_tile<kSteps, L::kN, kThreads>(raw.C[0], in.C, row, rows, 0, dstate, in.wide_states);
+    if (in.z.data != nullptr)
+      load_tile<kSteps, L::kChannels, kThreads>(raw.z[0], in.z, row, rows, c, channels,
+                                                in.wide_channels);
+  }
+
+  __device__ void prepare(const Raw& raw, int first) const {
+    static_assert(L::kThreads % L::kChannels == 0);
+#pragma unroll 4
+    for (int j = static_cast<int>(threadIdx.x) / L::kChannels; j < kSteps;
+         j += L::kThreads / L::kChannels) {
+      const int t = first + j;
+      const bool valid = t < at.length && t < at.stop;
+      const float delta = valid ? softplus(to_float(raw.dt[j][column]) + bias) : 0.0F;
+      const float u = to_float(raw.u[j][column]);
+      if constexpr (kGeneral) {
+        float alpha = delta;
+        if (p.in.tau != nullptr) alpha = valid ? p.in.tau[at.first_row + t] * rate : 0.0F;
+        s.alpha[j][column] = alpha;
+        s.drive[j][column] = {delta, u};
+      } else {
+        s.drive[j][column] = {delta, delta * u};
+      }
+    }
+    widen_tile<kSteps * L::kN, L::kThreads>(raw.B[0], s.B[0]);
+    if constexpr (!kEnds) widen_tile<kSteps * L::kN, L::kThreads>(raw.C[0], s.C[0]);
+  }
+
+  /// One step; returns the part of sum C h of this thread.
+  __device__ __forceinline__ float advance(int j) {
+    const float2 d = s.drive[j][at.local];
+    float B[L::kStates];
+    float C[L::kStates];
+    read_shared<L::kStates>(s.B[j] + at.part * L::kStates, B);
+    if constexpr (!kEnds) read_shared<L::kStates>(s.C[j] + at.part * L::kStates, C);
+    if constexpr (kEnds && !kGeneral) delta_sum += d.x;
+    float y = 0.0F;
+#pragma unroll
+    for (int i = 0; i < L::kStates; ++i) {
+      if constexpr (kGeneral) {
+        const GeneralRule rule{p.in.discretization};
+        const float a = rule.multiplier(s.alpha[j][at.local], A[i]);
+        if constexpr (kEnds) product[i] *= a;
+        h[i] = fmaf(a, h[i], rule.factor(d.x, A[i]) * d.y * B[i]);
+      } else {
+        h[i] = fmaf(exp2_approx(d.x * A[i]), h[i], d.y * B[i]);
+      }
+      if constexpr (!kEnds) y = i == 0 ? C[i] * h[i] : fmaf(C[i], h[i], y);
+    }
+    return y;
+  }
+
+  __device__ __forceinline__ void run(Raw& raw) {
+    for (int first = 0; first < kSteps; first += kGroup) {
+      float y[kGroup];
+#pragma unroll
+      for (int j = 0; j < kGroup; ++j) y[j] = advance(first + j);
+      if constexpr (!kEnds) {
+        constexpr int kCopies = L::kLanes / kGroup;  // lanes with the same sum
+        transpose_add<kGroup, L::kLanes, L::kPerWarp>(y, at.part);
+        const int j = first + at.part / kCopies;
+        if (at.part % kCopies == 0) {
+          float v = fmaf(D, to_float(raw.u[j][at.local]), y[0]);
+          if (p.in.z.data != nullptr) {
+            const float z = to_float(raw.z[j][at.local]);
+            v *= z * fast_sigmoid(z);
+          }
+          raw.z[j][at.local] = from_float<T>(v);
+        }
+      }
+    }
+  }
+
+  __device__ void write_ends() {
+    const std::int64_t row = at.state_row(p.in.sizes);
+    write_states<L>(p.ends, row, at, p.in.sizes.dstate, h);
+    float m[L::kStates];
+#pragma unroll
+    for (int i = 0; i < L::kStates; ++i)
+      m[i] = kGeneral ? product[kGeneral ? i : 0] : exp2_approx(delta_sum * A[i]);
+    write_states<L>(p.products, row, at, p.in.sizes.dstate, m);
+  }
+};
+
+// kEnds: step 1, which writes nothing but the end of the segment. Else step 3.
+template <class T, class L, bool kGeneral, bool kEnds>
+__global__ __launch_bounds__(L::kThreads) void selective_scan_forward_kernel(ForwardArgs<T> p) {
+  using Tile = Forward<T, L, kGeneral, kEnds>;
+  extern __shared__ __align__(16) unsigned char bytes[];
+  auto& shared = *reinterpret_cast<typename Tile::Shared*>(bytes);
+  const Sizes& sizes = p.in.sizes;
+  // Nothing follows the last segment, so step 1 skips it.
+  const Place<L> at(sizes, p.in.lengths, kEnds ? sizes.segments - 1 : sizes.segments);
+  Tile tile(p, at, shared);
+  read_states<L>(kEnds ? nullptr : p.starts, at.state_row(sizes), at, sizes.dstate, tile.h);
+
+  int buffer = 0;
+  tile.load(shared.raw[0], at.begin);
+  commit_copies();
+  for (int first = at.begin; first < at.stop; first += Tile::kSteps, buffer ^= 1) {
+    auto& raw = shared.raw[buffer];
+    wait_for_copies();
+    __syncthreads();
+    if (first + Tile::kSteps < at.stop) tile.load(shared.raw[buffer ^ 1], first + Tile::kSteps);
+    commit_copies();
+    tile.prepare(raw, first);
+    if (!kEnds && p.chunk_states != nullptr && first % kChunk == 0)
+      write_states<L>(
+          p.chunk_states,
+          (std::int64_t{at.batch} * sizes.chunks + first / kChunk) * sizes.channels + at.channel,
+          at, sizes.dstate, tile.h);
+    __syncthreads();
+    tile.run(raw);
+    if constexpr (!kEnds) {
+      __syncthreads();
+      store_tile<Tile::kSteps, L::kChannels, L::kThreads>(
+          raw.z[0], p.y, at.first_row + first, at.stop - first, at.length - first,
+          at.tile * L::kChannels, sizes.channels, p.in.wide_channels);
+    }
+  }
+  if constexpr (kEnds)
+    tile.write_ends();
+  else if (p.state_out != nullptr && at.segment == sizes.segments - 1)
+    write_states<L>(p.state_out, std::int64_t{at.batch} * sizes.channels + at.channel, at,
+                    sizes.dstate, tile.h);
+}
+
+template <class T, class L, bool kGeneral>
+void launch_forward(Context& ctx, const SelectiveScanForward& a) {
+  const Sizes sizes(a.in, L::kChannels, L::kWarps);
+  ForwardArgs<T> p{Operands<T>(a.in, sizes),
+                   data_or_null<float>(a.in.state_in),
+                   device_rows<T>(a.y),
+                   data_or_null<float>(a.state_out),
+                   data_or_null<float>(a.chunk_states),
+                   nullptr,
+                   nullptr};
+  p.in.wide_channels = p.in.wide_channels && Operands<T>::wide(p.y, sizes.channels);
+  const cudaStream_t stream = ctx.stream().handle;
+  Tensor ends;
+  Tensor products;
+  if (sizes.segments > 1) {
+    ends = ctx.empty(sizes.carry_shape(), DType::float32);
+    products = ctx.empty(sizes.carry_shape(), DType::float32);
+    p.ends = ends.view().template data<float>();
+    p.products = products.view().template data<float>();
+    const auto kernel = selective_scan_forward_kernel<T, L, kGeneral, true>;
+    constexpr std::size_t kBytes = sizeof(typename Forward<T, L, kGeneral, true>::Shared);
+    allow_shared(kernel, kBytes);
+    kernel<<<sizes.blocks(sizes.segments - 1), L::kThreads, kBytes, stream>>>(p);
+    LRNN_CUDA_CHECK_LAUNCH();
+    launch_carry(ctx, {sizes, false, p.products, p.starts, p.ends});
+    p.starts = p.ends;
+  }
+  const auto kernel = selective_scan_forward_kernel<T, L, kGeneral, false>;
+  constexpr std::size_t kBytes = sizeof(typename Forward<T, L, kGeneral, false>::Shared);
+  allow_shared(kernel, kBytes);
+  kernel<<<sizes.blocks(sizes.segments), L::kThreads, kBytes, stream>>>(p);
   LRNN_CUDA_CHECK_LAUNCH();
 }
 
-template <class T, int kLanes, bool kPlain>
-void forward(Context& ctx, const SelectiveScanForward& a, const Inputs<T>& p) {
-  Outputs<T> out{{a.y.data<T>(), detail::row_stride(a.y)},
-                 a.chunk_states ? a.chunk_states.data<float>() : nullptr,
-                 a.state_out ? a.state_out.data<float>() : nullptr,
-                 nullptr,
-                 nullptr,
-                 false};
-  out.vectors = allows_vectors(out.y.data, p.channels, out.y.stride, kWide<T>);
-  const std::int64_t tiles = static_cast<std::int64_t>(p.batch) *
-                             ((p.channels + kChannels<kLanes> - 1) / kChannels<kLanes>);
-  const Segments segments = make_segments(tiles, p.seqlen);
-  Tensor ends, before;
-  // state_in is read by every CTA of the first segment and state_out written by the last: with the
-  // carries in a tensor of their own they may be the same memory.
-  if (segments.count > 1 || (a.state_out && a.in.state_in && a.state_out.raw() == p.state_in)) {
-    const std::int64_t states = static_cast<std::int64_t>(p.channels) * p.dstate;
-    const std::int64_t rows = static_cast<std::int64_t>(p.batch) * segments.count;
-    before = ctx.empty(Shape{rows, states}, DType::float32);
-    ends = ctx.empty(Shape{rows, states, 2}, DType::float32);
-    out.before = before.view().data<float>();
-    out.ends = reinterpret_cast<float2*>(ends.view().data<float>());
-    if (segments.count > 1)
-      launch<T, kLanes, kPlain, Pass::Ends>(ctx, p, out, segments);
-    else
-      LRNN_CUDA_CHECK(cudaMemsetAsync(out.ends, 0, ends.view().nbytes(), ctx.stream().handle));
-    const std::int64_t count = states * p.batch;
-    carry_kernel<<<static_cast<unsigned>((count + 255) / 256), 256, 0, ctx.stream().handle>>>(
-        out.ends, p.state_in, before.view().data<float>(), states, p.batch, segments.count, false);
-    LRNN_CUDA_CHECK_LAUNCH();
+/// Calls f.operator()<L>(). The general rule has fewer layouts: more lanes hold no state.
+template <bool kGeneral, class F>
+void visit_layout(std::int64_t dstate, F&& f) {
+  if (dstate <= 16) return f.template operator()<Layout<4, 4, 32>>();
+  if constexpr (!kGeneral) {
+    if (dstate <= 32) return f.template operator()<Layout<8, 4, 32>>();
   }
-  launch<T, kLanes, kPlain, Pass::Whole>(ctx, p, out, segments);
+  if (dstate <= 64) return f.template operator()<Layout<8, 8, 32>>();
+  if constexpr (!kGeneral) {
+    if (dstate <= 128) return f.template operator()<Layout<16, 8, 16>>();
+  }
+  return f.template operator()<Layout<32, 8, 8>>();
 }
 
-constexpr int kStepThreads = 256;
+constexpr int kCarryThreads = 256;
 
-// One thread per (b, channel): N states in turn, four at a time. Bound by the state's bytes.
+// One thread owns one state of one channel of one sequence and walks the segments. Bound by
+// latency.
+__global__ __launch_bounds__(kCarryThreads) void selective_scan_carry_kernel(CarryArgs p) {
+  const std::int64_t per_segment = std::int64_t{p.sizes.channels} * p.sizes.dstate;
+  const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kCarryThreads + threadIdx.x;
+  if (i >= p.sizes.batch * per_segment) return;
+  const std::int64_t batch = i / per_segment;
+  const int segments = p.sizes.segments;
+  const std::int64_t base = batch * segments * per_segment + i % per_segment;
+  float carry = p.start == nullptr ? 0.0F : p.start[i];
+  for (int k = 0; k < segments; ++k) {
+    const int segment = p.reverse ? segments - 1 - k : k;
+    const std::int64_t at = base + segment * per_segment;
+    const bool last = k == segments - 1;  // step 1 skipped it: nothing follows
+    const float end = last ? 0.0F : p.ends[at];
+    const float product = last ? 0.0F : p.products[at];
+    p.ends[at] = carry;
+    carry = fmaf(product, carry, end);
+  }
+}
+
+constexpr int kStepThreads = 128;
+
 template <class T>
-__global__ __launch_bounds__(kStepThreads) void selective_scan_step_kernel(
-    Inputs<T> p, DeviceRows<T> y, float* __restrict__ state, int lanes) {
-  const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kStepThreads + threadIdx.x;
-  const std::int64_t index = i / lanes;  // (b, channel), channels fastest
-  const int lane = static_cast<int>(i % lanes);
-  const bool exists = index < static_cast<std::int64_t>(p.batch) * p.channels;
-  const int b = exists ? static_cast<int>(index / p.channels) : 0;
-  const int e = exists ? static_cast<int>(index % p.channels) : 0;
-  const float u = to_float(p.u.row(b)[e]);
-  const float delta = softplus(to_float(p.dt.row(b)[e]) + p.dt_bias[e]);
-  const float alpha = p.tau != nullptr ? p.tau[b] * softplus(p.dtA_bias[e]) : delta;
-  float sum = 0.0F;
-  for (int n = lane; exists && n < p.dstate; n += lanes) {
-    const std::int64_t at = (static_cast<std::int64_t>(b) * p.channels + e) * p.dstate + n;
-    const float A = -expf(p.A_log[static_cast<std::int64_t>(e) * p.dstate + n]);
-    const float h = fmaf(multiplier(p.disc, alpha, A), state[at],
-                         input_factor(p.disc, delta, A) * u * to_float(p.B.row(b)[n]));
-    state[at] = h;
-    sum = fmaf(to_float(p.C.row(b)[n]), h, sum);
+struct StepArgs {
+  Operands<T> in;
+  DeviceRows<T> y;
+  float* state;
+  int lanes;  // of a channel, a power of two
+};
+
+// `lanes` neighbouring lanes own a channel and walk its states kVec at a time.
+template <class T, int kVec>
+__global__ __launch_bounds__(kStepThreads) void selective_scan_step_kernel(StepArgs<T> p) {
+  const Operands<T>& in = p.in;
+  const int lane = static_cast<int>(threadIdx.x) % p.lanes;
+  const std::int64_t i =
+      (static_cast<std::int64_t>(blockIdx.x) * kStepThreads + threadIdx.x) / p.lanes;
+  const bool exists =
+      i < std::int64_t{in.sizes.batch} * in.sizes.channels;  // the others join the shuffles
+  const std::int64_t batch = exists ? i / in.sizes.channels : 0;
+  const std::int64_t channel = exists ? i % in.sizes.channels : 0;
+  const int dstate = in.sizes.dstate;
+  const float u = to_float(in.u.row(batch)[channel]);
+  const float delta = softplus(to_float(in.dt.row(batch)[channel]) + in.dt_bias[channel]);
+  const float alpha = in.tau != nullptr ? in.tau[batch] * softplus(in.dtA_bias[channel]) : delta;
+  const GeneralRule rule{in.discretization};
+  float y = 0.0F;
+  for (int n = lane * kVec; exists && n < dstate; n += p.lanes * kVec) {
+    float* const state = p.state + i * dstate + n;
+    float h[kVec];
+    float A_log[kVec];
+    load_vec<float, kVec>(state, h);
+    load_vec<float, kVec>(in.A_log + channel * dstate + n, A_log);
+#pragma unroll
+    for (int k = 0; k < kVec; ++k) {
+      const float A = -expf(A_log[k]);
+      const float drive = rule.factor(delta, A) * u * to_float(in.B.row(batch)[n + k]);
+      h[k] = fmaf(rule.multiplier(alpha, A), h[k], drive);
+      y = fmaf(to_float(in.C.row(batch)[n + k]), h[k], y);
+    }
+    store_vec<float, kVec>(state, h);
   }
-  for (int offset = lanes / 2; offset > 0; offset /= 2)
-    sum += __shfl_xor_sync(0xFFFFFFFFU, sum, offset);
+  for (int offset = p.lanes / 2; offset > 0; offset /= 2)
+    y += __shfl_xor_sync(0xFFFFFFFFU, y, offset);
   if (!exists || lane != 0) return;
-  if (p.D != nullptr) sum = fmaf(p.D[e], u, sum);
-  if (p.z.data != nullptr) {
-    const float z = to_float(p.z.row(b)[e]);
-    sum *= z * sigmoid(z);
+  if (in.D != nullptr) y = fmaf(in.D[channel], u, y);
+  if (in.z.data != nullptr) {
+    const float z = to_float(in.z.row(batch)[channel]);
+    y *= z * fast_sigmoid(z);
   }
-  y.row(b)[e] = from_float<T>(sum);
+  p.y.row(batch)[channel] = from_float<T>(y);
+}
+
+template <class T, int kVec>
+void launch_step(Context& ctx, const SelectiveScanStep& a) {
+  const Sizes sizes(a.in, 1, 1);
+  int lanes = 1;
+  while (lanes < 32 && lanes * kVec < sizes.dstate) lanes *= 2;
+  const StepArgs<T> p{Operands<T>(a.in, sizes), device_rows<T>(a.y), a.state.data<float>(), lanes};
+  const std::int64_t threads = std::int64_t{sizes.batch} * sizes.channels * lanes;
+  selective_scan_step_kernel<T, kVec>
+      <<<static_cast<unsigned>((threads + kStepThreads - 1) / kStepThreads), kStepThreads, 0,
+         ctx.stream().handle>>>(p);
+  LRNN_CUDA_CHECK_LAUNCH();
 }
 
 }  // namespace
 
+void launch_carry(Context& ctx, const CarryArgs& p) {
+  const std::int64_t threads = std::int64_t{p.sizes.batch} * p.sizes.channels * p.sizes.dstate;
+  selective_scan_carry_kernel<<<static_cast<unsigned>((threads + kCarryThreads - 1) /
+                                                      kCarryThreads),
+                                kCarryThreads, 0, ctx.stream().handle>>>(p);
+  LRNN_CUDA_CHECK_LAUNCH();
+}
+
+}  // namespace selective
+
 void selective_scan_forward(Context& ctx, const SelectiveScanForward& a) {
-  visit_float("selective_scan_forward", a.in.u.dtype(), [&]<class T>() {
-    const Inputs<T> p = make_inputs<T>(a.in);
-    visit_lanes("selective_scan_forward", p.dstate, [&]<int kLanes>() {
-      if (is_plain(p))
-        forward<T, kLanes, true>(ctx, a, p);
-      else
-        forward<T, kLanes, false>(ctx, a, p);
+  constexpr const char* op = "selective_scan_forward";
+  const std::int64_t dstate = a.in.A_log.dim(1);
+  selective::check_limits(op, a.in);
+  visit_float(op, a.in.u.dtype(), [&]<class T>() {
+    selective::visit_rule(selective::is_general(a.in), [&]<bool kGeneral>() {
+      selective::visit_layout<kGeneral>(
+          dstate, [&]<class L>() { selective::launch_forward<T, L, kGeneral>(ctx, a); });
     });
   });
 }
 
 void selective_scan_step(Context& ctx, const SelectiveScanStep& a) {
   visit_float("selective_scan_step", a.in.u.dtype(), [&]<class T>() {
-    const Inputs<T> p = make_inputs<T>(a.in);
-    int lanes = 1;
-    while (lanes < 16 && lanes * 4 <= p.dstate) lanes *= 2;
-    const std::int64_t threads = static_cast<std::int64_t>(p.batch) * p.channels * lanes;
-    selective_scan_step_kernel<T>
-        <<<static_cast<unsigned>((threads + kStepThreads - 1) / kStepThreads), kStepThreads, 0,
-           ctx.stream().handle>>>(p, {a.y.data<T>(), detail::row_stride(a.y)},
-                                  a.state.data<float>(), lanes);
-    LRNN_CUDA_CHECK_LAUNCH();
+    const std::int64_t dstate = a.in.A_log.dim(1);
+    if (allows_vectors(a.state.data<float>(), dstate, dstate, 4) &&
+        allows_vectors(a.in.A_log.data<float>(), dstate, dstate, 4))
+      selective::launch_step<T, 4>(ctx, a);
+    else
+      selective::launch_step<T, 1>(ctx, a);
   });
 }
 

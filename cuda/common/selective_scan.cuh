@@ -1,314 +1,442 @@
-/// What the forward and backward kernels of the selective scan share.
+/// What the forward and backward kernels of selective_scan share.
 ///
-/// A CTA owns kChannels channels of one sequence; a channel's N states are spread over kLanes
-/// threads of four states each (the padding of N to 4 kLanes holds zeros). Adjacent threads of a
-/// warp hold adjacent channels, so that a read of B or C is a broadcast.
+/// A block owns a tile of neighbouring channels of one segment of one sequence. kLanes lanes of a
+/// warp hold the states of a channel, kStates each, in registers; neighbouring lanes hold
+/// neighbouring channels, so that the lanes of a warp read few distinct addresses of B and C. Time
+/// runs serially in tiles of steps, whose operands are staged in shared memory.
+///
+/// Few sequences and channels leave a GPU idle, so time is cut into segments of whole chunks:
+///   1. every segment from a zero state, to its end;   (not if there is one segment)
+///   2. the carries from segment to segment;           (not if there is one segment)
+///   3. every segment from its carry.
+/// The number of segments depends on the sizes alone, so results do not depend on the device.
+///
+/// At padding, and behind the end of a sequence, delta = alpha = 0 and u = B = C = 0: the state
+/// stays what it is.
 #pragma once
+
+#include <algorithm>
 
 #include "lrnn/ops/selective_scan.hpp"
 
 #include "common/check.cuh"
-#include "common/vec.cuh"
-#include "ops/dispatch.hpp"
+#include "common/dtype.cuh"
+#include "common/rows.cuh"
 
-namespace lrnn::cuda::scan {
+namespace lrnn::cuda::selective {
 
 using Disc = SelectiveDiscretization;
 
-constexpr int kStates = 4;  // per thread
 constexpr int kChunk = static_cast<int>(kSelectiveScanChunk);
 constexpr float kLog2e = 1.4426950408889634F;
+constexpr float kLn2 = 0.6931471805599453F;
 
-template <int kLanes>
-constexpr int kChannels = kLanes == 32 ? 8 : 32;  // per CTA
-template <int kLanes>
-constexpr int kThreads = kChannels<kLanes>* kLanes;
+/// Which threads own which channels and states: kLanes x kStates >= N, kChannels per block.
+template <int kLanes_, int kStates_, int kChannels_>
+struct Layout {
+  static constexpr int kLanes = kLanes_;
+  static constexpr int kStates = kStates_;
+  static constexpr int kChannels = kChannels_;
+  static constexpr int kN = kLanes * kStates;   ///< N rounded up; the rest is zero
+  static constexpr int kPerWarp = 32 / kLanes;  ///< channels of a warp
+  static constexpr int kWarps = kChannels / kPerWarp;
+  static constexpr int kThreads = 32 * kWarps;
+};
 
-__device__ __forceinline__ float ex2(float x) {
+struct Sizes {
+  int batch;
+  int seqlen;
+  int channels;
+  int dstate;
+  int chunks;
+  int tiles;  // of channels
+  int segments;
+  int segment_length;
+
+  Sizes(const SelectiveScanInputs& in, int channels_per_block, int warps_per_block)
+      : batch(static_cast<int>(in.u.dim(0))),
+        seqlen(static_cast<int>(in.u.dim(1))),
+        channels(static_cast<int>(in.u.dim(2))),
+        dstate(static_cast<int>(in.A_log.dim(1))),
+        chunks(static_cast<int>(selective_scan_chunks(seqlen))),
+        tiles((channels + channels_per_block - 1) / channels_per_block) {
+    // Enough warps to hide latency on any device. Two segments would only double the work.
+    constexpr std::int64_t kTargetWarps = 1536;
+    constexpr std::int64_t kShortest = 4;  // chunks of a segment
+    const std::int64_t warps = std::int64_t{batch} * tiles * warps_per_block;
+    const auto wanted = static_cast<int>(
+        std::min<std::int64_t>((kTargetWarps + warps - 1) / warps, chunks / kShortest));
+    const int per_segment = wanted < 3 ? chunks : (chunks + wanted - 1) / wanted;
+    segments = (chunks + per_segment - 1) / per_segment;
+    segment_length = per_segment * kChunk;
+  }
+  [[nodiscard]] unsigned blocks(int of_segments) const {
+    return static_cast<unsigned>(std::int64_t{batch} * of_segments * tiles);
+  }
+  [[nodiscard]] Shape carry_shape() const { return {batch, segments, channels, dstate}; }
+};
+
+/// Operands of all passes.
+template <class T>
+struct Operands {
+  Sizes sizes;
+  Disc discretization;
+  DeviceRows<const T> u, dt, B, C, z;
+  const float* dt_bias;
+  const float* A_log;
+  const float* D;         // may be null
+  const float* tau;       // null: no event mode
+  const float* dtA_bias;  // event mode
+  const std::int32_t* lengths;
+  bool wide_channels;  // u, dt, z and what is written beside them allow 16-byte accesses
+  bool wide_states;    // so do B and C
+
+  Operands(const SelectiveScanInputs& in, const Sizes& s)
+      : sizes(s),
+        discretization(in.discretization),
+        u(device_rows<T>(in.u)),
+        dt(device_rows<T>(in.dt)),
+        B(device_rows<T>(in.B)),
+        C(device_rows<T>(in.C)),
+        z(in.z ? device_rows<T>(in.z) : DeviceRows<const T>{nullptr, 0}),
+        dt_bias(in.dt_bias.data<float>()),
+        A_log(in.A_log.data<float>()),
+        D(in.D ? in.D.data<float>() : nullptr),
+        tau(in.integration_timesteps ? in.integration_timesteps.data<float>() : nullptr),
+        dtA_bias(in.dtA_bias ? in.dtA_bias.data<float>() : nullptr),
+        lengths(in.lengths ? in.lengths.data<std::int32_t>() : nullptr),
+        wide_channels(wide(u, s.channels) && wide(dt, s.channels) && wide(z, s.channels)),
+        wide_states(wide(B, s.dstate) && wide(C, s.dstate)) {}
+
+  template <class U>
+  static bool wide(const DeviceRows<U>& r, std::int64_t width) {
+    return allows_vectors(r.data, width, r.stride, kWide<T>);
+  }
+};
+
+template <class T>
+T* data_or_null(const MutableTensorView& t) {
+  return t ? t.data<T>() : nullptr;
+}
+template <class T>
+const T* data_or_null(const TensorView& t) {
+  return t ? t.data<T>() : nullptr;
+}
+
+/// What a block and a thread own. [begin, stop) are the positions of the segment, of which those
+/// before `length` are valid.
+template <class L>
+struct Place {
+  int tile;
+  int batch;
+  int segment;
+  int begin;
+  int stop;
+  int length;
+  std::int64_t first_row;  // row of position 0
+  int part;                // which states of the channel
+  int local;               // channel in the tile
+  int channel;
+  bool active;  // whether the channel exists
+
+  __device__ Place(const Sizes& s, const std::int32_t* lengths, int segments) {
+    const auto block = static_cast<int>(blockIdx.x);
+    tile = block % s.tiles;
+    segment = block / s.tiles % segments;
+    batch = block / s.tiles / segments;
+    begin = segment * s.segment_length;
+    stop = min(begin + s.segment_length, s.seqlen);
+    length = lengths == nullptr ? s.seqlen : lengths[batch];
+    first_row = std::int64_t{batch} * s.seqlen;
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    part = lane / L::kPerWarp;
+    local = static_cast<int>(threadIdx.x) / 32 * L::kPerWarp + lane % L::kPerWarp;
+    channel = tile * L::kChannels + local;
+    active = channel < s.channels;
+  }
+  /// Index of the states of this segment in [B, S, E, N].
+  __device__ std::int64_t state_row(const Sizes& s) const {
+    return (std::int64_t{batch} * s.segments + segment) * s.channels + channel;
+  }
+};
+
+__device__ __forceinline__ float exp2_approx(float x) {
   float r;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
   return r;
 }
-__device__ __forceinline__ float softplus(float v) {
-  return fmaxf(v, 0.0F) + log1pf(expf(-fabsf(v)));
-}
-__device__ __forceinline__ float sigmoid(float v) {
+__device__ __forceinline__ float fast_sigmoid(float v) {
   return __fdividef(1.0F, 1.0F + __expf(-v));
 }
 
-/// Operands of a kernel; rows are tokens.
-template <class T>
-struct Inputs {
-  DeviceRows<const T> u, dt, B, C, z;
-  const float* dt_bias;
-  const float* A_log;
-  const float* D;
-  const float* tau;
-  const float* dtA_bias;
-  const float* state_in;
-  const std::int32_t* lengths;
-  int batch, channels, dstate;
-  std::int64_t seqlen;
-  Disc disc;
-  bool vectors;  // 16-byte loads of channel rows are possible
-
-  __device__ std::int64_t length(int b) const { return lengths != nullptr ? lengths[b] : seqlen; }
-};
-
-template <class T>
-Inputs<T> make_inputs(const SelectiveScanInputs& in) {
-  const auto rows = [](TensorView t) {
-    return t ? DeviceRows<const T>{t.data<T>(), detail::row_stride(t)}
-             : DeviceRows<const T>{nullptr, 0};
-  };
-  const auto floats = [](TensorView t) { return t ? t.data<float>() : nullptr; };
-  Inputs<T> p{rows(in.u),
-              rows(in.dt),
-              rows(in.B),
-              rows(in.C),
-              rows(in.z),
-              in.dt_bias.data<float>(),
-              in.A_log.data<float>(),
-              floats(in.D),
-              floats(in.integration_timesteps),
-              floats(in.dtA_bias),
-              floats(in.state_in),
-              in.lengths ? in.lengths.data<std::int32_t>() : nullptr,
-              static_cast<int>(in.u.dim(0)),
-              static_cast<int>(in.u.dim(2)),
-              static_cast<int>(in.A_log.dim(1)),
-              in.u.dim(1),
-              in.discretization,
-              false};
-  p.vectors = allows_vectors(p.u.data, p.channels, p.u.stride, kWide<T>) &&
-              allows_vectors(p.dt.data, p.channels, p.dt.stride, kWide<T>) &&
-              (p.z.data == nullptr || allows_vectors(p.z.data, p.channels, p.z.stride, kWide<T>));
-  return p;
+/// max(x, 0) + log1p(e), e = exp(-|x|), by log1p(e) = 2 atanh(s), s = e / (2 + e): a polynomial in
+/// s^2 <= 1/9 with relative error 4e-9, also where e is small and log(1 + e) would cancel.
+__device__ __forceinline__ float softplus(float x) {
+  const float e = expf(-fabsf(x));
+  const float s = __fdividef(e, 2.0F + e);
+  const float w = s * s;
+  float p = fmaf(w, 0.281577784F, 0.279651577F);
+  p = fmaf(p, w, 0.400245952F);
+  p = fmaf(p, w, 0.666663216F);
+  p = fmaf(p, w, 2.0F);
+  return fmaf(p, s, fmaxf(x, 0.0F));
 }
 
-/// Whether the kernels for the plain exponential form apply.
-template <class T>
-bool is_plain(const Inputs<T>& p) {
-  return p.disc == Disc::Mamba && p.tau == nullptr;
-}
-
-/// How a thread is placed in its CTA.
-template <int kLanes>
-struct Place {
-  static constexpr int kPerWarp = 32 / kLanes;  // channels of a warp
-  int lane, channel_in_warp, part, channel;     // part: which four states
-
-  __device__ Place()
-      : lane(static_cast<int>(threadIdx.x) % 32),
-        channel_in_warp(lane % kPerWarp),
-        part(lane / kPerWarp),
-        channel(static_cast<int>(threadIdx.x) / 32 * kPerWarp + channel_in_warp) {}
-};
-
-/// A segment of the time axis: chunks [first, last) of one sequence.
-struct Segments {
-  int count;   // per sequence
-  int chunks;  // per segment
-
-  __device__ std::int64_t begin(int s) const {
-    return static_cast<std::int64_t>(s) * chunks * kChunk;
-  }
-  __device__ std::int64_t end(int s, std::int64_t seqlen) const {
-    return min(seqlen, static_cast<std::int64_t>(s + 1) * chunks * kChunk);
-  }
-};
-
-/// Cuts time when sequences and channel tiles alone give too few CTAs. Depends on sizes only.
-inline Segments make_segments(std::int64_t tiles, std::int64_t seqlen) {
-  constexpr std::int64_t kEnoughCtas = 384;
-  const std::int64_t chunks = selective_scan_chunks(seqlen);
-  const std::int64_t wanted = std::max<std::int64_t>(1, (kEnoughCtas + tiles - 1) / tiles);
-  // A segment of fewer than four chunks is not worth its second pass.
-  const std::int64_t segments = std::clamp<std::int64_t>(chunks / 4, 1, wanted);
-  const std::int64_t per_segment = (chunks + segments - 1) / segments;
-  return {static_cast<int>((chunks + per_segment - 1) / per_segment),
-          static_cast<int>(per_segment)};
-}
-
-/// Copies [rows, columns] of a row-strided operand into shared memory [rows, kColumns]; columns
-/// beyond `columns` are left alone.
-template <class T, int kColumns, int kThreadCount>
-__device__ __forceinline__ void copy_tile(T* shared, DeviceRows<const T> src, std::int64_t row,
-                                          int rows, int first, int columns, bool vectors) {
-  constexpr int N = kWide<T>;
-  if (vectors && kColumns % N == 0) {
-    for (int i = static_cast<int>(threadIdx.x); i < rows * (kColumns / N); i += kThreadCount) {
-      const int r = i / (kColumns / N);
-      const int c = i % (kColumns / N) * N;
-      if (c >= columns) continue;  // columns is a multiple of N here
-      const T* const from = src.row(row + r) + first + c;
-      T* const to = shared + r * kColumns + c;
-#if __CUDA_ARCH__ >= 800
-      const auto address = static_cast<unsigned>(__cvta_generic_to_shared(to));
-      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from)
-                   : "memory");
-#else
-      *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
-#endif
+/// Adds v[0 .. kCount) over the kLanes lanes that differ in lane / kStride % kLanes = id. After it
+/// lane id holds sums id kCount / kLanes + i in v[i]; if kCount < kLanes, sum id kCount / kLanes
+/// (rounded down) in v[0].
+template <int kCount, int kLanes, int kStride, int kSize>
+__device__ __forceinline__ void transpose_add(float (&v)[kSize], int id) {
+  if constexpr (kLanes > 1) {
+    constexpr int kBit = kLanes / 2;
+    if constexpr (kCount > 1) {
+      constexpr int kHalf = kCount / 2;
+      const bool upper = (id & kBit) != 0;
+#pragma unroll
+      for (int i = 0; i < kHalf; ++i) {
+        const float keep = upper ? v[i + kHalf] : v[i];
+        const float send = upper ? v[i] : v[i + kHalf];
+        v[i] = keep + __shfl_xor_sync(0xFFFFFFFFU, send, kBit * kStride);
+      }
+      transpose_add<kHalf, kBit, kStride>(v, id);
+    } else {
+      v[0] += __shfl_xor_sync(0xFFFFFFFFU, v[0], kBit * kStride);
+      transpose_add<1, kBit, kStride>(v, id);
     }
+  }
+}
+
+/// kCount floats of shared memory, aligned to 16 bytes.
+template <int kCount>
+__device__ __forceinline__ void read_shared(const float* p, float (&v)[kCount]) {
+  static_assert(kCount % 4 == 0);
+#pragma unroll
+  for (int i = 0; i < kCount; i += 4) {
+    const float4 q = *reinterpret_cast<const float4*>(p + i);
+    v[i] = q.x;
+    v[i + 1] = q.y;
+    v[i + 2] = q.z;
+    v[i + 3] = q.w;
+  }
+}
+template <int kCount>
+__device__ __forceinline__ void write_shared(float* p, const float (&v)[kCount]) {
+  static_assert(kCount % 4 == 0);
+#pragma unroll
+  for (int i = 0; i < kCount; i += 4)
+    *reinterpret_cast<float4*>(p + i) = make_float4(v[i], v[i + 1], v[i + 2], v[i + 3]);
+}
+
+/// States of the calling thread in a tensor [.., E, N], at channel row `row`.
+template <class L>
+__device__ __forceinline__ void read_states(const float* base, std::int64_t row, const Place<L>& at,
+                                            int dstate, float (&h)[L::kStates]) {
+#pragma unroll
+  for (int i = 0; i < L::kStates; ++i) {
+    const int n = at.part * L::kStates + i;
+    h[i] = base != nullptr && at.active && n < dstate ? base[row * dstate + n] : 0.0F;
+  }
+}
+template <class L>
+__device__ __forceinline__ void write_states(float* base, std::int64_t row, const Place<L>& at,
+                                             int dstate, const float (&h)[L::kStates]) {
+  if (!at.active) return;
+  const int first = at.part * L::kStates;
+  float* const p = base + row * dstate + first;
+  if (dstate == L::kN && reinterpret_cast<std::uintptr_t>(base) % 16 == 0) {
+#pragma unroll
+    for (int i = 0; i < L::kStates; i += 4)
+      *reinterpret_cast<float4*>(p + i) = make_float4(h[i], h[i + 1], h[i + 2], h[i + 3]);
     return;
   }
-  for (int i = static_cast<int>(threadIdx.x); i < rows * kColumns; i += kThreadCount) {
-    const int r = i / kColumns;
-    const int c = i % kColumns;
-    if (c < columns) shared[i] = src.row(row + r)[first + c];
+#pragma unroll
+  for (int i = 0; i < L::kStates; ++i)
+    if (first + i < dstate) p[i] = h[i];
+}
+
+__device__ __forceinline__ float A_of(const float* A_log, std::int64_t i) {
+  return -expf(A_log[i]);
+}
+/// A of the states of the calling thread, times `scale`; 0 where there is none.
+template <class L>
+__device__ __forceinline__ void read_A(const float* A_log, const Place<L>& at, int dstate,
+                                       float scale, float (&A)[L::kStates]) {
+#pragma unroll
+  for (int i = 0; i < L::kStates; ++i) {
+    const int n = at.part * L::kStates + i;
+    A[i] = at.active && n < dstate ? scale * A_of(A_log, at.channel * dstate + n) : 0.0F;
   }
 }
-__device__ __forceinline__ void copies_commit() {
+
+__device__ __forceinline__ void copy_16_bytes_async(void* to_shared, const void* from,
+                                                    bool exists) {
+#if __CUDA_ARCH__ >= 800
+  const auto address = static_cast<unsigned>(__cvta_generic_to_shared(to_shared));
+  const int bytes = exists ? 16 : 0;  // the rest is filled with zeros
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(bytes)
+               : "memory");
+#else
+  *static_cast<uint4*>(to_shared) =
+      exists ? *static_cast<const uint4*>(from) : make_uint4(0, 0, 0, 0);
+#endif
+}
+__device__ __forceinline__ void commit_copies() {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
 }
-__device__ __forceinline__ void copies_wait() {
+__device__ __forceinline__ void wait_for_copies() {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.wait_group 0;" ::: "memory");
 #endif
 }
+__device__ __forceinline__ void prefetch_to_l2(const void* p) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+}
 
-/// Rows of B or C as float, [rows, kPadded]; zeros beyond `valid` rows and beyond N.
-template <class T, int kPadded, int kThreadCount>
-__device__ __forceinline__ void load_shared_states(float* shared, DeviceRows<const T> src,
-                                                   std::int64_t row, int rows, int valid,
-                                                   int dstate) {
-  for (int i = static_cast<int>(threadIdx.x); i < rows * kPadded; i += kThreadCount) {
-    const int r = i / kPadded;
-    const int n = i % kPadded;
-    shared[i] = r < valid && n < dstate ? to_float(src.row(row + r)[n]) : 0.0F;
+/// Copies rows [row, row + kRows) and columns [column, column + kWidth) to shared memory. Rows from
+/// `rows` and columns from `columns` on are zero.
+template <int kRows, int kWidth, int kThreads, class T>
+__device__ __forceinline__ void load_tile(T* tile, const DeviceRows<const T>& from,
+                                          std::int64_t row, int rows, int column, int columns,
+                                          bool wide) {
+  constexpr int kVec = kWide<T>;
+  if constexpr (kWidth % kVec == 0) {
+    if (wide) {
+      constexpr int kPerRow = kWidth / kVec;
+      for (int i = static_cast<int>(threadIdx.x); i < kRows * kPerRow; i += kThreads) {
+        const int r = i / kPerRow;
+        const int c = i % kPerRow * kVec;
+        const bool exists = r < rows && column + c < columns;
+        copy_16_bytes_async(tile + i * kVec, exists ? from.row(row + r) + column + c : from.data,
+                            exists);
+      }
+      return;
+    }
+  }
+  for (int i = static_cast<int>(threadIdx.x); i < kRows * kWidth; i += kThreads) {
+    const int r = i / kWidth;
+    const int c = i % kWidth;
+    tile[i] =
+        r < rows && column + c < columns ? from.row(row + r)[column + c] : from_float<T>(0.0F);
   }
 }
 
-/// a and k of the general forms.
-__device__ __forceinline__ float multiplier(Disc disc, float alpha, float A) {
-  if (disc == Disc::Bilinear) {
+/// Writes a tile back: rows before `rows`, of which those from `valid` on become zero.
+template <int kRows, int kWidth, int kThreads, class T>
+__device__ __forceinline__ void store_tile(const T* tile, const DeviceRows<T>& to, std::int64_t row,
+                                           int rows, int valid, int column, int columns,
+                                           bool wide) {
+  constexpr int kVec = kWide<T>;
+  if constexpr (kWidth % kVec == 0) {
+    if (wide) {
+      constexpr int kPerRow = kWidth / kVec;
+      for (int i = static_cast<int>(threadIdx.x); i < kRows * kPerRow; i += kThreads) {
+        const int r = i / kPerRow;
+        const int c = i % kPerRow * kVec;
+        if (r >= rows || column + c >= columns) continue;
+        *reinterpret_cast<uint4*>(to.row(row + r) + column + c) =
+            r < valid ? *reinterpret_cast<const uint4*>(tile + i * kVec) : make_uint4(0, 0, 0, 0);
+      }
+      return;
+    }
+  }
+  for (int i = static_cast<int>(threadIdx.x); i < kRows * kWidth; i += kThreads) {
+    const int r = i / kWidth;
+    const int c = i % kWidth;
+    if (r < rows && column + c < columns)
+      to.row(row + r)[column + c] = r < valid ? tile[i] : from_float<T>(0.0F);
+  }
+}
+
+/// Hints that a tile will be loaded soon.
+template <int kRows, int kWidth, int kThreads, class T>
+__device__ __forceinline__ void prefetch_tile(const DeviceRows<const T>& from, std::int64_t row,
+                                              int column, int columns) {
+  constexpr int kPerRow =
+      (kWidth * static_cast<int>(sizeof(T)) + 127) / 128;  // lines, if rows are aligned
+  constexpr int kStep = 128 / static_cast<int>(sizeof(T));
+  for (int i = static_cast<int>(threadIdx.x); i < kRows * kPerRow; i += kThreads) {
+    const int c = column + i % kPerRow * kStep;
+    if (c < columns) prefetch_to_l2(from.row(row + i / kPerRow) + c);
+  }
+}
+
+/// float copy of a tile of T.
+template <int kCount, int kThreads, class T>
+__device__ __forceinline__ void widen_tile(const T* tile, float* out) {
+  static_assert(kCount % 4 == 0);
+  for (int i = 4 * static_cast<int>(threadIdx.x); i < kCount; i += 4 * kThreads) {
+    float v[4];
+    load_vec<T, 4>(tile + i, v);
+    write_shared<4>(out + i, v);
+  }
+}
+
+/// a(alpha, A) and k(delta, A) of any discretization.
+struct GeneralRule {
+  Disc disc;
+
+  __device__ __forceinline__ float multiplier(float alpha, float A) const {
+    if (disc != Disc::Bilinear) return expf(alpha * A);
     const float v = 0.5F * alpha * A;
     return (1.0F + v) / (1.0F - v);
   }
-  return expf(alpha * A);
-}
-__device__ __forceinline__ float zoh_factor(float delta, float A) {
-  const float x = delta * A;
-  if (fabsf(x) < 1e-3F) return delta * (1.0F + 0.5F * x * (1.0F + x / 3.0F));
-  return expm1f(x) / A;
-}
-__device__ __forceinline__ float input_factor(Disc disc, float delta, float A) {
-  switch (disc) {
-    case Disc::Mamba:
-      return delta;
-    case Disc::Zoh:
-      return zoh_factor(delta, A);
-    case Disc::Bilinear:
-      return delta / (1.0F - 0.5F * delta * A);
-    case Disc::Dirac:
-      return 1.0F;
-  }
-  return 0.0F;
-}
-/// d/dA of expm1(delta A) / A = delta^2 psi(delta A), psi(x) = ((x - 1) e^x + 1) / x^2.
-__device__ __forceinline__ float zoh_factor_dA(float delta, float A) {
-  const float x = delta * A;
-  float psi = 0.0F;
-  if (fabsf(x) < 0.5F) {  // sum over k of x^k / (k! (k + 2))
-    float term = 1.0F;
-#pragma unroll
-    for (int k = 0; k < 9; ++k) {
-      psi = fmaf(term, 1.0F / static_cast<float>(k + 2), psi);
-      term *= x / static_cast<float>(k + 1);
+  __device__ __forceinline__ float factor(float delta, float A) const {
+    switch (disc) {
+      case Disc::Mamba:
+        return delta;
+      case Disc::Zoh:
+        return A == 0.0F ? delta : expm1f(delta * A) / A;
+      case Disc::Bilinear:
+        return delta / (1.0F - 0.5F * delta * A);
+      default:
+        return 1.0F;
     }
-  } else {
-    psi = fmaf(x - 1.0F, expf(x), 1.0F) / (x * x);
-  }
-  return delta * delta * psi;
-}
-
-/// Sums v[i] over the lanes of a channel so that the lane with part p holds the sum of v[index],
-/// index = p * kValues / kLanes (kValues <= kLanes), in v[0]. kValues is a power of two.
-template <int kLanes, int kValues>
-__device__ __forceinline__ void reduce_parts(float (&v)[kValues], int part) {
-  constexpr int kPerWarp = 32 / kLanes;
-  int count = kValues;
-#pragma unroll
-  for (int offset = kLanes / 2; offset >= 1; offset /= 2) {
-    if (count > 1) {
-      count /= 2;
-      const bool upper = (part & offset) != 0;
-#pragma unroll
-      for (int i = 0; i < kValues / 2; ++i) {
-        if (i >= count) break;
-        const float keep = upper ? v[i + count] : v[i];
-        const float send = upper ? v[i] : v[i + count];
-        v[i] = keep + __shfl_xor_sync(0xFFFFFFFFU, send, offset * kPerWarp);
-      }
-    } else {
-      v[0] += __shfl_xor_sync(0xFFFFFFFFU, v[0], offset * kPerWarp);
-    }
-  }
-}
-/// Time steps that are reduced together.
-template <int kLanes>
-constexpr int kGroup = kLanes < 4 ? kLanes : 4;
-
-/// The step of a group that this lane holds after reduce_parts, and whether it is the one to write.
-template <int kLanes>
-__device__ __forceinline__ int group_step(int part) {
-  return part * kGroup<kLanes> / kLanes;
-}
-template <int kLanes>
-__device__ __forceinline__ bool writes_group(int part) {
-  return part % (kLanes / kGroup<kLanes>) == 0;
-}
-
-/// Four states of a thread to or from [.., E, N].
-struct StateSlot {
-  std::int64_t offset;  // of state 4 part of the channel
-  int count;            // states of this thread that exist, 0 if the channel does not
-
-  __device__ StateSlot(int dstate, int channels, int channel, int part)
-      : offset(static_cast<std::int64_t>(channel) * dstate + kStates * part),
-        count(channel < channels ? max(0, min(kStates, dstate - kStates * part)) : 0) {}
-  __device__ void load(const float* base, float (&h)[kStates]) const {
-#pragma unroll
-    for (int n = 0; n < kStates; ++n) h[n] = base != nullptr && n < count ? base[offset + n] : 0.0F;
-  }
-  __device__ void store(float* base, const float (&h)[kStates]) const {
-    if (count == kStates && reinterpret_cast<std::uintptr_t>(base + offset) % 16 == 0) {
-      *reinterpret_cast<float4*>(base + offset) = make_float4(h[0], h[1], h[2], h[3]);
-      return;
-    }
-#pragma unroll
-    for (int n = 0; n < kStates; ++n)
-      if (n < count) base[offset + n] = h[n];
   }
 };
 
-/// A of a thread's states; 0 where there is none.
-__device__ __forceinline__ void load_A(const float* A_log, const StateSlot& slot,
-                                       float (&A)[kStates]) {
-#pragma unroll
-  for (int n = 0; n < kStates; ++n) A[n] = n < slot.count ? -expf(A_log[slot.offset + n]) : 0.0F;
+/// Whether the inputs ask for more than the discretization of Mamba without event mode.
+inline bool is_general(const SelectiveScanInputs& in) {
+  return in.integration_timesteps || in.discretization != Disc::Mamba;
 }
-
-/// Calls `f.operator()<lanes>()` for the smallest number of lanes that holds N states.
+/// Calls f.operator()<kGeneral>().
 template <class F>
-void visit_lanes(const char* op, int dstate, F&& f) {
-  LRNN_CHECK(dstate <= 128, InvalidArgument, op, ": A_log: the CUDA backend holds up to 128 ",
-             "states per channel, got ", dstate);
-  if (dstate <= 4) return f.template operator()<1>();
-  if (dstate <= 8) return f.template operator()<2>();
-  if (dstate <= 16) return f.template operator()<4>();
-  if (dstate <= 32) return f.template operator()<8>();
-  if (dstate <= 64) return f.template operator()<16>();
-  f.template operator()<32>();
+void visit_rule(bool general, F&& f) {
+  if (general)
+    f.template operator()<true>();
+  else
+    f.template operator()<false>();
 }
 
-/// state before segment s = what the segments before it leave; one thread per (b, e, n).
-/// ends holds (product of a, state from 0) of every segment; `reverse` walks from the last.
-__global__ void carry_kernel(const float2* __restrict__ ends, const float* __restrict__ start,
-                             float* __restrict__ before, std::int64_t states, int batch,
-                             int segments, bool reverse);
+/// Limits of the kernels: states of a channel in the lanes of a warp, sizes and blocks in int.
+inline void check_limits(const char* op, const SelectiveScanInputs& in) {
+  constexpr std::int64_t kMost = std::int64_t{1} << 30;
+  const std::int64_t dstate = in.A_log.dim(1);
+  LRNN_CHECK(dstate <= 256, ShapeError, op, ": A_log: CUDA holds at most 256 states, got ", dstate);
+  LRNN_CHECK(in.u.dim(1) <= kMost && in.u.dim(0) * in.u.dim(2) <= kMost, ShapeError, op,
+             ": u: CUDA takes at most 2^30 positions and 2^30 channels of all sequences, got ",
+             in.u.shape());
+}
 
-}  // namespace lrnn::cuda::scan
+/// Step 2, in place: ends [B, S, E, N] become the states that enter the segments. `start` [B, E, N]
+/// (0 if null) enters the first one; `products` are the multipliers of whole segments. Reverse
+/// order for gradients.
+struct CarryArgs {
+  Sizes sizes;
+  bool reverse;
+  const float* products;
+  const float* start;
+  float* ends;
+};
+void launch_carry(Context& ctx, const CarryArgs& args);
+
+/// Shared memory beyond 48 KB must be asked for.
+template <class Kernel>
+void allow_shared(Kernel kernel, std::size_t bytes) {
+  if (bytes > 48 * 1024)
+    LRNN_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                         static_cast<int>(bytes)));
+}
+
+}  // namespace lrnn::cuda::selective
