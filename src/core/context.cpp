@@ -44,6 +44,14 @@ void visit_dtype(DType dtype, F&& f) {
   throw InternalError("visit_dtype: unknown dtype");
 }
 
+// The data of `t` is there, is of this device and has no gaps.
+void check_tensor(const char* op, const Context& ctx, const TensorView& t) {
+  LRNN_CHECK(t, ShapeError, op, ": tensor is required");
+  LRNN_CHECK(t.device() == ctx.device(), DeviceError, op, ": tensor is on ", t.device(),
+             ", context is on ", ctx.device());
+  LRNN_CHECK(t.is_contiguous(), ShapeError, op, ": tensor ", t.shape(), " is not contiguous");
+}
+
 }  // namespace
 
 Context::Context(std::unique_ptr<Runtime> runtime)
@@ -96,32 +104,30 @@ Tensor Context::zeros(const Shape& shape, DType dtype) {
   return t;
 }
 Tensor Context::clone(TensorView src) {
-  LRNN_CHECK(src.is_contiguous(), ShapeError, "clone: ", src.shape(), " is not contiguous");
-  LRNN_CHECK(src.device() == device(), DeviceError, "clone: tensor is on ", src.device(),
-             ", context is on ", device());
+  check_tensor("clone", *this, src);
   Tensor t(src.shape(), src.dtype(), *memory_, stream());
   runtime_->copy(t, src);
   return t;
 }
 void Context::zero(MutableTensorView dst) {
-  LRNN_CHECK(dst.is_contiguous(), ShapeError, "zero: ", dst.shape(), " is not contiguous");
+  check_tensor("zero", *this, dst);
   runtime_->fill_bytes(dst, 0);
 }
 void Context::copy(MutableTensorView dst, TensorView src) {
-  LRNN_CHECK(dst.shape() == src.shape() && dst.dtype() == src.dtype(), ShapeError,
-             "copy: destination is ", dst.dtype(), ' ', dst.shape(), ", source is ", src.dtype(),
-             ' ', src.shape());
-  LRNN_CHECK(dst.is_contiguous() && src.is_contiguous(), ShapeError,
-             "copy: both tensors must be contiguous");
+  check_tensor("copy", *this, dst);
+  check_tensor("copy", *this, src);
+  LRNN_CHECK(dst.shape() == src.shape(), ShapeError, "copy: destination is ", dst.shape(),
+             ", source is ", src.shape());
+  LRNN_CHECK(dst.dtype() == src.dtype(), DTypeError, "copy: destination is ", dst.dtype(),
+             ", source is ", src.dtype());
   runtime_->copy(dst, src);
 }
 void Context::copy_from_host(MutableTensorView dst, const void* src) {
-  LRNN_CHECK(dst.is_contiguous(), ShapeError, "copy_from_host: ", dst.shape(),
-             " is not contiguous");
+  check_tensor("copy_from_host", *this, dst);
   runtime_->copy_from_host(dst, src);
 }
 void Context::copy_to_host(void* dst, TensorView src) {
-  LRNN_CHECK(src.is_contiguous(), ShapeError, "to_host: ", src.shape(), " is not contiguous");
+  check_tensor("to_host", *this, src);
   runtime_->copy_to_host(dst, src);
 }
 

@@ -93,8 +93,10 @@ void* TensorView::checked(DType expected) const {
   return data_;
 }
 TensorView TensorView::slice(int dim, std::int64_t begin, std::int64_t length) const {
-  LRNN_CHECK(begin >= 0 && begin + length <= shape_[dim], ShapeError, "slice [", begin, ", ",
-             begin + length, ") of dimension ", dim, " of ", shape_);
+  LRNN_CHECK(dim >= -rank() && dim < rank(), ShapeError, "slice: dimension ", dim, " of ", shape_);
+  LRNN_CHECK(begin >= 0 && length >= 0 && begin <= shape_[dim] && length <= shape_[dim] - begin,
+             ShapeError, "slice: ", length, " elements from ", begin, " of dimension ", dim, " of ",
+             shape_);
   TensorView out = *this;
   out.data_ = static_cast<std::byte*>(data_) +
               static_cast<std::size_t>(begin * strides_[dim]) * size_of(dtype_);
@@ -102,8 +104,8 @@ TensorView TensorView::slice(int dim, std::int64_t begin, std::int64_t length) c
   return out;
 }
 TensorView TensorView::reshape(Shape shape) const {
-  LRNN_CHECK(is_contiguous() && shape.numel() == numel(), ShapeError, "cannot reshape ", shape_,
-             " to ", shape);
+  LRNN_CHECK(is_contiguous() && shape.numel() == numel(), ShapeError, "reshape: cannot make ",
+             shape, " of ", shape_);
   return {data_, shape, contiguous_strides(shape), dtype_, device_};
 }
 MutableTensorView MutableTensorView::slice(int dim, std::int64_t begin, std::int64_t length) const {
@@ -115,11 +117,27 @@ MutableTensorView MutableTensorView::reshape(Shape shape) const {
   return {data_, shape, contiguous_strides(shape), dtype_, device_};
 }
 
+namespace {
+
+// Extents may come from a file; neither their product nor the bytes may wrap around.
+std::size_t bytes_of(const Shape& shape, DType dtype) {
+  std::int64_t bytes = static_cast<std::int64_t>(size_of(dtype));
+  bool fits = true;
+  for (int i = 0; i < shape.rank(); ++i) {
+    LRNN_CHECK(shape[i] >= 0, ShapeError, "tensor: expected extents >= 0, got ", shape);
+    fits = fits && !__builtin_mul_overflow(bytes, std::max<std::int64_t>(shape[i], 1), &bytes);
+  }
+  LRNN_CHECK(fits, ShapeError, "tensor: ", shape, " of ", dtype, " exceeds 64 bits");
+  return shape.numel() == 0 ? 0 : static_cast<std::size_t>(bytes);
+}
+
+}  // namespace
+
 Tensor::Tensor(Shape shape, DType dtype, MemoryResource& memory, Stream stream)
-    : memory_(&memory), stream_(stream) {
-  const auto bytes = static_cast<std::size_t>(shape.numel()) * size_of(dtype);
-  view_ = {memory.allocate(bytes, stream), shape, contiguous_strides(shape), dtype,
+    : memory_(nullptr), stream_(stream) {
+  view_ = {memory.allocate(bytes_of(shape, dtype), stream), shape, contiguous_strides(shape), dtype,
            memory.device()};
+  memory_ = &memory;
 }
 Tensor::~Tensor() {
   if (memory_ != nullptr) memory_->deallocate(view_.raw(), view_.nbytes(), stream_);

@@ -41,9 +41,10 @@ class Context {
   [[nodiscard]] Tensor zeros(const Shape& shape, DType dtype);
   /// A copy of a contiguous tensor of this device. @throws ShapeError, DeviceError
   [[nodiscard]] Tensor clone(TensorView src);
-  /// Sets every byte of a contiguous tensor to 0. @throws ShapeError
+  /// Sets every byte of a contiguous tensor of this device to 0. @throws ShapeError, DeviceError
   void zero(MutableTensorView dst);
-  /// Copies between contiguous tensors of equal shape and dtype on this device. @throws ShapeError
+  /// Copies between contiguous tensors of equal shape and dtype on this device.
+  /// @throws ShapeError, DTypeError, DeviceError
   void copy(MutableTensorView dst, TensorView src);
   template <class T>
   [[nodiscard]] Tensor from_host(const Shape& shape, std::span<const T> values) {
