@@ -1,6 +1,5 @@
 // Logits of a hybrid model.
 #include <iostream>
-
 #include <lrnn/lrnn.hpp>
 
 int main() {

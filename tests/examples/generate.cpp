@@ -1,6 +1,5 @@
 // Continues the pattern that train.cpp learned: token by token, and in one call.
 #include <iostream>
-
 #include <lrnn/lrnn.hpp>
 
 int main() {

@@ -1,6 +1,5 @@
 // Trains a small model to continue a repeating pattern of bytes, and saves it.
 #include <iostream>
-
 #include <lrnn/lrnn.hpp>
 
 int main() {

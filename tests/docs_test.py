@@ -1,0 +1,75 @@
+"""Checks README.md and docs/ against the tree.
+
+usage: docs_test.py SOURCE_ROOT
+
+- a C++ block is preceded by <!-- FILE -->, and its lines are consecutive lines of that file
+- a path in backticks exists
+- a test named Suite.Name in backticks exists
+"""
+import pathlib
+import re
+import sys
+import textwrap
+
+ROOT = pathlib.Path(sys.argv[1])
+FOLDERS = ("include/", "src/", "cpu/", "cuda/", "tests/", "tools/", "bench/", "docs/")
+
+
+def cpp_blocks(lines):
+    """(line number, file named above or None, text) of every fenced C++ block."""
+    for start, line in enumerate(lines):
+        if line != "```cpp":
+            continue
+        end = lines.index("```", start)
+        named = re.fullmatch(r"<!-- (\S+) -->", lines[start - 1])
+        yield start + 1, named and named.group(1), "\n".join(lines[start + 1 : end])
+
+
+def contains(source, block):
+    """Whether `block`, less its indentation, is a run of whole lines of `source`."""
+    wanted = textwrap.dedent(block).strip("\n").split("\n")
+    lines = source.split("\n")
+    for i in range(len(lines) - len(wanted) + 1):
+        if textwrap.dedent("\n".join(lines[i : i + len(wanted)])).split("\n") == wanted:
+            return True
+    return False
+
+
+def test_names():
+    pattern = re.compile(r"^(?:TYPED_)?TEST(?:_[FP])?\((\w+),\s*(\w+)\)", re.MULTILINE)
+    return {
+        f"{suite}.{name}"
+        for path in (ROOT / "tests").rglob("*.cpp")
+        for suite, name in pattern.findall(path.read_text())
+    }
+
+
+def errors(document, tests):
+    text = document.read_text()
+    name = document.relative_to(ROOT)
+    for line, file, block in cpp_blocks(text.split("\n")):
+        if file is None:
+            yield f"{name}:{line}: C++ without <!-- FILE --> above it"
+        elif not (ROOT / file).is_file():
+            yield f"{name}:{line}: {file} does not exist"
+        elif not contains((ROOT / file).read_text(), block):
+            yield f"{name}:{line}: differs from {file}"
+    for number, line in enumerate(text.split("\n"), 1):
+        for code in re.findall(r"`([^`\s]+)`", line):
+            if code.startswith(FOLDERS) and not re.search(r"[*<{]|foo", code):
+                if not (ROOT / code).exists():
+                    yield f"{name}:{number}: {code} does not exist"
+            if re.fullmatch(r"[A-Z]\w+\.[A-Z]\w+", code) and code not in tests:
+                yield f"{name}:{number}: there is no test {code}"
+
+
+def main():
+    documents = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    tests = test_names()
+    found = [error for document in documents for error in errors(document, tests)]
+    print("\n".join(found) or f"{len(documents)} documents agree with the tree")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
