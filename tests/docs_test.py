@@ -1,14 +1,18 @@
 """Checks README.md and docs/ against the tree.
 
-usage: docs_test.py SOURCE_ROOT
+usage: docs_test.py SOURCE_ROOT [PROGRAM]
 
 - a C++ block is preceded by <!-- FILE -->, and its lines are consecutive lines of that file
 - a path in backticks exists
 - a test named Suite.Name in backticks exists
+- given PROGRAM, the commands of the shell blocks run, one after the other, and succeed
 """
+import os
 import pathlib
 import re
+import subprocess
 import sys
+import tempfile
 import textwrap
 
 ROOT = pathlib.Path(sys.argv[1])
@@ -63,7 +67,30 @@ def errors(document, tests):
                 yield f"{name}:{number}: there is no test {code}"
 
 
+def run_commands(document, program):
+    """The first command that fails, with what it printed, or None."""
+    blocks = re.findall(r"^```sh\n(.*?)^```", document.read_text(), re.MULTILINE | re.DOTALL)
+    commands = [line for block in blocks for line in block.split("\n") if line]
+    with tempfile.TemporaryDirectory() as folder:
+        work = pathlib.Path(folder)
+        (work / "lrnn").symlink_to(program)
+        (work / "tests").symlink_to(ROOT / "tests")
+        (work / "text.txt").write_bytes((ROOT / "LICENSE").read_bytes() * 100)
+        path = folder + os.pathsep + os.environ["PATH"]
+        for command in commands:
+            done = subprocess.run(command, shell=True, cwd=work, env={**os.environ, "PATH": path},
+                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            if done.returncode != 0:
+                return f"{command}\nexit status {done.returncode}\n{done.stdout.decode(errors='replace')}"
+    print(f"{len(commands)} commands ran")
+    return None if commands else "no commands were found"
+
+
 def main():
+    if len(sys.argv) > 2:
+        error = run_commands(ROOT / "README.md", pathlib.Path(sys.argv[2]).resolve())
+        print(error or "")
+        return 1 if error else 0
     documents = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     tests = test_names()
     found = [error for document in documents for error in errors(document, tests)]

@@ -82,7 +82,7 @@ void add_generate(CLI::App& app, Run& run) {
   c->add_option("--top-p", o->generate.top_p);
   c->add_option("--min-p", o->generate.min_p);
   c->add_option("--repetition-penalty", o->generate.repetition_penalty);
-  c->add_option("--stop", o->stop, "end after this text; may be given more than once");
+  c->add_option("--stop", o->stop, "end after this text; may be repeated")->allow_extra_args(false);
   c->add_option("--seed", o->generate.seed);
   c->add_option("--device", o->device, "auto, cpu, cuda or cuda:N");
   c->add_option("--dtype", o->dtype, "default: that of the model; float32 on the CPU");

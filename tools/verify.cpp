@@ -88,9 +88,11 @@ void add_verify(CLI::App& app, Run& run) {
       ->required();
   command->add_option("--device", options->device, "auto, cpu, cuda or cuda:N")
       ->capture_default_str();
-  command->add_option("--dtype", options->dtypes,
-                      "float32, bfloat16 or float64; may be repeated (default: float64 on the CPU, "
-                      "float32 on CUDA)");
+  command
+      ->add_option("--dtype", options->dtypes,
+                   "float32, bfloat16 or float64; may be repeated (default: float64 on the CPU, "
+                   "float32 on CUDA)")
+      ->allow_extra_args(false);
   command->callback([&run, options] { run = [options] { return verify(*options); }; });
 }
 
