@@ -247,6 +247,31 @@ TEST_F(Model, SelectedPositionsAreThoseOfAllLogits) {
   expect({.last_valid_token = true, .lengths = valid}, last);
 }
 
+TEST_F(Model, PaddedRowsOfTheVocabularyTakeNoPart) {
+  for (const bool tied : {true, false})
+    for (const std::int64_t multiple : {1, 8, 16}) {
+      LRNNLMHeadConfig config = small_config();
+      config.tie_embeddings = tied;
+      config.pad_vocab_size_multiple = multiple;
+      auto model = make(config);
+      Parameter& head =
+          model.parameters().at(tied ? "backbone.embedding.weight" : "lm_head.weight");
+      EXPECT_EQ(head.shape, (Shape{multiple == 1 ? 19 : multiple == 8 ? 24 : 32, 8}));
+      const Doubles expected = logits(model, ids(2, 5));
+      EXPECT_EQ(model.forward(ctx_, ids(2, 5)).logits.shape(), (Shape{2, 5, 19}));
+      Doubles weight = ctx_.to_host_as_double(head.value);
+      std::fill(weight.begin() + 19 * 8, weight.end(), NAN);
+      ctx_.write_from_host(head.value, weight);
+      EXPECT_EQ(logits(model, ids(2, 5)), expected);
+      const Tensor loss = model.loss_and_backward(ctx_, ids(2, 5), ids(2, 5, 2));
+      EXPECT_TRUE(std::isfinite(ctx_.to_host_as_double(loss).front()));
+      const Doubles grad = ctx_.to_host_as_double(head.grad);
+      EXPECT_NE(std::count(grad.begin(), grad.begin() + 19 * 8, 0.0), 19 * 8);
+      EXPECT_EQ(std::count(grad.begin() + 19 * 8, grad.end(), 0.0),
+                grad.end() - grad.begin() - 19 * 8);
+    }
+}
+
 TEST_F(Model, SeparateAddAndNormGiveTheSameNumbers) {
   for (const DType dtype : {DType::float32, DType::float64}) {
     LRNNLMHeadConfig config = small_config();
@@ -501,6 +526,15 @@ TEST_F(Model, AcceptsInt64AndTimestepsOfAnyFloatType) {
   const Doubles with_tau = logits(model, input, {.integration_timesteps = tau64});
   EXPECT_EQ(logits(model, input, {.integration_timesteps = tau32}), with_tau);
   EXPECT_NE(logits(model, input), with_tau);
+  // A step takes one per sequence, with or without the dimension of time.
+  auto cache = model.allocate_inference_cache(ctx_, {.batch_size = 2, .max_seqlen = 4});
+  for (std::int64_t t = 0; t < 4; ++t) {
+    const Tensor tau =
+        ctx_.from_host_as(t % 2 == 0 ? Shape{2} : Shape{2, 1}, DType::float64, Doubles(2, 0.5));
+    const auto out = model.step(ctx_, columns(input, t, 1), cache, {.integration_timesteps = tau});
+    EXPECT_LT(max_difference(ctx_.to_host_as_double(out.logits), positions(with_tau, 2, 4, t, 1)),
+              1e-13);
+  }
   // Timesteps at padding are never read.
   const Tensor nan = ctx_.from_host_as({2, 4}, DType::float64, Doubles{1, 1, 1, NAN, 1, 1, 0, -1});
   const Tensor valid = lengths({3, 2});
