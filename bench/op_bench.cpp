@@ -87,27 +87,25 @@ const Ceilings& ceilings(Context& ctx) {
 
 /// Values of a case and its results in double on the CPU, kept while its rows are timed.
 struct Reference {
+  Context cpu = Context::cpu();
   const OpCase* c = nullptr;
   Values values;
-  Tensors results;
+  Tensors results;  // in the memory of cpu
 };
 
-const Reference& reference_of(const OpCase& c) {
+Reference& reference_of(const OpCase& c) {
   static Reference kept;
   if (kept.c == &c) return kept;
-  kept = {};
-  Context cpu = Context::cpu();
+  kept.results.clear();
   kept.values = random_values(c);
-  kept.results = make_tensors(cpu, c, kept.values, DType::float64);
-  c.forward(cpu, kept.results);
-  if (c.backward) c.backward(cpu, kept.results);
+  kept.results = make_tensors(kept.cpu, c, kept.values, DType::float64);
+  c.forward(kept.cpu, kept.results);
+  if (c.backward) c.backward(kept.cpu, kept.results);
   kept.c = &c;
   return kept;
 }
 
-double max_error(Context& ctx, const OpCase& c, const Reference& want, Tensors& got,
-                 bool backward) {
-  Context cpu = Context::cpu();
+double max_error(Context& ctx, const OpCase& c, Reference& want, Tensors& got, bool backward) {
   c.forward(ctx, got);
   std::vector<std::string> names;
   if (backward) {
@@ -120,7 +118,7 @@ double max_error(Context& ctx, const OpCase& c, const Reference& want, Tensors& 
   double worst = 0;
   for (const auto& name : names) {
     const auto g = ctx.to_host_as_double(got.at(name));
-    const auto w = cpu.to_host_as_double(want.results.at(name));
+    const auto w = want.cpu.to_host_as_double(want.results.at(name));
     double error = 0;
     double scale = 1e-300;
     for (std::size_t i = 0; i < w.size(); ++i) {
@@ -135,7 +133,7 @@ double max_error(Context& ctx, const OpCase& c, const Reference& want, Tensors& 
 void run(benchmark::State& state, const OpCase& c, DType dtype, bool cuda, bool backward) {
   Context ctx = cuda ? Context::cuda() : Context::cpu();
   const Ceilings& top = ceilings(ctx);
-  const Reference& reference = reference_of(c);
+  Reference& reference = reference_of(c);
   Tensors t = make_tensors(ctx, c, reference.values, dtype);
   const double error = max_error(ctx, c, reference, t, backward);
   Tensor flush = ctx.empty({cuda ? std::int64_t{1} << 25 : 1}, DType::float32);
