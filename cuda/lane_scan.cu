@@ -1,7 +1,7 @@
 // Forward, the carries of both passes, and one token. Steps and ownership: common/lane_scan.cuh.
 //
-// Bound by issue slots: per sub-state and token four FMA of the recurrence and two of the read-out;
-// per sub-state and chunk eight wide reads of the tokens. Step 1 repeats the recurrence.
+// Bound by issue slots: per sub-state and group of four tokens ten FMA of the recurrence, eight of
+// the read-out and one wide read of the tokens. Step 1 repeats the recurrence.
 #include "lrnn/ops/lane_scan.hpp"
 
 #include "common/check.cuh"
@@ -11,7 +11,9 @@ namespace lrnn::cuda {
 namespace lane {
 namespace {
 
-enum Field { kMultiplier, kGap, kState, kWeight };  // one weight per channel
+constexpr int kMinParts = 2;  // at most 64 lanes in a block
+
+enum Field { kPowers, kGap = kPowers + kGroup, kState, kReadOut };  // then U_0 to U_3 by channel
 
 template <class T>
 struct ForwardArgs {
@@ -27,27 +29,37 @@ struct ForwardArgs {
   float* sums;  // outputs of several tiles, float32 [B, L, G]: y itself if it is float32
   float* state_out;
   float* chunk_states;
-  float* ends;      // step 1
-  float2* columns;  // null: in shared memory
+  float* ends;          // step 1
+  float2* columns;      // null: in shared memory
+  std::int64_t values;  // column_values
 };
 
-int fields(const Sizes& s) {
-  return kWeight + static_cast<int>(s.channels);
+// Values that a thread keeps in its columns: fields of every sub-state, then K_0 to K_3 by channel.
+__host__ __device__ constexpr int field_count(std::int64_t channels) {
+  return kReadOut + kGroup * static_cast<int>(channels);
+}
+std::int64_t column_values(const Sizes& s) {
+  return static_cast<std::int64_t>(field_count(s.channels)) * s.per_part + 2 * s.channels;
 }
 
 // One sub-state through a chunk. Tokens from `steps` on leave the state as it is.
-template <bool kFull, bool kReadOut>
-__device__ __forceinline__ float2 walk(float2 a, float2 W, float2 x, const float* tokens, int steps,
-                                       float (&w)[kChunk]) {
+template <bool kFull, bool kRead>
+__device__ __forceinline__ float2 walk(const Powers& a, const float2 (&U)[kGroup], float2 x,
+                                       const float* tokens, int steps, float (&w)[kChunk]) {
 #pragma unroll
-  for (int q = 0; q < kChunk / 4; ++q) {
-    const float4 four = *reinterpret_cast<const float4*>(tokens + 4 * q);
-    const float v[4] = {four.x, four.y, four.z, four.w};
+  for (int t = 0; t < kChunk; t += kGroup) {
+    if (!kFull && t >= steps) continue;
+    const float4 v = *reinterpret_cast<const float4*>(tokens + t);
+    if constexpr (kRead) {
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      if (!kFull && 4 * q + j >= steps) continue;
-      x = advance(a, x, v[j]);
-      if constexpr (kReadOut) w[4 * q + j] = fmaf(W.x, x.x, fmaf(-W.y, x.y, w[4 * q + j]));
+      for (int j = 0; j < kGroup; ++j) w[t + j] = real_part(U[j], x, w[t + j]);
+    }
+    if (kFull || t + kGroup <= steps) {
+      x = advance_group(a, x, v);
+    } else {
+      x = advance(a.of[0], x, v.x);
+      if (t + 1 < steps) x = advance(a.of[0], x, v.y);
+      if (t + 2 < steps) x = advance(a.of[0], x, v.z);
     }
   }
   return x;
@@ -67,12 +79,11 @@ class Walk {
         place_(args.sizes, group, tile),
         v_tile_(memory),
         y_tile_(memory + args.sizes.tile * kPitch),
-        columns_{args.columns, args.sizes.per_part} {
+        columns_{args.columns, args.sizes.per_part, field_count(args.sizes.channels)} {
     if (args.columns == nullptr)
       columns_.base = reinterpret_cast<float2*>(memory + 2 * args.sizes.tile * kPitch);
     else
-      columns_.base += static_cast<std::int64_t>(blockIdx.x) * kThreads * args.sizes.per_part *
-                       (kWeight + args.sizes.channels);
+      columns_.base += static_cast<std::int64_t>(blockIdx.x) * kThreads * args.values;
   }
 
   __device__ void run() {
@@ -100,13 +111,28 @@ class Walk {
         kEnds || args_.starts == nullptr ? nullptr : args_.starts + segment_.row * 2 * s_.plane;
     for (int i = 0; i < s_.per_part; ++i) {
       const Slot slot(s_, place_, i);
-      const float2 a = load_pair(args_.a, s_, slot);
-      columns_.at(kMultiplier, i) = a;
-      columns_.at(kGap, i) = power_gap(a, load_pair(args_.a_low, s_, slot), kChunk);
+      const Pair exact =
+          exact_multiplier(load_pair(args_.a, s_, slot), load_pair(args_.a_low, s_, slot));
+      const Powers a(exact);
+      columns_.at(kGap, i) = power_gap(exact, a.of[0], a.of[3], kChunk);
       columns_.at(kState, i) = load_pair(starts, s_, slot);
-      if constexpr (!kEnds)
-        for (int c = 0; c < s_.channels; ++c)
-          columns_.at(kWeight + c, i) = load_weight(args_.W, s_, slot, c);
+#pragma unroll
+      for (int j = 0; j < kGroup; ++j) columns_.at(kPowers + j, i) = a.of[j];
+      if constexpr (!kEnds) {
+        for (int c = 0; c < s_.channels; ++c) {
+          const float2 W = load_weight(args_.W, s_, slot, c);
+#pragma unroll
+          for (int j = 0; j < kGroup; ++j)
+            columns_.at(kReadOut + kGroup * c + j, i) = multiply(W, a.of[j]);
+        }
+      }
+    }
+    if constexpr (!kEnds) {
+      for (int c = 0; c < s_.channels; ++c) {
+        const Taps taps = make_taps(s_, place_, args_.a, args_.W, args_.skip, c);
+        columns_.single(2 * c) = {taps.of[0], taps.of[1]};
+        columns_.single(2 * c + 1) = {taps.of[2], taps.of[3]};
+      }
     }
   }
   __device__ void store_states(float* planes) const {
@@ -128,7 +154,7 @@ class Walk {
         const int size =
             static_cast<int>(min(s_.seqlen - chunk * kChunk, static_cast<std::int64_t>(kChunk)));
         if (s_.groups > 1)
-          write_sum(w, token, steps, size);
+          write_sum(w, c, token, steps, size);
         else
           write_lanes(w, c, token, steps, size);
       }
@@ -139,32 +165,57 @@ class Walk {
   __device__ __forceinline__ void walk_substate(int i, int c, int channels, int steps,
                                                 float (&w)[kChunk]) const {
     const float* const tokens = v_tile_ + place_.row * kPitch;
-    const float2 a = columns_.at(kMultiplier, i);
     const float2 before = columns_.at(kState, i);
-    float2 W{0.0F, 0.0F};
-    if constexpr (!kEnds) W = columns_.at(kWeight + c, i);
     float2 gap = columns_.at(kGap, i);
+    Powers a;
+    float2 U[kGroup];
+#pragma unroll
+    for (int j = 0; j < kGroup; ++j) {
+      a.of[j] = columns_.at(kPowers + j, i);
+      if constexpr (!kEnds) U[j] = columns_.at(kReadOut + kGroup * c + j, i);
+    }
     float2 x;
     if (steps == kChunk) {
-      x = walk<true, !kEnds>(a, W, before, tokens, steps, w);
+      x = walk<true, !kEnds>(a, U, before, tokens, steps, w);
     } else {
-      x = walk<false, !kEnds>(a, W, before, tokens, steps, w);
-      gap = power_gap(a, load_pair(args_.a_low, s_, Slot(s_, place_, i)), steps);
+      x = walk<false, !kEnds>(a, U, before, tokens, steps, w);
+      const Slot slot(s_, place_, i);
+      gap = power_gap(
+          exact_multiplier(load_pair(args_.a, s_, slot), load_pair(args_.a_low, s_, slot)), a.of[0],
+          a.of[3], steps);
     }
     if (c + 1 == channels) columns_.at(kState, i) = x + multiply(gap, before);
+  }
+
+  // Sums w over the threads of a lane and adds what the tokens of a group add to each other.
+  // Returns the first of the 32 / parts tokens that the thread is left with.
+  __device__ __forceinline__ int finish_lanes(float (&w)[kChunk], int c) const {
+    reduce_parts(w, place_.part, s_.parts);
+    const int first = first_token(place_.part, s_.parts);
+    const float* const tokens = v_tile_ + place_.row * kPitch;
+    const float2 low = columns_.single(2 * c);
+    const float2 high = columns_.single(2 * c + 1);
+    const float K[kGroup] = {low.x, low.y, high.x, high.y};
+    const int count = kChunk / s_.parts;
+#pragma unroll
+    for (int j = 0; j < kChunk / kMinParts; ++j) {
+      if (j >= count) continue;
+      const int t = first + j;
+#pragma unroll
+      for (int d = 0; d < kGroup; ++d)
+        if (d <= t % kGroup) w[j] = fmaf(K[d], tokens[t - d], w[j]);
+    }
+    return first;
   }
 
   // Outputs of their own, through shared memory into whole rows.
   __device__ __forceinline__ void write_lanes(float (&w)[kChunk], int c, std::int64_t token,
                                               int steps, int size) const {
-    reduce_parts(w, place_.part, s_.parts);
-    const float skip =
-        args_.skip != nullptr && place_.exists ? args_.skip[c * s_.lanes + place_.lane] : 0.0F;
-    const int at = place_.row * kPitch + first_token(place_.part, s_.parts);
+    const int at = place_.row * kPitch + finish_lanes(w, c);
     const int count = kChunk / s_.parts;
 #pragma unroll
     for (int j = 0; j < kChunk / kMinParts; ++j)
-      if (j < count) y_tile_[at + j] = fmaf(skip, v_tile_[at + j], w[j]);
+      if (j < count) y_tile_[at + j] = w[j];
     __syncthreads();
     T* const y = args_.y + token * s_.outputs + c * s_.inputs + place_.column;
     for (int i = static_cast<int>(threadIdx.x); i < size << s_.tile_log2; i += kThreads) {
@@ -176,11 +227,12 @@ class Walk {
   }
 
   // The sum over the lanes of the block, added to what the tiles before left.
-  __device__ __forceinline__ void write_sum(float (&w)[kChunk], std::int64_t token, int steps,
-                                            int size) const {
+  __device__ __forceinline__ void write_sum(float (&w)[kChunk], int c, std::int64_t token,
+                                            int steps, int size) const {
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const int warp = static_cast<int>(threadIdx.x) / 32;
-    reduce_parts(w, lane, 32);
+    finish_lanes(w, c);
+    reduce_warp(w, lane, s_.parts);
     y_tile_[warp * 32 + first_token(lane, 32)] = w[0];
     __syncthreads();
     const int t = static_cast<int>(threadIdx.x);
@@ -227,6 +279,7 @@ __global__ __launch_bounds__(kThreads) void lane_scan_forward_kernel(ForwardArgs
 
 template <class T, bool kEnds>
 void launch(Context& ctx, const ForwardArgs<T>& args, std::int64_t blocks, std::size_t shared) {
+  allow_shared(lane_scan_forward_kernel<T, kEnds>, shared);
   lane_scan_forward_kernel<T, kEnds>
       <<<static_cast<unsigned>(blocks), kThreads, shared, ctx.stream().handle>>>(args);
   LRNN_CUDA_CHECK_LAUNCH();
@@ -236,12 +289,13 @@ template <class T>
 void forward(Context& ctx, ForwardArgs<T> args) {
   const Sizes& s = args.sizes;
   const std::int64_t blocks = s.rows() * (s.groups > 1 ? s.groups : s.tiles);
-  const std::int64_t values = static_cast<std::int64_t>(fields(s)) * s.per_part * kThreads;
-  std::size_t shared = 2 * s.tile_bytes() + static_cast<std::size_t>(values) * sizeof(float2);
+  args.values = column_values(s);
+  std::size_t shared =
+      2 * s.tile_bytes() + static_cast<std::size_t>(args.values * kThreads) * sizeof(float2);
   Tensor columns, sums, ends, carries;
   if (shared > kSharedLimit) {
     shared = 2 * s.tile_bytes();
-    columns = ctx.empty({blocks, values, 2}, DType::float32);
+    columns = ctx.empty(Shape{blocks, args.values, kThreads, 2}, DType::float32);
     args.columns = reinterpret_cast<float2*>(columns.view().data<float>());
   }
   if (s.groups > 1 && s.tiles > 1) {
@@ -264,22 +318,6 @@ void forward(Context& ctx, ForwardArgs<T> args) {
   launch<T, false>(ctx, args, blocks, shared);
 }
 
-struct Pair {
-  double re;
-  double im;
-};
-__device__ Pair operator*(Pair a, Pair b) {
-  return {a.re * b.re - a.im * b.im, a.re * b.im + a.im * b.re};
-}
-__device__ Pair power(Pair base, std::int64_t exponent) {
-  Pair result{1.0, 0.0};
-  for (; exponent > 0; exponent /= 2) {
-    if (exponent % 2 == 1) result = result * base;
-    base = base * base;
-  }
-  return result;
-}
-
 constexpr int kCarryThreads = 128;
 constexpr int kAhead = 8;  // ends that are loaded before the chain needs them
 
@@ -291,11 +329,9 @@ __global__ __launch_bounds__(kCarryThreads) void lane_scan_carry_kernel(CarryArg
   if (i >= s.batch * s.plane) return;
   const std::int64_t batch = i / s.plane;
   const std::int64_t offset = i % s.plane;
-  Pair a{static_cast<double>(args.a[offset]), static_cast<double>(args.a[s.plane + offset])};
-  if (args.a_low != nullptr) {
-    a.re += static_cast<double>(args.a_low[offset]);
-    a.im += static_cast<double>(args.a_low[s.plane + offset]);
-  }
+  float2 low{0.0F, 0.0F};
+  if (args.a_low != nullptr) low = {args.a_low[offset], args.a_low[s.plane + offset]};
+  const Pair a = exact_multiplier({args.a[offset], args.a[s.plane + offset]}, low);
   Pair multiplier = power(a, s.segment_chunks * kChunk);
   if (args.reverse) multiplier.im = -multiplier.im;
   Pair state{0.0, 0.0};
@@ -411,7 +447,7 @@ void lane_scan_forward(Context& ctx, const LaneScanForward& a) {
   using namespace lane;  // NOLINT(google-build-using-namespace)
   const detail::LaneScanSizes sizes(a.a, a.W, a.v);
   visit_float("lane_scan_forward", a.v.dtype(), [&]<class T>() {
-    const ForwardArgs<T> args{Sizes(sizes, sizes.groups > 1),
+    const ForwardArgs<T> args{Sizes(sizes, kMinParts, sizes.groups > 1),
                               a.a.data<float>(),
                               data_or_null<float>(a.a_low),
                               a.W.data<float>(),
@@ -424,7 +460,8 @@ void lane_scan_forward(Context& ctx, const LaneScanForward& a) {
                               data_or_null<float>(a.state_out),
                               data_or_null<float>(a.chunk_states),
                               nullptr,
-                              nullptr};
+                              nullptr,
+                              0};
     if (sizes.seqlen == 1)
       step<T>(ctx, args);
     else

@@ -1,11 +1,17 @@
 // Backward: steps and ownership as in common/lane_scan.cuh, from right to left. Step 3 is fused:
-// per chunk and sub-state the states are recomputed into registers, then the adjoint walks back
-// over them. Where outputs sum over lanes, a block takes the groups one after another and adds up
-// the gradient of its inputs.
+// per chunk and sub-state the states before the groups are recomputed into registers, then the
+// adjoint walks back over them. Where outputs sum over lanes, a block takes the groups of lanes one
+// after another and adds up the gradient of its inputs.
 //
-// Bound by issue slots: per sub-state and token four FMA for the state, six for the adjoint, four
-// for da, two for dW and one for dv. Sums of a chunk are made first and then added to those of the
-// segment: two short sums round less than a long one.
+// With c the adjoint of the state behind a group of tokens and g_j the gradients of its outputs:
+//   c' = conj(a^4) c + sum_j conj(U_j) g_j            adjoint of the state before the group
+//   dv_j += Re(conj(a^{3-j}) c),  dv_j += sum_d K_d g_{j+d}
+//   d(a^4) += c conj(x),  d(a^k) += c v_{3-k},  dU_j += g_j conj(x),  dK_d += sum_j g_j v_{j-d}
+// The gradients of the powers, of U and of K become those of a and W at the end of the segment.
+//
+// Bound by issue slots: per sub-state and group 10 FMA for the state, 12 for the adjoint, 7 for dv
+// and 18 for the gradients, where single tokens would take 68. Sums of a chunk are made first and
+// then added to those of the segment: two short sums round less than a long one.
 #include "lrnn/ops/lane_scan.hpp"
 
 #include "common/check.cuh"
@@ -16,7 +22,12 @@ namespace lrnn::cuda {
 namespace lane {
 namespace {
 
-enum Field { kMultiplier, kGap, kCarry, kDMultiplier, kWeights };  // then W and dW by channel
+constexpr int kMinParts = 4;  // at most 32 lanes in a block
+
+// Then by channel W and dU_0 to dU_3. Step 1 keeps the powers in place of their gradients and U in
+// place of its own.
+enum Field { kMultiplier, kGap, kCarry, kDPowers, kWeights = kDPowers + kGroup };
+constexpr int kPerChannel = 1 + kGroup;
 
 template <class T>
 struct BackwardArgs {
@@ -38,71 +49,121 @@ struct BackwardArgs {
   float* ends;           // step 1
   const float* carries;  // step 3; null with one segment
   float2* columns;       // null: in shared memory
+  std::int64_t values;   // column_values
 };
 
-// float2 values that a thread keeps in its columns.
+// Values that a thread keeps in its columns: fields of every sub-state, then by channel K_0 to K_3
+// and their gradients.
+__host__ __device__ constexpr int field_count(std::int64_t channels) {
+  return kWeights + kPerChannel * static_cast<int>(channels);
+}
 std::int64_t column_values(const Sizes& s) {
-  return (kWeights + 2 * s.channels) * s.per_part + s.channels;
+  return static_cast<std::int64_t>(field_count(s.channels)) * s.per_part + 4 * s.channels;
 }
 
-struct Substate {
-  float2 a;
-  float2 W;
-  float2 carry;
-  float2 da{0.0F, 0.0F};
-  float2 dW{0.0F, 0.0F};
+// conj(a) p
+__device__ __forceinline__ float2 retreat(float2 a, float2 p) {
+  return multiply_conj_add(p, a, {0.0F, 0.0F});
+}
+// sum += c v with real v
+__device__ __forceinline__ void add_scaled(float2& sum, float2 c, float v) {
+  sum.x = fmaf(c.x, v, sum.x);
+  sum.y = fmaf(c.y, v, sum.y);
+}
 
-  // The adjoint of one token: `after` is the state that it left, `before` the one that it found.
-  __device__ __forceinline__ void retreat(float g, float2 before, float2 after, float& dv) {
-    const float2 p{fmaf(g, W.x, carry.x), fmaf(-g, W.y, carry.y)};
-    dW.x = fmaf(g, after.x, dW.x);
-    dW.y = fmaf(-g, after.y, dW.y);
-    dv += p.x;
-    da = multiply_conj_add(p, before, da);
-    carry = multiply_conj_add(p, a, {0.0F, 0.0F});
+// What the outputs of a group add to the adjoint of the state before it.
+__device__ __forceinline__ float2 pull_back(const float2 (&U)[kGroup], float4 g) {
+  float2 out{U[0].x * g.x, -U[0].y * g.x};
+  add_scaled(out, {U[1].x, -U[1].y}, g.y);
+  add_scaled(out, {U[2].x, -U[2].y}, g.z);
+  add_scaled(out, {U[3].x, -U[3].y}, g.w);
+  return out;
+}
+
+// The adjoint of one sub-state and the gradients of a chunk.
+struct Adjoint {
+  float2 carry;
+  float2 dpowers[kGroup]{};
+  float2 dU[kGroup]{};
+
+  __device__ __forceinline__ void read_out(float2 x, float4 g) {
+    const float2 conjugate{x.x, -x.y};
+    add_scaled(dU[0], conjugate, g.x);
+    add_scaled(dU[1], conjugate, g.y);
+    add_scaled(dU[2], conjugate, g.z);
+    add_scaled(dU[3], conjugate, g.w);
+  }
+  // A whole group with state x before it, whose outputs pull back `pulled`.
+  __device__ __forceinline__ void group(const Powers& a, float2 x, float4 v, float2 pulled,
+                                        float* dv) {
+    dv[3] += carry.x;
+    dv[2] = fmaf(a.of[0].x, carry.x, fmaf(a.of[0].y, carry.y, dv[2]));
+    dv[1] = fmaf(a.of[1].x, carry.x, fmaf(a.of[1].y, carry.y, dv[1]));
+    dv[0] = fmaf(a.of[2].x, carry.x, fmaf(a.of[2].y, carry.y, dv[0]));
+    dpowers[3] = multiply_conj_add(carry, x, dpowers[3]);
+    add_scaled(dpowers[2], carry, v.x);
+    add_scaled(dpowers[1], carry, v.y);
+    add_scaled(dpowers[0], carry, v.z);
+    carry = multiply_conj_add(carry, a.of[3], pulled);
+  }
+  // The last `count` < 4 tokens of a sequence.
+  __device__ __forceinline__ void tokens(float2 a, float2 x, float4 v, int count, float2 pulled,
+                                         float* dv) {
+    const float2 second = advance(a, x, v.x);
+    const float2 third = advance(a, second, v.y);
+    if (count > 2) token(a, third, dv[2]);
+    if (count > 1) token(a, second, dv[1]);
+    token(a, x, dv[0]);
+    carry = carry + pulled;
+  }
+  __device__ __forceinline__ void token(float2 a, float2 x, float& dv) {
+    dv += carry.x;
+    dpowers[0] = multiply_conj_add(carry, x, dpowers[0]);
+    carry = retreat(a, carry);
   }
 };
 
-// One sub-state through a chunk and back. Tokens from `steps` on do not exist.
+// One sub-state through a chunk and back. Tokens from `steps` on do not exist: v and g are 0 there.
 template <bool kFull>
-__device__ __forceinline__ void walk_back(Substate& sub, float2 x, const float* tokens,
+__device__ __forceinline__ void walk_back(Adjoint& adjoint, const Powers& a,
+                                          const float2 (&U)[kGroup], float2 x, const float* tokens,
                                           const float* gradients, int steps, float (&dv)[kChunk]) {
-  float2 before[kChunk];
+  float2 before[kChunk / kGroup];
 #pragma unroll
-  for (int q = 0; q < kChunk / 4; ++q) {
-    const float4 four = *reinterpret_cast<const float4*>(tokens + 4 * q);
-    const float v[4] = {four.x, four.y, four.z, four.w};
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      before[4 * q + j] = x;
-      if (kFull || 4 * q + j < steps) x = advance(sub.a, x, v[j]);
-    }
+  for (int q = 0; q < kChunk / kGroup; ++q) {
+    before[q] = x;
+    if (kFull || kGroup * (q + 1) <= steps)
+      x = advance_group(a, x, *reinterpret_cast<const float4*>(tokens + kGroup * q));
   }
 #pragma unroll
-  for (int q = kChunk / 4 - 1; q >= 0; --q) {
-    const float4 four = *reinterpret_cast<const float4*>(gradients + 4 * q);
-    const float g[4] = {four.x, four.y, four.z, four.w};
-#pragma unroll
-    for (int j = 3; j >= 0; --j) {
-      if (kFull || 4 * q + j < steps) sub.retreat(g[j], before[4 * q + j], x, dv[4 * q + j]);
-      x = before[4 * q + j];
-    }
+  for (int q = kChunk / kGroup - 1; q >= 0; --q) {
+    if (!kFull && kGroup * q >= steps) continue;
+    const float4 v = *reinterpret_cast<const float4*>(tokens + kGroup * q);
+    const float4 g = *reinterpret_cast<const float4*>(gradients + kGroup * q);
+    adjoint.read_out(before[q], g);
+    const float2 pulled = pull_back(U, g);
+    if (kFull || kGroup * (q + 1) <= steps)
+      adjoint.group(a, before[q], v, pulled, dv + kGroup * q);
+    else
+      adjoint.tokens(a.of[0], before[q], v, steps - kGroup * q, pulled, dv + kGroup * q);
   }
 }
 
-// Step 1: the adjoint alone.
+// Step 1: the carry alone.
 template <bool kFull>
-__device__ __forceinline__ float2 carry_back(float2 a, float2 W, float2 carry,
-                                             const float* gradients, int steps) {
+__device__ __forceinline__ float2 carry_back(float2 a, float2 fourth, const float2 (&U)[kGroup],
+                                             float2 carry, const float* gradients, int steps) {
 #pragma unroll
-  for (int q = kChunk / 4 - 1; q >= 0; --q) {
-    const float4 four = *reinterpret_cast<const float4*>(gradients + 4 * q);
-    const float g[4] = {four.x, four.y, four.z, four.w};
-#pragma unroll
-    for (int j = 3; j >= 0; --j)
-      if (kFull || 4 * q + j < steps)
-        carry = multiply_conj_add({fmaf(g[j], W.x, carry.x), fmaf(-g[j], W.y, carry.y)}, a,
-                                  {0.0F, 0.0F});
+  for (int q = kChunk / kGroup - 1; q >= 0; --q) {
+    if (!kFull && kGroup * q >= steps) continue;
+    const float4 g = *reinterpret_cast<const float4*>(gradients + kGroup * q);
+    const float2 pulled = pull_back(U, g);
+    if (kFull || kGroup * (q + 1) <= steps) {
+      carry = multiply_conj_add(carry, fourth, pulled);
+    } else {
+      for (int j = kGroup * q; j < steps; ++j) carry = retreat(a, carry);
+      carry = carry + pulled;
+    }
   }
   return carry;
 }
@@ -112,7 +173,7 @@ template <class T, bool kEnds>
 class WalkBack {
  public:
   __device__ WalkBack(const BackwardArgs<T>& args, const Segment& segment, std::int64_t group,
-                      std::int64_t tile, float* memory, std::int64_t values)
+                      std::int64_t tile, float* memory)
       : args_(args),
         s_(args.sizes),
         segment_(segment),
@@ -120,11 +181,11 @@ class WalkBack {
         place_(args.sizes, group, tile),
         v_tile_(memory),
         g_tile_(memory + args.sizes.tile * kPitch),
-        columns_{args.columns, args.sizes.per_part} {
+        columns_{args.columns, args.sizes.per_part, field_count(args.sizes.channels)} {
     if (args.columns == nullptr)
       columns_.base = reinterpret_cast<float2*>(memory + 2 * args.sizes.tile * kPitch);
     else
-      columns_.base += static_cast<std::int64_t>(blockIdx.x) * kThreads * values;
+      columns_.base += static_cast<std::int64_t>(blockIdx.x) * kThreads * args.values;
   }
 
   __device__ void run() {
@@ -139,18 +200,20 @@ class WalkBack {
       }
     }
     if constexpr (kEnds) {
-      store_column(kCarry, args_.ends + segment_.row * 2 * s_.plane);
+      store_carries(args_.ends + segment_.row * 2 * s_.plane);
     } else {
       store_gradients();
     }
   }
 
  private:
-  [[nodiscard]] __device__ int weight(int c) const { return kWeights + 2 * c; }
-  [[nodiscard]] __device__ int dweight(int c) const { return kWeights + 2 * c + 1; }
-  [[nodiscard]] __device__ float2& dskip(int c) const {
-    return columns_.at(kWeights + 2 * static_cast<int>(s_.channels), 0 + c);
-  }
+  static constexpr int kOwn = kChunk / kMinParts;  // most tokens that reduce_parts leaves here
+
+  [[nodiscard]] __device__ int weight(int c) const { return kWeights + kPerChannel * c; }
+  [[nodiscard]] __device__ int dU(int c, int j) const { return weight(c) + 1 + j; }
+  // K_0 to K_3 and their gradients, two by two.
+  [[nodiscard]] __device__ float2& taps(int c, int k) const { return columns_.single(4 * c + k); }
+  [[nodiscard]] __device__ float2& dtaps(int c, int k) const { return taps(c, 2 + k); }
 
   // What enters a segment from the right: nothing in step 1, the carry in step 3, and the gradient
   // of the final state behind the last valid token.
@@ -160,35 +223,90 @@ class WalkBack {
       const Slot slot(s_, place_, i);
       const float2 a = load_pair(args_.a, s_, slot);
       columns_.at(kMultiplier, i) = a;
-      columns_.at(kGap, i) = power_gap(a, load_pair(args_.a_low, s_, slot), kChunk);
+      columns_.at(kGap, i) = chunk_gap(slot, a, kChunk);
       float2 carry{0.0F, 0.0F};
       if (!kEnds && args_.carries != nullptr)
         carry = load_pair(args_.carries + segment_.row * 2 * s_.plane, s_, slot);
       if (last)
         carry = carry + load_pair(args_.dstate_out + segment_.batch * 2 * s_.plane, s_, slot);
       columns_.at(kCarry, i) = carry;
-      columns_.at(kDMultiplier, i) = {0.0F, 0.0F};
+      const Powers powers(a);
+#pragma unroll
+      for (int j = 0; j < kGroup; ++j)
+        columns_.at(kDPowers + j, i) = kEnds ? powers.of[j] : float2{0.0F, 0.0F};
       for (int c = 0; c < s_.channels; ++c) {
-        columns_.at(weight(c), i) = load_weight(args_.W, s_, slot, c);
-        columns_.at(dweight(c), i) = {0.0F, 0.0F};
+        const float2 W = load_weight(args_.W, s_, slot, c);
+        columns_.at(weight(c), i) = W;
+#pragma unroll
+        for (int j = 0; j < kGroup; ++j)
+          columns_.at(dU(c, j), i) = kEnds ? multiply(W, powers.of[j]) : float2{0.0F, 0.0F};
       }
     }
-    for (int c = 0; c < s_.channels; ++c) dskip(c) = {0.0F, 0.0F};
+    if constexpr (!kEnds) {
+      for (int c = 0; c < s_.channels; ++c) {
+        const Taps K = make_taps(s_, place_, args_.a, args_.W, args_.skip, c);
+        taps(c, 0) = {K.of[0], K.of[1]};
+        taps(c, 1) = {K.of[2], K.of[3]};
+        dtaps(c, 0) = {0.0F, 0.0F};
+        dtaps(c, 1) = {0.0F, 0.0F};
+      }
+    }
   }
-  __device__ void store_column(int field, float* planes) const {
+  __device__ void store_carries(float* planes) const {
     for (int i = 0; i < s_.per_part; ++i)
-      store_pair(planes, s_, Slot(s_, place_, i), columns_.at(field, i));
+      store_pair(planes, s_, Slot(s_, place_, i), columns_.at(kCarry, i));
   }
+
   __device__ void store_gradients() const {
+    for (int c = 0; c < s_.channels; ++c) sum_taps(c);
     float* const partial = args_.partial + segment_.row * (1 + s_.channels) * 2 * s_.plane;
-    store_column(kDMultiplier, partial);
-    for (int c = 0; c < s_.channels; ++c)
-      store_column(dweight(c), partial + (1 + c) * 2 * s_.plane);
+    for (int i = 0; i < s_.per_part; ++i) {
+      const Slot slot(s_, place_, i);
+      const Powers a(columns_.at(kMultiplier, i));
+      // d(a^k) contributes k conj(a^{k-1}).
+      float2 da = columns_.at(kDPowers, i);
+#pragma unroll
+      for (int k = 1; k < kGroup; ++k)
+        da = multiply_conj_add(columns_.at(kDPowers + k, i), scaled(k + 1, a.of[k - 1]), da);
+      for (int c = 0; c < s_.channels; ++c) {
+        const float2 dW = weight_gradient(i, c, a, da);
+        store_pair(partial + (1 + c) * 2 * s_.plane, s_, slot, dW);
+      }
+      store_pair(partial, s_, slot, da);
+    }
     if (args_.dstate_in != nullptr && segment_.index == 0)
-      store_column(kCarry, args_.dstate_in + segment_.batch * 2 * s_.plane);
+      store_carries(args_.dstate_in + segment_.batch * 2 * s_.plane);
     if (args_.partial_skip == nullptr || !place_.exists || place_.part != 0) return;
     for (int c = 0; c < s_.channels; ++c)
-      args_.partial_skip[(segment_.row * s_.channels + c) * s_.lanes + place_.lane] = dskip(c).x;
+      args_.partial_skip[(segment_.row * s_.channels + c) * s_.lanes + place_.lane] = dtaps(c, 0).x;
+  }
+  // The gradients of K over all threads of the lane, in every thread.
+  __device__ void sum_taps(int c) const {
+    for (int k = 0; k < 2; ++k) {
+      const float2 own = dtaps(c, k);
+      dtaps(c, k) = {sum_parts(own.x, s_.parts), sum_parts(own.y, s_.parts)};
+    }
+  }
+  // dW of one channel, from U_j = W a^{j+1} and K_d = Re(W a^d); what they add to da.
+  __device__ float2 weight_gradient(int i, int c, const Powers& a, float2& da) const {
+    const float2 low = dtaps(c, 0);
+    const float2 high = dtaps(c, 1);
+    const float dK[kGroup] = {low.x, low.y, high.x, high.y};
+    float2 dW{dK[0], 0.0F};
+    float2 inner = columns_.at(dU(c, 0), i);  // da / conj(W)
+    inner.x += dK[1];
+#pragma unroll
+    for (int k = 0; k < kGroup; ++k) {
+      float2 gradient = columns_.at(dU(c, k), i);  // by W a^{k+1}
+      if (k + 1 < kGroup) gradient.x += dK[k + 1];
+      dW = multiply_conj_add(gradient, a.of[k], dW);
+      if (k > 0) inner = multiply_conj_add(gradient, scaled(k + 1, a.of[k - 1]), inner);
+    }
+    da = multiply_conj_add(inner, columns_.at(weight(c), i), da);
+    return dW;
+  }
+  [[nodiscard]] static __device__ float2 scaled(int factor, float2 value) {
+    return {static_cast<float>(factor) * value.x, static_cast<float>(factor) * value.y};
   }
 
   // Gradients of one channel; every lane of a group has the gradient of the group's output.
@@ -198,9 +316,13 @@ class WalkBack {
     fill_tile(g_tile_, args_.dy + token * s_.outputs + first, s_.outputs, sums ? 0 : 1, steps,
               place_.columns, s_);
   }
+  [[nodiscard]] __device__ float2 chunk_gap(const Slot& slot, float2 a, int steps) const {
+    return power_gap(exact_multiplier(a, load_pair(args_.a_low, s_, slot)), a, Powers(a).of[3],
+                     steps);
+  }
   [[nodiscard]] __device__ float2 gap(int i, float2 a, int steps) const {
     if (steps == kChunk) return columns_.at(kGap, i);
-    return power_gap(a, load_pair(args_.a_low, s_, Slot(s_, place_, i)), steps);
+    return chunk_gap(Slot(s_, place_, i), a, steps);
   }
 
   __device__ void ends_chunk(std::int64_t token, int steps) const {
@@ -210,12 +332,15 @@ class WalkBack {
       __syncthreads();
       for (int i = 0; i < s_.per_part; ++i) {
         const float2 a = columns_.at(kMultiplier, i);
-        const float2 W = columns_.at(weight(c), i);
+        const float2 fourth = columns_.at(kDPowers + kGroup - 1, i);
+        float2 U[kGroup];
+#pragma unroll
+        for (int j = 0; j < kGroup; ++j) U[j] = columns_.at(dU(c, j), i);
         const float2 entering = columns_.at(kCarry, i);
         // The recurrence is linear: channels add up.
         const float2 begin = c == 0 ? entering : float2{0.0F, 0.0F};
-        float2 carry = steps == kChunk ? carry_back<true>(a, W, begin, gradients, steps)
-                                       : carry_back<false>(a, W, begin, gradients, steps);
+        float2 carry = steps == kChunk ? carry_back<true>(a, fourth, U, begin, gradients, steps)
+                                       : carry_back<false>(a, fourth, U, begin, gradients, steps);
         if (c == 0)
           carry = multiply_conj_add(entering, gap(i, a, steps), carry);
         else
@@ -228,7 +353,9 @@ class WalkBack {
 
   __device__ __forceinline__ void walk_chunk(std::int64_t chunk, std::int64_t token,
                                              int steps) const {
+    const int first = first_token(place_.part, s_.parts);
     float dv[kChunk] = {};
+    float own[kOwn] = {};  // tokens first + j: what the lane adds, not its sub-states
     for (int c = 0; c < s_.channels && steps > 0; ++c) {
       if (c == 0)
         fill_tile(v_tile_, args_.v + token * s_.inputs + place_.column, s_.inputs, 1, steps,
@@ -243,15 +370,14 @@ class WalkBack {
         if (i + 1 < s_.per_part) next = load_pair(states, s_, Slot(s_, place_, i + 1));
         walk_substate(i, c, before, steps, dv);
       }
-      if (args_.partial_skip != nullptr || args_.skip != nullptr) walk_skip(c, dv);
+      walk_taps(c, first, own);
       __syncthreads();
     }
     reduce_parts(dv, place_.part, s_.parts);
-    const int at = place_.row * kPitch + first_token(place_.part, s_.parts);
-    const int count = kChunk / s_.parts;
+    const int at = place_.row * kPitch + first;
 #pragma unroll
-    for (int j = 0; j < kChunk / kMinParts; ++j)
-      if (j < count) v_tile_[at + j] = dv[j];
+    for (int j = 0; j < kOwn; ++j)
+      if (j < kChunk / s_.parts) v_tile_[at + j] = dv[j] + own[j];
     __syncthreads();
     store_dv(token, steps,
              static_cast<int>(min(s_.seqlen - chunk * kChunk, static_cast<std::int64_t>(kChunk))));
@@ -263,41 +389,49 @@ class WalkBack {
     const float* const tokens = v_tile_ + place_.row * kPitch;
     const float* const gradients = g_tile_ + place_.row * kPitch;
     const float2 entering = columns_.at(kCarry, i);
-    Substate sub{columns_.at(kMultiplier, i), columns_.at(weight(c), i),
-                 c == 0 ? entering : float2{0.0F, 0.0F}};
+    const Powers a(columns_.at(kMultiplier, i));
+    const float2 W = columns_.at(weight(c), i);
+    float2 U[kGroup];
+#pragma unroll
+    for (int j = 0; j < kGroup; ++j) U[j] = multiply(W, a.of[j]);
+    Adjoint adjoint{c == 0 ? entering : float2{0.0F, 0.0F}};
     if (steps == kChunk)
-      walk_back<true>(sub, x, tokens, gradients, steps, dv);
+      walk_back<true>(adjoint, a, U, x, tokens, gradients, steps, dv);
     else
-      walk_back<false>(sub, x, tokens, gradients, steps, dv);
+      walk_back<false>(adjoint, a, U, x, tokens, gradients, steps, dv);
     if (c == 0)
-      sub.carry = multiply_conj_add(entering, gap(i, sub.a, steps), sub.carry);
+      adjoint.carry = multiply_conj_add(entering, gap(i, a.of[0], steps), adjoint.carry);
     else
-      sub.carry = sub.carry + entering;
-    columns_.at(kCarry, i) = sub.carry;
-    columns_.at(kDMultiplier, i) = columns_.at(kDMultiplier, i) + sub.da;
-    columns_.at(dweight(c), i) = columns_.at(dweight(c), i) + sub.dW;
+      adjoint.carry = adjoint.carry + entering;
+    columns_.at(kCarry, i) = adjoint.carry;
+#pragma unroll
+    for (int j = 0; j < kGroup; ++j) {
+      columns_.at(kDPowers + j, i) = columns_.at(kDPowers + j, i) + adjoint.dpowers[j];
+      columns_.at(dU(c, j), i) = columns_.at(dU(c, j), i) + adjoint.dU[j];
+    }
   }
 
-  // dskip in every thread of the lane, of which one writes it; dv in one, because threads add up.
-  // Tokens past the last valid one are zeros in both tiles.
-  __device__ __forceinline__ void walk_skip(int c, float (&dv)[kChunk]) const {
+  // What tokens of one group do to each other, for the tokens that reduce_parts leaves here.
+  __device__ __forceinline__ void walk_taps(int c, int first, float (&own)[kOwn]) const {
     const float* const tokens = v_tile_ + place_.row * kPitch;
     const float* const gradients = g_tile_ + place_.row * kPitch;
-    float skip = 0.0F;
-    if (args_.skip != nullptr && place_.exists && place_.part == 0)
-      skip = args_.skip[c * s_.lanes + place_.lane];
-    float sum = 0.0F;
+    const float2 low = taps(c, 0);
+    const float2 high = taps(c, 1);
+    const float K[kGroup] = {low.x, low.y, high.x, high.y};
+    float dK[kGroup] = {};
 #pragma unroll
-    for (int q = 0; q < kChunk / 4; ++q) {
-      const float4 v = *reinterpret_cast<const float4*>(tokens + 4 * q);
-      const float4 g = *reinterpret_cast<const float4*>(gradients + 4 * q);
-      sum += fmaf(g.x, v.x, g.y * v.y) + fmaf(g.z, v.z, g.w * v.w);
-      dv[4 * q] = fmaf(skip, g.x, dv[4 * q]);
-      dv[4 * q + 1] = fmaf(skip, g.y, dv[4 * q + 1]);
-      dv[4 * q + 2] = fmaf(skip, g.z, dv[4 * q + 2]);
-      dv[4 * q + 3] = fmaf(skip, g.w, dv[4 * q + 3]);
+    for (int j = 0; j < kOwn; ++j) {
+      if (j >= kChunk / s_.parts) continue;
+      const int t = first + j;
+      const float g = gradients[t];
+#pragma unroll
+      for (int d = 0; d < kGroup; ++d) {
+        if (t % kGroup + d < kGroup) own[j] = fmaf(K[d], gradients[t + d], own[j]);
+        if (d <= t % kGroup) dK[d] = fmaf(g, tokens[t - d], dK[d]);
+      }
     }
-    dskip(c).x += sum;
+    dtaps(c, 0) = dtaps(c, 0) + float2{dK[0], dK[1]};
+    dtaps(c, 1) = dtaps(c, 1) + float2{dK[2], dK[3]};
   }
 
   // A token of a lane is stored by the same thread in every group.
@@ -330,14 +464,13 @@ class WalkBack {
 // One block per segment and tile of inputs. kEnds: step 1, which writes nothing but what leaves a
 // segment to the left. Else step 3.
 template <class T, bool kEnds>
-__global__ __launch_bounds__(kThreads) void lane_scan_backward_kernel(BackwardArgs<T> args,
-                                                                      std::int64_t values) {
+__global__ __launch_bounds__(kThreads, 3) void lane_scan_backward_kernel(BackwardArgs<T> args) {
   extern __shared__ __align__(16) float memory[];
   const Sizes& s = args.sizes;
   const Segment segment(s, args.lengths, blockIdx.x / s.tiles);
   if (kEnds && segment.index == 0) return;  // nothing precedes it
   for (std::int64_t group = 0; group < s.groups; ++group)
-    WalkBack<T, kEnds>(args, segment, group, blockIdx.x % s.tiles, memory, values).run();
+    WalkBack<T, kEnds>(args, segment, group, blockIdx.x % s.tiles, memory).run();
 }
 
 constexpr int kSumColumns = 32;
@@ -414,23 +547,23 @@ void sum_rows(Context& ctx, const SumArgs& args) {
 }
 
 template <class T, bool kEnds>
-void launch(Context& ctx, const BackwardArgs<T>& args, std::size_t shared, std::int64_t values) {
+void launch(Context& ctx, const BackwardArgs<T>& args, std::size_t shared) {
   const auto blocks = static_cast<unsigned>(args.sizes.rows() * args.sizes.tiles);
-  lane_scan_backward_kernel<T, kEnds>
-      <<<blocks, kThreads, shared, ctx.stream().handle>>>(args, values);
+  allow_shared(lane_scan_backward_kernel<T, kEnds>, shared);
+  lane_scan_backward_kernel<T, kEnds><<<blocks, kThreads, shared, ctx.stream().handle>>>(args);
   LRNN_CUDA_CHECK_LAUNCH();
 }
 
 template <class T>
 void backward(Context& ctx, BackwardArgs<T> args) {
   const Sizes& s = args.sizes;
-  const std::int64_t values = column_values(s);
+  args.values = column_values(s);
   std::size_t shared =
-      2 * s.tile_bytes() + static_cast<std::size_t>(values * kThreads) * sizeof(float2);
+      2 * s.tile_bytes() + static_cast<std::size_t>(args.values * kThreads) * sizeof(float2);
   Tensor columns, sums, ends, carries;
   if (shared > kSharedLimit) {
     shared = 2 * s.tile_bytes();
-    columns = ctx.empty({s.rows() * s.tiles, values, kThreads, 2}, DType::float32);
+    columns = ctx.empty(Shape{s.rows() * s.tiles, args.values, kThreads, 2}, DType::float32);
     args.columns = reinterpret_cast<float2*>(columns.view().data<float>());
   }
   if (s.groups > 1) {
@@ -445,12 +578,12 @@ void backward(Context& ctx, BackwardArgs<T> args) {
     ends = ctx.empty(s.segment_states(), DType::float32);
     carries = ctx.empty(s.segment_states(), DType::float32);
     args.ends = ends.view().data<float>();
-    launch<T, true>(ctx, args, shared, values);
+    launch<T, true>(ctx, args, shared);
     launch_carry(ctx,
                  {s, true, args.a, args.a_low, args.ends, nullptr, carries.view().data<float>()});
     args.carries = carries.view().data<float>();
   }
-  launch<T, false>(ctx, args, shared, values);
+  launch<T, false>(ctx, args, shared);
 }
 
 }  // namespace
@@ -458,7 +591,7 @@ void backward(Context& ctx, BackwardArgs<T> args) {
 
 void lane_scan_backward(Context& ctx, const LaneScanBackward& a) {
   using namespace lane;  // NOLINT(google-build-using-namespace)
-  const Sizes s(detail::LaneScanSizes(a.a, a.W, a.v), false);
+  const Sizes s(detail::LaneScanSizes(a.a, a.W, a.v), kMinParts, false);
   Tensor partial = ctx.empty({s.rows(), 1 + s.channels, 2, s.lanes, s.substates}, DType::float32);
   Tensor partial_skip;
   if (a.dskip) partial_skip = ctx.empty({s.rows(), s.channels, s.lanes}, DType::float32);
@@ -469,7 +602,7 @@ void lane_scan_backward(Context& ctx, const LaneScanBackward& a) {
          data_or_null<float>(a.skip), a.v.data<T>(), data_or_null<std::int32_t>(a.lengths),
          a.dy.data<T>(), a.chunk_states.data<float>(), data_or_null<float>(a.dstate_out),
          a.dv.data<T>(), nullptr, data_or_null<float>(a.dstate_in), partial.view().data<float>(),
-         data_or_null<float>(partial_skip.view()), nullptr, nullptr, nullptr});
+         data_or_null<float>(partial_skip.view()), nullptr, nullptr, nullptr, 0});
   });
   if (a.da || a.dlog_a || a.dW)
     sum_rows(ctx,

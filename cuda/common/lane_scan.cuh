@@ -6,6 +6,13 @@
 ///   2. the carries from segment to segment;           (not if there is one segment)
 ///   3. every segment from its carry.
 ///
+/// Inside a chunk tokens come in groups of four. With x the state before a group, which has drives
+/// v_0 to v_3,
+///   x' = a^4 x + a^3 v_0 + a^2 v_1 + a v_2 + v_3
+///   w_j = sum_m Re(U_j x) + sum_{d <= j} K_d v_{j-d},   U_j = W a^{j+1},   K_d = sum_m Re(W a^d)
+/// where the second sum is one of the lane, not of its sub-states, and skip belongs to K_0. That is
+/// 18 FMA per group and sub-state where single tokens take 24, and a chain a quarter as long.
+///
 /// A block owns `tile` lanes of one segment, `parts` neighbouring threads share a lane: thread
 /// `part` owns its sub-states part, part + parts, ... The tokens of a chunk lie in shared memory,
 /// one row of kPitch floats per lane. The sub-states of a thread come one after another, each with
@@ -18,6 +25,7 @@
 
 #include <algorithm>
 
+#include "common/check.cuh"
 #include "common/dtype.cuh"
 #include "ops/lane_scan.hpp"
 
@@ -27,15 +35,14 @@ constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / 32;
 constexpr int kChunk = static_cast<int>(kLaneScanChunk);
 static_assert(kChunk == 32, "the transposing reduction hands one token to every lane of a warp");
-constexpr int kPitch = 36;    // keeps rows aligned to float4 and eight of them on distinct banks
-constexpr int kMinParts = 2;  // at most 64 lanes in a block
-constexpr int kPerPart = 4;   // sub-states per thread that are worth a reduction
+constexpr int kGroup = 4;
+constexpr int kPitch = 36;   // keeps rows aligned to float4 and eight of them on distinct banks
+constexpr int kPerPart = 4;  // sub-states per thread that are worth a reduction
 constexpr std::int64_t kEnoughBlocks = 256;
 constexpr std::int64_t kTargetBlocks = 512;
 constexpr std::int64_t kShortSequence = 128;     // not worth three launches
-constexpr std::size_t kSharedLimit = 48 * 1024;  // what every device grants unasked
+constexpr std::size_t kSharedLimit = 64 * 1024;  // what every device grants
 
-/// `tiles_share_output`: a block walks all tiles of a group, because it writes their sum.
 struct Sizes {
   std::int64_t batch;
   std::int64_t seqlen;
@@ -56,7 +63,8 @@ struct Sizes {
   int tile;
   int tile_log2;
 
-  Sizes(const detail::LaneScanSizes& s, bool tiles_share_output)
+  /// `tiles_share_output`: a block walks all tiles of a group, because it writes their sum.
+  Sizes(const detail::LaneScanSizes& s, int min_parts, bool tiles_share_output)
       : batch(s.batch),
         seqlen(s.seqlen),
         inputs(s.inputs),
@@ -72,7 +80,7 @@ struct Sizes {
       tiles = (inputs + kThreads / parts - 1) / (kThreads / parts);
       return batch * (tiles_share_output ? groups : tiles);
     };
-    parts = kMinParts;
+    parts = min_parts;
     while (parts < 32 && parts * kPerPart < substates) parts *= 2;
     while (parts < 32 && parts < substates && !tiles_share_output && blocks() < kEnoughBlocks)
       parts *= 2;
@@ -109,15 +117,70 @@ __device__ inline float2 multiply_conj_add(float2 a, float2 b, float2 c) {
 __device__ inline float2 advance(float2 a, float2 x, float v) {
   return {fmaf(a.x, x.x, fmaf(-a.y, x.y, v)), fmaf(a.x, x.y, a.y * x.x)};
 }
-// (a + low)^steps - a^steps to first order, which leaves less than 1e-12 of a^steps
-__device__ inline float2 power_gap(float2 a, float2 low, int steps) {
-  const auto factor = static_cast<float>(steps);
-  float2 out{factor * low.x, factor * low.y};
-  for (int e = steps - 1; e > 0; e /= 2) {
-    if (e % 2 == 1) out = multiply(out, a);
-    a = multiply(a, a);
+struct Pair {
+  double re;
+  double im;
+};
+__device__ inline Pair operator*(Pair a, Pair b) {
+  return {a.re * b.re - a.im * b.im, a.re * b.im + a.im * b.re};
+}
+__device__ inline Pair widen(float2 v) {
+  return {static_cast<double>(v.x), static_cast<double>(v.y)};
+}
+__device__ inline Pair power(Pair base, std::int64_t exponent) {
+  Pair result{1.0, 0.0};
+  for (; exponent > 0; exponent /= 2) {
+    if (exponent % 2 == 1) result = result * base;
+    base = base * base;
   }
-  return out;
+  return result;
+}
+
+// a + low, what a float32 multiplier was rounded from.
+__device__ inline Pair exact_multiplier(float2 a, float2 low) {
+  return {static_cast<double>(a.x) + static_cast<double>(low.x),
+          static_cast<double>(a.y) + static_cast<double>(low.y)};
+}
+
+// a to a^4
+struct Powers {
+  float2 of[kGroup];
+
+  Powers() = default;
+  __device__ __forceinline__ explicit Powers(float2 a) {
+    of[0] = a;
+    of[1] = multiply(a, a);
+    of[2] = multiply(of[1], a);
+    of[3] = multiply(of[1], of[1]);
+  }
+  /// Rounded once each.
+  __device__ explicit Powers(Pair a) {
+    Pair power = a;
+    for (int k = 0; k < kGroup; ++k) {
+      of[k] = {static_cast<float>(power.re), static_cast<float>(power.im)};
+      power = power * a;
+    }
+  }
+};
+
+// a^steps less what groups and single tokens make of it with float32 powers: applied once per
+// chunk, it keeps their rounding from adding up along the sequence.
+__device__ inline float2 power_gap(Pair a, float2 single, float2 fourth, int steps) {
+  const Pair exact = power(a, steps);
+  const Pair walked = power(widen(fourth), steps / kGroup) * power(widen(single), steps % kGroup);
+  return {static_cast<float>(exact.re - walked.re), static_cast<float>(exact.im - walked.im)};
+}
+
+// x behind a whole group.
+__device__ __forceinline__ float2 advance_group(const Powers& a, float2 x, float4 v) {
+  const float2 drive{fmaf(a.of[2].x, v.x, fmaf(a.of[1].x, v.y, fmaf(a.of[0].x, v.z, v.w))),
+                     fmaf(a.of[2].y, v.x, fmaf(a.of[1].y, v.y, a.of[0].y * v.z))};
+  return {fmaf(a.of[3].x, x.x, fmaf(-a.of[3].y, x.y, drive.x)),
+          fmaf(a.of[3].x, x.y, fmaf(a.of[3].y, x.x, drive.y))};
+}
+// Re(a b) + c
+__device__ __forceinline__ float real_part(float2 a, float2 b, float c) {
+  return fmaf(a.x, b.x, fmaf(-a.y, b.y, c));
 }
 
 /// The part of a sequence that a block walks. `holds_last`: the state behind the last valid token
@@ -195,15 +258,45 @@ __device__ inline float2 load_weight(const float* W, const Sizes& s, const Slot&
   return {slot.exists ? W[channel * s.plane + slot.offset] : 0.0F, 0.0F};
 }
 
-/// float2 values of a thread by field and sub-state. Memory: `fields` * per_part * kThreads.
+/// float2 values of a thread: `fields` of every sub-state, then `singles`.
 struct Columns {
   float2* base;
   int per_part;
+  int fields;
 
   __device__ float2& at(int field, int i) const {
-    return base[(static_cast<std::int64_t>(field) * per_part + i) * kThreads + threadIdx.x];
+    return base[(field * per_part + i) * kThreads + static_cast<int>(threadIdx.x)];
   }
+  __device__ float2& single(int i) const { return at(fields, i); }
 };
+
+// Sum over the `parts` threads of a lane, in every thread.
+__device__ inline float sum_parts(float value, int parts) {
+  for (int distance = 1; distance < parts; distance *= 2)
+    value += __shfl_xor_sync(0xFFFFFFFFU, value, distance);
+  return value;
+}
+
+// K_0 to K_3 of the lane of a thread, skip included.
+struct Taps {
+  float of[kGroup];
+};
+__device__ inline Taps make_taps(const Sizes& s, const Place& place, const float* a, const float* W,
+                                 const float* skip, int channel) {
+  Taps taps{};
+  for (int i = 0; i < s.per_part; ++i) {
+    const Slot slot(s, place, i);
+    const Powers powers(load_pair(a, s, slot));
+    const float2 weight = load_weight(W, s, slot, channel);
+    taps.of[0] += weight.x;
+#pragma unroll
+    for (int d = 1; d < kGroup; ++d) taps.of[d] = real_part(weight, powers.of[d - 1], taps.of[d]);
+  }
+#pragma unroll
+  for (int d = 0; d < kGroup; ++d) taps.of[d] = sum_parts(taps.of[d], s.parts);
+  if (skip != nullptr && place.exists) taps.of[0] += skip[channel * s.lanes + place.lane];
+  return taps;
+}
 
 /// tile[c][t] = rows[t * stride + c * step] for t < steps and c < columns, else 0.
 template <class T>
@@ -240,6 +333,15 @@ __device__ __forceinline__ void reduce_parts(float (&w)[kChunk], int part, int p
   if (parts > 8) exchange_halves<2>(w, part);
   if (parts > 16) exchange_halves<1>(w, part);
 }
+/// The rounds that reduce_parts left out: the sum over the whole warp of token first_token(lane,
+/// 32) in w[0].
+__device__ __forceinline__ void reduce_warp(float (&w)[kChunk], int lane, int parts) {
+  if (parts <= 1) exchange_halves<16>(w, lane);
+  if (parts <= 2) exchange_halves<8>(w, lane);
+  if (parts <= 4) exchange_halves<4>(w, lane);
+  if (parts <= 8) exchange_halves<2>(w, lane);
+  if (parts <= 16) exchange_halves<1>(w, lane);
+}
 __device__ inline int first_token(int part, int parts) {
   int token = 0;
 #pragma unroll
@@ -261,6 +363,14 @@ struct CarryArgs {
   float* carries;
 };
 void launch_carry(Context& ctx, const CarryArgs& args);
+
+/// Lets a kernel use `shared` bytes of dynamic shared memory.
+template <class Kernel>
+void allow_shared(Kernel* kernel, std::size_t shared) {
+  if (shared > 48 * 1024)
+    LRNN_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                         static_cast<int>(shared)));
+}
 
 template <class T>
 T* data_or_null(const MutableTensorView& t) {
