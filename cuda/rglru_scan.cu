@@ -156,14 +156,8 @@ void launch(Context& ctx, const Inputs<T>& p, const Outputs<T>& out, const Segme
   LRNN_CUDA_CHECK_LAUNCH();
 }
 
-// Time in segments, where that is of use.
 template <class T, bool kVector>
-void forward_wide(Context& ctx, const Inputs<T>& p, Outputs<T> out) {
-  constexpr std::int64_t kWantedBlocks = 600;  // of which five fit on a multiprocessor
-  const std::int64_t blocks = channel_tiles<Wide>(p.channels) * p.batch;
-  const Segments segments = blocks * 4 > kWantedBlocks * 3
-                                ? make_segments(blocks, 1, p.seqlen, Wide::kTile)
-                                : make_segments(blocks, kWantedBlocks, p.seqlen, Wide::kTile);
+void forward_wide(Context& ctx, const Inputs<T>& p, Outputs<T> out, const Segments& segments) {
   Tensor ends, entering;
   if (segments.count > 1) {
     const Shape shape = {p.batch, segments.count, p.channels};
@@ -181,19 +175,23 @@ void forward_wide(Context& ctx, const Inputs<T>& p, Outputs<T> out) {
 template <class T, bool kVector>
 void forward(Context& ctx, const Inputs<T>& p, const Outputs<T>& out) {
   // A second reading of the inputs costs more than multiprocessors that are less than full, unless
-  // many of them have nothing to do.
-  constexpr std::int64_t kFewBlocks = 400;
+  // many of them have nothing to do. Counts of blocks, for 132 multiprocessors that hold five wide
+  // blocks each or two others.
+  constexpr std::int64_t kEnoughWide = 400;
+  constexpr std::int64_t kFullWide = 600;
   constexpr std::int64_t kOneWave = 132;
   constexpr std::int64_t kMostlyBusy = 96;
   const Segments whole = {1, p.seqlen};
+  const std::int64_t wide = channel_tiles<Wide>(p.channels) * p.batch;
   const std::int64_t narrow = channel_tiles<Narrow>(p.channels) * p.batch;
   const std::int64_t thin = channel_tiles<Thin>(p.channels) * p.batch;
-  if (channel_tiles<Wide>(p.channels) * p.batch >= kFewBlocks || p.seqlen < 2 * Narrow::kTile)
-    return forward_wide<T, kVector>(ctx, p, out);
-  if (narrow >= kMostlyBusy && narrow <= kOneWave)
-    return launch<T, Narrow, kVector, Pass::Whole>(ctx, p, out, whole);
-  if (thin >= kMostlyBusy) return launch<T, Thin, kVector, Pass::Whole>(ctx, p, out, whole);
-  forward_wide<T, kVector>(ctx, p, out);
+  if (wide >= kEnoughWide) return forward_wide<T, kVector>(ctx, p, out, whole);
+  if (p.seqlen >= 2 * Narrow::kTile) {
+    if (narrow >= kMostlyBusy && narrow <= kOneWave)
+      return launch<T, Narrow, kVector, Pass::Whole>(ctx, p, out, whole);
+    if (thin >= kMostlyBusy) return launch<T, Thin, kVector, Pass::Whole>(ctx, p, out, whole);
+  }
+  forward_wide<T, kVector>(ctx, p, out, make_segments(wide, kFullWide, p.seqlen, Wide::kTile));
 }
 
 constexpr int kTokenThreads = 128;

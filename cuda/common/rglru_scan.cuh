@@ -322,7 +322,7 @@ struct Column {
   __device__ __forceinline__ T* next() {
     T* const here = p;
     p += stride;
-    asm volatile("" : "+l"(p));
+    asm("" : "+l"(p));
     return here;
   }
 };
