@@ -1,0 +1,439 @@
+// Heads are taken in blocks, which the compiler vectorises over: the sums over the states of a head
+// are sums of vectors. Sums over the tokens of a chunk are in T, across chunks in double.
+#include "ops/dplr_scan.hpp"
+
+#include <algorithm>
+#include <array>
+#include <vector>
+
+#include "common/eigen.hpp"
+
+namespace lrnn::cpu {
+namespace {
+
+constexpr std::int64_t kChunk = kDplrScanChunk;
+// Heads of one block: a constant, so that sums do not depend on the number of threads. Unused lanes
+// of the last block hold zeros.
+constexpr std::int64_t kLanes = 16;
+
+template <class T>
+using Lanes = std::array<T, kLanes>;
+
+template <class T>
+struct Pair {
+  Lanes<T> re{};
+  Lanes<T> im{};
+};
+template <class T>
+using Pairs = std::vector<Pair<T>>;  // one per state
+
+// 2 Re sum_n conj(p_n) q_n
+template <class T>
+Lanes<T> inner_product(const Pairs<T>& p, const Pairs<T>& q) {
+  Lanes<T> sum{};
+  for (std::size_t n = 0; n < p.size(); ++n)
+    for (std::size_t i = 0; i < kLanes; ++i)
+      sum[i] += p[n].re[i] * q[n].re[i] + p[n].im[i] * q[n].im[i];
+  for (std::size_t i = 0; i < kLanes; ++i) sum[i] *= 2;
+  return sum;
+}
+// q += factor p
+template <class T>
+void add_scaled(Pairs<T>& q, const Lanes<T>& factor, const Pairs<T>& p) {
+  for (std::size_t n = 0; n < p.size(); ++n)
+    for (std::size_t i = 0; i < kLanes; ++i) {
+      q[n].re[i] += factor[i] * p[n].re[i];
+      q[n].im[i] += factor[i] * p[n].im[i];
+    }
+}
+// q += factor conj(p)
+template <class T>
+void add_scaled_conj(Pairs<T>& q, const Lanes<T>& factor, const Pairs<T>& p) {
+  for (std::size_t n = 0; n < p.size(); ++n)
+    for (std::size_t i = 0; i < kLanes; ++i) {
+      q[n].re[i] += factor[i] * p[n].re[i];
+      q[n].im[i] -= factor[i] * p[n].im[i];
+    }
+}
+template <class T>
+Lanes<T> scaled(T factor, const Lanes<T>& v) {
+  Lanes<T> out;
+  for (std::size_t i = 0; i < kLanes; ++i) out[i] = factor * v[i];
+  return out;
+}
+
+// A block of heads.
+struct Block {
+  std::int64_t head;  // the first
+  std::int64_t count;
+};
+
+// The first `count` of the lanes.
+template <class T>
+Lanes<T> load(const T* first, const Block& block) {
+  Lanes<T> out{};
+  std::copy_n(first + block.head, block.count, out.begin());
+  return out;
+}
+template <class T>
+void store(T* first, const Block& block, const Lanes<T>& value) {
+  std::copy_n(value.begin(), block.count, first + block.head);
+}
+
+template <class T>
+struct Problem : detail::DplrScanSizes {
+  const T* e;
+  const T* w;
+  const T* k;
+  const T* b;
+  const T* C;
+  const T* D;
+  const T* u;
+  const std::int32_t* lengths;
+
+  template <class Args>
+  explicit Problem(const Args& args)
+      : DplrScanSizes(args.w, args.C, args.u),
+        e(args.e.template data<T>()),
+        w(args.w.template data<T>()),
+        k(args.k.template data<T>()),
+        b(args.b.template data<T>()),
+        C(args.C.template data<T>()),
+        D(args.D ? args.D.template data<T>() : nullptr),
+        u(args.u.template data<T>()),
+        lengths(args.lengths ? args.lengths.template data<std::int32_t>() : nullptr) {}
+
+  [[nodiscard]] std::int64_t length(std::int64_t batch_index) const {
+    return lengths == nullptr ? seqlen : lengths[batch_index];
+  }
+  [[nodiscard]] std::int64_t blocks() const { return (heads + kLanes - 1) / kLanes; }
+  [[nodiscard]] Block block_at(std::int64_t index) const {
+    return {index * kLanes, std::min(kLanes, heads - index * kLanes)};
+  }
+  // From planes [2, H, N]; absent planes are 0.
+  [[nodiscard]] Pairs<T> load_planes(const T* planes, const Block& block) const {
+    Pairs<T> out(static_cast<std::size_t>(states));
+    for (std::int64_t i = 0; i < block.count && planes != nullptr; ++i)
+      for (std::int64_t n = 0; n < states; ++n) {
+        Pair<T>& pair = out[static_cast<std::size_t>(n)];
+        const T* const at = planes + (block.head + i) * states + n;
+        pair.re[static_cast<std::size_t>(i)] = at[0];
+        pair.im[static_cast<std::size_t>(i)] = at[plane()];
+      }
+    return out;
+  }
+  void store_planes(T* planes, const Block& block, const Pairs<T>& values) const {
+    for (std::int64_t i = 0; i < block.count && planes != nullptr; ++i)
+      for (std::int64_t n = 0; n < states; ++n) {
+        const Pair<T>& pair = values[static_cast<std::size_t>(n)];
+        T* const at = planes + (block.head + i) * states + n;
+        at[0] = pair.re[static_cast<std::size_t>(i)];
+        at[plane()] = pair.im[static_cast<std::size_t>(i)];
+      }
+  }
+  // From [H, N, 2].
+  [[nodiscard]] Pairs<T> load_interleaved(const T* pairs, const Block& block) const {
+    Pairs<T> out(static_cast<std::size_t>(states));
+    for (std::int64_t i = 0; i < block.count; ++i)
+      for (std::int64_t n = 0; n < states; ++n) {
+        Pair<T>& pair = out[static_cast<std::size_t>(n)];
+        const T* const at = pairs + 2 * ((block.head + i) * states + n);
+        pair.re[static_cast<std::size_t>(i)] = at[0];
+        pair.im[static_cast<std::size_t>(i)] = at[1];
+      }
+    return out;
+  }
+};
+
+template <class T, class View>
+auto* row_of(const View& planes, std::int64_t row, std::int64_t size) {
+  return planes ? planes.template data<T>() + row * size : nullptr;
+}
+
+// What one block of heads does at a token.
+template <class T>
+struct Model {
+  Pairs<T> e;
+  Pairs<T> b;
+  std::vector<Pairs<T>> w;
+  std::vector<Pairs<T>> k;
+  std::vector<Pairs<T>> C;
+  std::vector<Lanes<T>> D;
+
+  Model(const Problem<T>& problem, const Block& block)
+      : e(problem.load_planes(problem.e, block)), b(problem.load_planes(problem.b, block)) {
+    for (std::int64_t r = 0; r < problem.rank; ++r) {
+      w.push_back(problem.load_planes(problem.w + r * 2 * problem.plane(), block));
+      k.push_back(problem.load_planes(problem.k + r * 2 * problem.plane(), block));
+    }
+    for (std::int64_t c = 0; c < problem.channels; ++c) {
+      C.push_back(problem.load_interleaved(problem.C + c * 2 * problem.plane(), block));
+      D.push_back(problem.D == nullptr ? Lanes<T>{} : load(problem.D + c * problem.heads, block));
+    }
+  }
+
+  // x_t from x_{t-1}; s[r] = <k_r, x_{t-1}>.
+  void advance(const Pairs<T>& before, const Lanes<T>& u, Lanes<T>* s, Pairs<T>& x) const {
+    for (std::size_t r = 0; r < k.size(); ++r) s[r] = inner_product(k[r], before);
+    for (std::size_t n = 0; n < before.size(); ++n) {
+      const Pair<T> x0 = before[n];
+      Pair<T> step;
+      for (std::size_t i = 0; i < kLanes; ++i) {
+        step.re[i] = b[n].re[i] * u[i] + (e[n].re[i] * x0.re[i] - e[n].im[i] * x0.im[i]);
+        step.im[i] = b[n].im[i] * u[i] + (e[n].re[i] * x0.im[i] + e[n].im[i] * x0.re[i]);
+      }
+      for (std::size_t r = 0; r < w.size(); ++r)
+        for (std::size_t i = 0; i < kLanes; ++i) {
+          step.re[i] -= w[r][n].re[i] * s[r][i];
+          step.im[i] -= w[r][n].im[i] * s[r][i];
+        }
+      for (std::size_t i = 0; i < kLanes; ++i) {
+        x[n].re[i] = x0.re[i] + step.re[i];
+        x[n].im[i] = x0.im[i] + step.im[i];
+      }
+    }
+  }
+  [[nodiscard]] Lanes<T> read(std::size_t c, const Pairs<T>& x, const Lanes<T>& u) const {
+    Lanes<T> sum{};
+    for (std::size_t n = 0; n < x.size(); ++n)
+      for (std::size_t i = 0; i < kLanes; ++i)
+        sum[i] += C[c][n].re[i] * x[n].re[i] - C[c][n].im[i] * x[n].im[i];
+    for (std::size_t i = 0; i < kLanes; ++i) sum[i] = 2 * sum[i] + D[c][i] * u[i];
+    return sum;
+  }
+  // q becomes M^* q; r[j] = <w_j, q>.
+  void retreat(Pairs<T>& q, Lanes<T>* r) const {
+    for (std::size_t j = 0; j < w.size(); ++j) r[j] = inner_product(w[j], q);
+    for (std::size_t n = 0; n < q.size(); ++n) {
+      const Pair<T> q0 = q[n];
+      for (std::size_t i = 0; i < kLanes; ++i) {
+        q[n].re[i] += e[n].re[i] * q0.re[i] + e[n].im[i] * q0.im[i];
+        q[n].im[i] += e[n].re[i] * q0.im[i] - e[n].im[i] * q0.re[i];
+      }
+      for (std::size_t j = 0; j < k.size(); ++j)
+        for (std::size_t i = 0; i < kLanes; ++i) {
+          q[n].re[i] -= k[j][n].re[i] * r[j][i];
+          q[n].im[i] -= k[j][n].im[i] * r[j][i];
+        }
+    }
+  }
+};
+
+template <class T>
+void forward_block(const Problem<T>& problem, const DplrScanForward& args, std::int64_t batch,
+                   const Block& block) {
+  const Model<T> model(problem, block);
+  const std::int64_t size = 2 * problem.plane();
+  const std::int64_t length = problem.length(batch);
+  Pairs<T> x = problem.load_planes(row_of<T>(args.state_in, batch, size), block);
+  std::vector<Lanes<T>> s(model.k.size());
+  for (std::int64_t t = 0; t < problem.seqlen; ++t) {
+    if (t % kChunk == 0)
+      problem.store_planes(row_of<T>(args.chunk_states, batch * problem.chunks + t / kChunk, size),
+                           block, x);
+    const std::int64_t token = batch * problem.seqlen + t;
+    T* const y = args.y.data<T>() + token * problem.channels * problem.heads;
+    const bool valid = t < length;
+    Lanes<T> u{};
+    if (valid) {
+      u = load(problem.u + token * problem.heads, block);
+      model.advance(x, u, s.data(), x);
+    }
+    for (std::size_t c = 0; c < model.C.size(); ++c)
+      store(y + static_cast<std::int64_t>(c) * problem.heads, block,
+            valid ? model.read(c, x, u) : Lanes<T>{});
+  }
+  problem.store_planes(row_of<T>(args.state_out, batch, size), block, x);
+}
+
+// Gradients of what all tokens share, of one sequence: e, b, w, k, C as planes [fields, 2, H, N],
+// and D as [C, H].
+struct Partial {
+  std::vector<double> planes;
+  std::vector<double> skip;
+};
+
+// One sequence and one block of heads, backward: chunk by chunk from the right, each time the
+// states of a chunk, then its adjoints.
+template <class T>
+class BackwardBlock {
+ public:
+  BackwardBlock(const Problem<T>& problem, const DplrScanBackward& args, std::int64_t batch,
+                const Block& block, Partial& partial)
+      : problem_(problem),
+        args_(args),
+        batch_(batch),
+        block_(block),
+        partial_(partial),
+        model_(problem, block),
+        states_(static_cast<std::size_t>(kChunk + 1),
+                Pairs<T>(static_cast<std::size_t>(problem.states))),
+        s_(static_cast<std::size_t>(kChunk) * model_.w.size()),
+        r_(model_.w.size()),
+        fields_(static_cast<std::size_t>(problem.fields())) {}
+
+  void run() {
+    const std::int64_t size = 2 * problem_.plane();
+    carry_ = problem_.load_planes(row_of<T>(args_.dstate_out, batch_, size), block_);
+    const std::int64_t length = problem_.length(batch_);
+    for (std::int64_t chunk = problem_.chunks - 1; chunk >= 0; --chunk) {
+      const std::int64_t begin = chunk * kChunk;
+      const std::int64_t steps = std::clamp(length - begin, std::int64_t{0}, kChunk);
+      const std::int64_t end = std::min(begin + kChunk, problem_.seqlen);
+      for (std::int64_t t = begin + steps; t < end; ++t) store(du(t), block_, Lanes<T>{});
+      if (steps > 0) walk_chunk(chunk, begin, static_cast<std::size_t>(steps));
+    }
+    problem_.store_planes(row_of<T>(args_.dstate_in, batch_, size), block_, carry_);
+  }
+
+ private:
+  [[nodiscard]] std::int64_t token(std::int64_t t) const { return batch_ * problem_.seqlen + t; }
+  [[nodiscard]] T* du(std::int64_t t) const {
+    return args_.du.data<T>() + token(t) * problem_.heads;
+  }
+  [[nodiscard]] Lanes<T> drive(std::int64_t t) const {
+    return load(problem_.u + token(t) * problem_.heads, block_);
+  }
+
+  void walk_chunk(std::int64_t chunk, std::int64_t begin, std::size_t steps) {
+    states_[0] = problem_.load_planes(
+        row_of<T>(args_.chunk_states, batch_ * problem_.chunks + chunk, 2 * problem_.plane()),
+        block_);
+    const std::size_t rank = model_.w.size();
+    for (std::size_t j = 0; j < steps; ++j)
+      model_.advance(states_[j], drive(begin + static_cast<std::int64_t>(j)), &s_[j * rank],
+                     states_[j + 1]);
+    for (auto& field : fields_) field.assign(static_cast<std::size_t>(problem_.states), {});
+    for (std::size_t j = steps; j-- > 0;) walk_token(begin + static_cast<std::int64_t>(j), j);
+    for (std::size_t f = 0; f < fields_.size(); ++f) add_partial(f);
+  }
+
+  void walk_token(std::int64_t t, std::size_t j) {
+    const std::size_t rank = model_.w.size();
+    const Lanes<T> u = drive(t);
+    const T* const dy = args_.dy.data<T>() + token(t) * problem_.channels * problem_.heads;
+    Lanes<T> direct{};
+    for (std::size_t c = 0; c < model_.C.size(); ++c) {
+      const Lanes<T> g = load(dy + static_cast<std::int64_t>(c) * problem_.heads, block_);
+      const Lanes<T> twice = scaled(T(2), g);
+      add_scaled_conj(carry_, twice, model_.C[c]);
+      add_scaled_conj(fields_[2 + 2 * rank + c], twice, states_[j + 1]);
+      double* const skip =
+          partial_.skip.data() + static_cast<std::int64_t>(c) * problem_.heads + block_.head;
+      for (std::size_t i = 0; i < kLanes; ++i) direct[i] += model_.D[c][i] * g[i];
+      for (std::size_t i = 0; i < static_cast<std::size_t>(block_.count); ++i)
+        skip[i] += static_cast<double>(g[i]) * static_cast<double>(u[i]);
+    }
+    const Lanes<T> through = inner_product(model_.b, carry_);
+    for (std::size_t i = 0; i < kLanes; ++i) direct[i] += through[i] / 2;
+    store(du(t), block_, direct);
+    add_products(fields_[0], carry_, states_[j]);
+    add_scaled(fields_[1], u, carry_);
+    for (std::size_t r = 0; r < rank; ++r)
+      add_scaled(fields_[2 + r], scaled(T(-1), s_[j * rank + r]), carry_);
+    model_.retreat(carry_, r_.data());
+    for (std::size_t r = 0; r < rank; ++r)
+      add_scaled(fields_[2 + rank + r], scaled(T(-1), r_[r]), states_[j]);
+  }
+
+  // sum += q conj(x)
+  static void add_products(Pairs<T>& sum, const Pairs<T>& q, const Pairs<T>& x) {
+    for (std::size_t n = 0; n < sum.size(); ++n)
+      for (std::size_t i = 0; i < kLanes; ++i) {
+        sum[n].re[i] += q[n].re[i] * x[n].re[i] + q[n].im[i] * x[n].im[i];
+        sum[n].im[i] += q[n].im[i] * x[n].re[i] - q[n].re[i] * x[n].im[i];
+      }
+  }
+
+  void add_partial(std::size_t field) {
+    double* const planes =
+        partial_.planes.data() + static_cast<std::int64_t>(field) * 2 * problem_.plane();
+    for (std::int64_t i = 0; i < block_.count; ++i)
+      for (std::int64_t n = 0; n < problem_.states; ++n) {
+        const Pair<T>& pair = fields_[field][static_cast<std::size_t>(n)];
+        double* const at = planes + (block_.head + i) * problem_.states + n;
+        at[0] += static_cast<double>(pair.re[static_cast<std::size_t>(i)]);
+        at[problem_.plane()] += static_cast<double>(pair.im[static_cast<std::size_t>(i)]);
+      }
+  }
+
+  const Problem<T>& problem_;
+  const DplrScanBackward& args_;
+  std::int64_t batch_;
+  Block block_;
+  Partial& partial_;
+  Model<T> model_;
+  Pairs<T> carry_;
+  std::vector<Pairs<T>> states_;  // of the chunk
+  std::vector<Lanes<T>> s_;       // of the chunk, [chunk, R]
+  std::vector<Lanes<T>> r_;
+  std::vector<Pairs<T>> fields_;  // gradients of the chunk
+};
+
+// out += the sums over the sequences of `count` partial sums, in order. Element i of out is
+// element `place(i)` of each.
+template <class T, class Place>
+void add_sums(const MutableTensorView& out, const std::vector<Partial>& partials,
+              std::vector<double> Partial::*member, Place&& place) {
+  if (!out) return;
+  T* const target = out.data<T>();
+  const std::int64_t count = out.numel();
+#pragma omp parallel for
+  for (std::int64_t i = 0; i < count; ++i) {
+    double sum = 0;
+    for (const Partial& p : partials) sum += (p.*member)[static_cast<std::size_t>(place(i))];
+    target[i] += static_cast<T>(sum);
+  }
+}
+
+template <class T>
+void add_parameter_gradients(const Problem<T>& problem, const DplrScanBackward& args,
+                             const std::vector<Partial>& partials) {
+  const std::int64_t plane = problem.plane();
+  const auto add_planes = [&](const MutableTensorView& out, std::int64_t field) {
+    add_sums<T>(out, partials, &Partial::planes,
+                [=](std::int64_t i) { return field * 2 * plane + i; });
+  };
+  add_planes(args.de, 0);
+  add_planes(args.db, 1);
+  add_planes(args.dw, 2);
+  add_planes(args.dk, 2 + problem.rank);
+  const std::int64_t first = (2 + 2 * problem.rank) * 2 * plane;
+  add_sums<T>(args.dC, partials, &Partial::planes, [=](std::int64_t i) {
+    const std::int64_t pair = i / 2;
+    return first + (pair / plane * 2 + i % 2) * plane + pair % plane;
+  });
+  add_sums<T>(args.dD, partials, &Partial::skip, [](std::int64_t i) { return i; });
+}
+
+}  // namespace
+
+void dplr_scan_forward(Context&, const DplrScanForward& args) {
+  visit_float("dplr_scan_forward", args.u.dtype(), [&]<class T>() {
+    const Problem<T> problem(args);
+    const std::int64_t blocks = problem.blocks();
+#pragma omp parallel for
+    for (std::int64_t item = 0; item < problem.batch * blocks; ++item)
+      forward_block(problem, args, item / blocks, problem.block_at(item % blocks));
+  });
+}
+
+void dplr_scan_backward(Context&, const DplrScanBackward& args) {
+  visit_float("dplr_scan_backward", args.u.dtype(), [&]<class T>() {
+    const Problem<T> problem(args);
+    std::vector<Partial> partials(static_cast<std::size_t>(problem.batch));
+    for (Partial& p : partials) {
+      p.planes.assign(static_cast<std::size_t>(problem.fields() * 2 * problem.plane()), 0.0);
+      p.skip.assign(static_cast<std::size_t>(problem.channels * problem.heads), 0.0);
+    }
+    const std::int64_t blocks = problem.blocks();
+#pragma omp parallel for
+    for (std::int64_t item = 0; item < problem.batch * blocks; ++item)
+      BackwardBlock<T>(problem, args, item / blocks, problem.block_at(item % blocks),
+                       partials[static_cast<std::size_t>(item / blocks)])
+          .run();
+    add_parameter_gradients(problem, args, partials);
+  });
+}
+
+}  // namespace lrnn::cpu

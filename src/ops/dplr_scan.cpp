@@ -1,0 +1,71 @@
+#include "ops/dplr_scan.hpp"
+
+#include "ops/dispatch.hpp"
+
+namespace lrnn {
+namespace {
+
+using detail::DplrScanSizes;
+
+// Operands that forward and backward share.
+template <class Args>
+DplrScanSizes check_shared(const char* op, const Context& ctx, const Args& args) {
+  detail::check_rank(op, "w", args.w, 4);
+  detail::check_rank(op, "C", args.C, 4);
+  detail::check_rank(op, "u", args.u, 3);
+  const DplrScanSizes s(args.w, args.C, args.u);
+  LRNN_CHECK(args.u.numel() > 0 && args.w.numel() > 0 && s.channels > 0, ShapeError, op,
+             ": u: expected at least one token, head, state, rank and channel, got u ",
+             args.u.shape(), ", w ", args.w.shape(), ", C ", args.C.shape());
+  const DType state = accumulate_dtype(args.u.dtype());
+  const Shape plane = {2, s.heads, s.states};
+  const Shape planes = {s.rank, 2, s.heads, s.states};
+  detail::check_operand(op, "e", ctx, args.e, plane, state);
+  detail::check_operand(op, "w", ctx, args.w, planes, state);
+  detail::check_operand(op, "k", ctx, args.k, planes, state);
+  detail::check_operand(op, "b", ctx, args.b, plane, state);
+  detail::check_operand(op, "C", ctx, args.C, {s.channels, s.heads, s.states, 2}, state);
+  detail::check_optional(op, "D", ctx, args.D, {s.channels, s.heads}, state);
+  detail::check_operand(op, "u", ctx, args.u, args.u.shape(), args.u.dtype());
+  detail::check_lengths_operand(op, ctx, args.lengths, s.batch);
+  return s;
+}
+
+}  // namespace
+
+void dplr_scan_forward(Context& ctx, const DplrScanForward& args) {
+  constexpr const char* op = "dplr_scan_forward";
+  const DplrScanSizes s = check_shared(op, ctx, args);
+  const DType state = accumulate_dtype(args.u.dtype());
+  const Shape states = {s.batch, 2, s.heads, s.states};
+  detail::check_optional(op, "state_in", ctx, args.state_in, states, state);
+  detail::check_operand(op, "y", ctx, args.y, {s.batch, s.seqlen, s.channels * s.heads},
+                        args.u.dtype());
+  detail::check_optional(op, "state_out", ctx, args.state_out, states, state);
+  detail::check_optional(op, "chunk_states", ctx, args.chunk_states,
+                         {s.batch, s.chunks, 2, s.heads, s.states}, state);
+  LRNN_DISPATCH(dplr_scan_forward, ctx, args);
+}
+
+void dplr_scan_backward(Context& ctx, const DplrScanBackward& args) {
+  constexpr const char* op = "dplr_scan_backward";
+  const DplrScanSizes s = check_shared(op, ctx, args);
+  const DType state = accumulate_dtype(args.u.dtype());
+  const Shape states = {s.batch, 2, s.heads, s.states};
+  detail::check_operand(op, "dy", ctx, args.dy, {s.batch, s.seqlen, s.channels * s.heads},
+                        args.u.dtype());
+  detail::check_operand(op, "chunk_states", ctx, args.chunk_states,
+                        {s.batch, s.chunks, 2, s.heads, s.states}, state);
+  detail::check_optional(op, "dstate_out", ctx, args.dstate_out, states, state);
+  detail::check_operand(op, "du", ctx, args.du, args.u.shape(), args.u.dtype());
+  detail::check_optional(op, "de", ctx, args.de, args.e.shape(), state);
+  detail::check_optional(op, "dw", ctx, args.dw, args.w.shape(), state);
+  detail::check_optional(op, "dk", ctx, args.dk, args.k.shape(), state);
+  detail::check_optional(op, "db", ctx, args.db, args.b.shape(), state);
+  detail::check_optional(op, "dC", ctx, args.dC, args.C.shape(), state);
+  detail::check_optional(op, "dD", ctx, args.dD, {s.channels, s.heads}, state);
+  detail::check_optional(op, "dstate_in", ctx, args.dstate_in, states, state);
+  LRNN_DISPATCH(dplr_scan_backward, ctx, args);
+}
+
+}  // namespace lrnn
