@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <map>
 #include <numbers>
 
 #include <Eigen/Eigenvalues>
@@ -18,27 +17,27 @@ using Eigen::MatrixXcd;
 using Eigen::MatrixXd;
 using Eigen::VectorXd;
 
-bool is_normal_plus_low_rank(const std::string& init) {
-  return init == "legs" || init == "legt" || init == "fourier" || init == "fout";
-}
-
-std::vector<std::string> parts_of(const std::string& init) {
-  if (init == "hippo") return {"legs", "fourier"};
-  if (init == "diag") return {"diag-inv", "diag-lin"};
-  if (init == "all") return {"legs", "fourier", "diag-inv", "diag-lin"};
+std::vector<StateSpaceInit> parts_of(StateSpaceInit init) {
+  using enum StateSpaceInit;
+  if (init == Hippo) return {Legs, Fourier};
+  if (init == Diag) return {DiagInv, DiagLin};
+  if (init == All) return {Legs, Fourier, DiagInv, DiagLin};
   return {init};
 }
 
-// The x of diag-x and dplr-x by its short name; "" for anything else.
-std::string diagonal_kind(const std::string& init) {
-  static const std::map<std::string, std::string> kNames = {
-      {"lin", "lin"},   {"linear", "lin"},    {"inv", "inv"},   {"inverse", "inv"},
-      {"inv2", "inv2"}, {"inverse2", "inv2"}, {"quad", "quad"}, {"quadratic", "quad"},
-      {"legs", "legs"}, {"hippo", "legs"}};
-  if (init == "dplr") return "legs";
-  if (!init.starts_with("diag-") && !init.starts_with("dplr-")) return "";
-  const auto it = kNames.find(init.substr(5));
-  return it == kNames.end() ? "" : it->second;
+// Whether the initial A, B and P are those of a HiPPO matrix.
+bool is_normal_plus_low_rank(StateSpaceInit init) {
+  using enum StateSpaceInit;
+  return init == Legs || init == Legt || init == Fourier;
+}
+bool needs_legs(StateSpaceInit init) {
+  using enum StateSpaceInit;
+  return init == Legs || init == DiagLegs || init == DplrLegs;
+}
+bool has_random_P(StateSpaceInit init) {
+  using enum StateSpaceInit;
+  return init == DplrLin || init == DplrInv || init == DplrInv2 || init == DplrQuad ||
+         init == DplrLegs;
 }
 
 // A matrix A + sum_r P_r P_r^T that is skew-symmetric up to a multiple of the identity.
@@ -139,40 +138,54 @@ Model diagonalize(const Normal& normal, std::optional<double> B_clip) {
   return model;
 }
 
-Model normal_model(const std::string& init, const HippoOptions& o) {
+Model normal_model(StateSpaceInit init, const HippoOptions& o) {
   const auto n = static_cast<Index>(o.d_state);
-  return diagonalize(init == "legs" ? legs(n) : init == "legt" ? legt(n) : fourier(n), o.B_clip);
+  return diagonalize(init == StateSpaceInit::Legs   ? legs(n)
+                     : init == StateSpaceInit::Legt ? legt(n)
+                                                    : fourier(n),
+                     o.B_clip);
 }
 
-double diagonal_frequency(const std::string& kind, double size, double n) {
+double diagonal_frequency(StateSpaceInit init, double size, double n) {
   using std::numbers::pi;
-  if (kind == "lin") return pi * n;
-  if (kind == "inv") return size / pi * (size / (1 + 2 * n) - 1);
-  if (kind == "inv2") return size / pi * (size / (1 + n) - 1);
-  return (1 + 2 * n) * (1 + 2 * n) / pi;
+  using enum StateSpaceInit;
+  switch (init) {
+    case DiagLin:
+    case DplrLin:
+      return pi * n;
+    case DiagInv:
+    case DplrInv:
+      return size / pi * (size / (1 + 2 * n) - 1);
+    case DiagInv2:
+    case DplrInv2:
+      return size / pi * (size / (1 + n) - 1);
+    case DiagQuad:
+    case DplrQuad:
+      return (1 + 2 * n) * (1 + 2 * n) / pi;
+    default:
+      throw InternalError("HiPPO: not a diagonal spectrum");
+  }
 }
 
-Model diagonal_model(const std::string& init, const HippoOptions& o) {
-  const std::string kind = diagonal_kind(init);
+Model diagonal_model(StateSpaceInit init, const HippoOptions& o) {
   const auto states = static_cast<std::size_t>(o.d_state / 2);
   Model model;
   model.decay.assign(states, 0.5);
-  if (kind == "legs") {
-    constexpr double kClip = 2.0;
+  if (needs_legs(init)) {
     HippoOptions options = o;
-    options.B_clip = kClip;
-    const Model hippo = normal_model("legs", options);
+    options.B_clip = 2.0;
+    const Model hippo = normal_model(StateSpaceInit::Legs, options);
     model.frequency = hippo.frequency;
     model.B = hippo.B;
   } else {
     for (std::size_t n = 0; n < states; ++n)
       model.frequency.push_back(
-          diagonal_frequency(kind, static_cast<double>(o.d_state), static_cast<double>(n)));
+          diagonal_frequency(init, static_cast<double>(o.d_state), static_cast<double>(n)));
     model.B.assign(states, 1.0);
   }
   model.unit.assign(states, 0.0);
   model.unit[0] = 1.0;
-  model.random_P = init.starts_with("dplr");
+  model.random_P = has_random_P(init);
   return model;
 }
 
@@ -190,21 +203,16 @@ void check_hippo(const std::string& field, const HippoOptions& o) {
   LRNN_CHECK(!o.B_clip || *o.B_clip >= 0, ConfigError, field,
              "B_clip: expected a number of at least 0 or null, got ", o.B_clip.value_or(0));
   const auto parts = parts_of(o.init);
-  for (const std::string& part : parts) {
-    const bool normal = is_normal_plus_low_rank(part);
-    const std::string kind = diagonal_kind(part);
-    LRNN_CHECK(
-        normal || !kind.empty(), ConfigError, field, "init: unknown value '", o.init,
-        "', expected one of: legs, legt, fourier, fout, hippo, diag, all, dplr, and diag-x or "
-        "dplr-x with x one of lin, inv, inv2, quad, legs");
-    LRNN_CHECK(o.d_state > 2 || !(normal || kind == "legs"), ConfigError, field,
-               "d_state: expected at least 4 with init \"", o.init, "\", got ", o.d_state);
-    LRNN_CHECK(part != "legt" || o.rank >= 2, ConfigError, field,
+  for (const StateSpaceInit part : parts) {
+    LRNN_CHECK(o.d_state > 2 || !(is_normal_plus_low_rank(part) || needs_legs(part)), ConfigError,
+               field, "d_state: expected at least 4 with init \"", enum_name(o.init), "\", got ",
+               o.d_state);
+    LRNN_CHECK(part != StateSpaceInit::Legt || o.rank >= 2, ConfigError, field,
                "rank: expected at least 2 with init \"legt\", got ", o.rank);
   }
   LRNN_CHECK(o.copies >= 1 && o.copies % static_cast<std::int64_t>(parts.size()) == 0, ConfigError,
-             field, "n_ssm: expected a multiple of ", parts.size(), " with init \"", o.init,
-             "\", got ", o.copies);
+             field, "n_ssm: expected a multiple of ", parts.size(), " with init \"",
+             enum_name(o.init), "\", got ", o.copies);
 }
 
 HippoInit make_hippo(const std::string& field, const HippoOptions& o) {
@@ -214,7 +222,7 @@ HippoInit make_hippo(const std::string& field, const HippoOptions& o) {
   out.states = o.d_state / 2;
   const auto parts = parts_of(o.init);
   std::vector<Model> models;
-  for (const std::string& part : parts)
+  for (const StateSpaceInit part : parts)
     models.push_back(is_normal_plus_low_rank(part) ? normal_model(part, o)
                                                    : diagonal_model(part, o));
   const std::int64_t share = o.copies / static_cast<std::int64_t>(parts.size());

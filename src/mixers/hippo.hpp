@@ -13,6 +13,8 @@
 #include <string>
 #include <vector>
 
+#include "lrnn/mixers/state_space_config.hpp"
+
 namespace lrnn::detail {
 
 /// Initial values of `copies` state-space models with `states` complex states each.
@@ -31,16 +33,13 @@ struct HippoInit {
 };
 
 struct HippoOptions {
-  std::string init;  ///< as in make_hippo's table
+  StateSpaceInit init;
   std::int64_t d_state;
   std::int64_t copies;
   std::int64_t rank = 1;
   std::optional<double> B_clip = 2.0;  ///< bound on |Im B| of HiPPO matrices
 };
 
-/// init: legs, legt, fourier, fout; diag-x and dplr-x for x in lin(ear), inv(erse), inv(erse)2,
-/// quad(ratic), legs, hippo; dplr; and the unions hippo (legs, fourier), diag (diag-inv, diag-lin)
-/// and all (legs, fourier, diag-inv, diag-lin), which share the copies in equal parts.
 /// @throws ConfigError; `field` is the option's full name without the last part, e.g.
 /// "mixer_kwargs.S4.".
 [[nodiscard]] HippoInit make_hippo(const std::string& field, const HippoOptions& options);

@@ -172,8 +172,8 @@ void resolve_state_space(const char* name, StateSpaceConfig<diagonal>& c, const 
   LRNN_CHECK(!c.gate || *c.gate >= 1, ConfigError, field, "gate: expected at least 1 or null, got ",
              c.gate.value_or(0));
   LRNN_CHECK(!c.final_act || !c.postact, ConfigError, field,
-             "postact: expected null unless final_act is null, got \"", c.postact.value_or(""),
-             "\"");
+             "postact: expected null unless final_act is null, got \"",
+             enum_name(c.postact.value_or(FinalActivation::Glu)), "\"");
   const std::int64_t width = c.gate ? *c.gate : c.channels;
   LRNN_CHECK(c.final_act || c.postact || width == 1, ConfigError, field,
              "final_act: expected a name, because without output_linear the output would be ",

@@ -24,6 +24,86 @@ struct EnumNames<S4dDiscretization> {
   };
 };
 
+/// Initial values of A, B and P: HiPPO matrices, diagonal matrices with spectra like theirs, the
+/// same with a random P, and unions that share the copies in equal parts. See src/mixers/hippo.hpp.
+enum class StateSpaceInit {
+  Legs,
+  Legt,
+  Fourier,
+  DiagLin,
+  DiagInv,
+  DiagInv2,
+  DiagQuad,
+  DiagLegs,
+  DplrLin,
+  DplrInv,
+  DplrInv2,
+  DplrQuad,
+  DplrLegs,
+  Hippo,  ///< Legs, Fourier
+  Diag,   ///< DiagInv, DiagLin
+  All     ///< Legs, Fourier, DiagInv, DiagLin
+};
+template <>
+struct EnumNames<StateSpaceInit> {
+  static constexpr std::pair<StateSpaceInit, const char*> table[] = {
+      {StateSpaceInit::Legs, "legs"},          {StateSpaceInit::Legt, "legt"},
+      {StateSpaceInit::Fourier, "fourier"},    {StateSpaceInit::Fourier, "fout"},
+      {StateSpaceInit::DiagLin, "diag-lin"},   {StateSpaceInit::DiagLin, "diag-linear"},
+      {StateSpaceInit::DiagInv, "diag-inv"},   {StateSpaceInit::DiagInv, "diag-inverse"},
+      {StateSpaceInit::DiagInv2, "diag-inv2"}, {StateSpaceInit::DiagInv2, "diag-inverse2"},
+      {StateSpaceInit::DiagQuad, "diag-quad"}, {StateSpaceInit::DiagQuad, "diag-quadratic"},
+      {StateSpaceInit::DiagLegs, "diag-legs"}, {StateSpaceInit::DiagLegs, "diag-hippo"},
+      {StateSpaceInit::DplrLin, "dplr-lin"},   {StateSpaceInit::DplrLin, "dplr-linear"},
+      {StateSpaceInit::DplrInv, "dplr-inv"},   {StateSpaceInit::DplrInv, "dplr-inverse"},
+      {StateSpaceInit::DplrInv2, "dplr-inv2"}, {StateSpaceInit::DplrInv2, "dplr-inverse2"},
+      {StateSpaceInit::DplrQuad, "dplr-quad"}, {StateSpaceInit::DplrQuad, "dplr-quadratic"},
+      {StateSpaceInit::DplrLegs, "dplr-legs"}, {StateSpaceInit::DplrLegs, "dplr-hippo"},
+      {StateSpaceInit::DplrLegs, "dplr"},      {StateSpaceInit::Hippo, "hippo"},
+      {StateSpaceInit::Diag, "diag"},          {StateSpaceInit::All, "all"},
+  };
+};
+
+/// Names that lrnnx takes for `final_act`. Each of them means output_linear and GELU there and
+/// here.
+enum class FinalActivation {
+  Glu,
+  Gelu,
+  Relu,
+  Tanh,
+  Sigmoid,
+  Silu,
+  Swish,
+  Elu,
+  Softplus,
+  Sqrelu,
+  Modrelu,
+  Ln,
+  Id,
+  Identity,
+  Linear
+};
+template <>
+struct EnumNames<FinalActivation> {
+  static constexpr std::pair<FinalActivation, const char*> table[] = {
+      {FinalActivation::Glu, "glu"},
+      {FinalActivation::Gelu, "gelu"},
+      {FinalActivation::Relu, "relu"},
+      {FinalActivation::Tanh, "tanh"},
+      {FinalActivation::Sigmoid, "sigmoid"},
+      {FinalActivation::Silu, "silu"},
+      {FinalActivation::Swish, "swish"},
+      {FinalActivation::Elu, "elu"},
+      {FinalActivation::Softplus, "softplus"},
+      {FinalActivation::Sqrelu, "sqrelu"},
+      {FinalActivation::Modrelu, "modrelu"},
+      {FinalActivation::Ln, "ln"},
+      {FinalActivation::Id, "id"},
+      {FinalActivation::Identity, "identity"},
+      {FinalActivation::Linear, "linear"},
+  };
+};
+
 /// Options without an effect on any number are accepted: l_max (the recurrence has infinite memory
 /// for every length), verbose, tie_dropout; rank in S4D, beside a check. Options that lrnnx names
 /// but that do not work there are accepted with their default only.
@@ -33,20 +113,20 @@ struct StateSpaceConfig {
   std::int64_t channels = 1;                 ///< read-outs per input
   std::optional<std::int64_t> n_ssm = {};    ///< copies of A, B and P; divides d_model, its default
   std::int64_t rank = 1;                     ///< of the correction P
-  std::string init = "legs";                 ///< of A, B and P: see src/mixers/hippo.hpp
-  std::optional<double> B_clip = 2.0;        ///< bound on the initial |Im B| of HiPPO matrices
-  bool deterministic = false;                ///< initial C and dt without random numbers
-  double dt_min = 1e-3;                      ///< dt starts log-uniform in [dt_min, dt_max]
+  StateSpaceInit init = StateSpaceInit::Legs;  ///< of A, B and P
+  std::optional<double> B_clip = 2.0;          ///< bound on the initial |Im B| of HiPPO matrices
+  bool deterministic = false;                  ///< initial C and dt without random numbers
+  double dt_min = 1e-3;                        ///< dt starts log-uniform in [dt_min, dt_max]
   double dt_max = 1e-1;
   bool dt_tie = true;    ///< one dt per input instead of one per state
   bool dt_fast = false;  ///< dt = dt_transform(sinh(inv_dt))
   LaneTransform dt_transform = LaneTransform::Exp;
   LaneTransform real_transform = LaneTransform::Exp;       ///< of A_real to -Re A
   LaneTransform imag_transform = LaneTransform::Identity;  ///< of A_imag to -Im A
-  std::optional<std::int64_t> gate = {};         ///< width of the multiplicative branch, in d_model
-  std::optional<std::string> final_act = "glu";  ///< null: no output_linear; else its GELU form
-  std::optional<std::string> postact = {};       ///< older name of final_act
-  std::optional<S4dDiscretization> disc = {};    ///< S4D alone; default zoh
+  std::optional<std::int64_t> gate = {};  ///< width of the multiplicative branch, in d_model
+  std::optional<FinalActivation> final_act = FinalActivation::Glu;  ///< null: no output_linear
+  std::optional<FinalActivation> postact = {};                      ///< older name of final_act
+  std::optional<S4dDiscretization> disc = {};                       ///< S4D alone; default zoh
   std::optional<std::int64_t> l_max = {};
   bool verbose = true;
   bool tie_dropout = false;
