@@ -1,0 +1,301 @@
+#include "lrnn/mixers/s4.hpp"
+
+#include <cmath>
+#include <vector>
+
+#include <Eigen/LU>
+
+#include "lrnn/ops/dplr_discretize.hpp"
+#include "lrnn/ops/dplr_scan.hpp"
+#include "lrnn/ops/elementwise.hpp"
+
+#include "mixers/diagonal_recurrence.hpp"
+#include "mixers/s4_common.hpp"
+
+namespace lrnn {
+namespace {
+
+struct S4State final : MixerState {
+  Tensor lrnn_state;  // [B, 2, H, N/2], planes
+
+  void visit(const Visitor& visitor) override { visitor("lrnn_state", lrnn_state); }
+
+  static TensorView of(const MixerState* state) {
+    return state == nullptr ? TensorView() : TensorView(state_as<S4State>(*state).lrnn_state);
+  }
+  static MutableTensorView of(MixerState* state) {
+    return state == nullptr ? MutableTensorView()
+                            : MutableTensorView(state_as<S4State>(*state).lrnn_state);
+  }
+};
+
+// Operands of the scan that the parameters determine, or their gradients.
+struct Transition {
+  Tensor e;  // [2, H, N/2]
+  Tensor w;  // [R, 2, H, N/2]
+  Tensor k;  // [R, 2, H, N/2]
+  Tensor b;  // [2, H, N/2]
+
+  Transition(Context& ctx, const DplrParameters& p, bool zero) {
+    const Shape plane = {2, p.heads, p.P.dim(2)};
+    const Shape planes = {p.P.dim(0), 2, p.heads, p.P.dim(2)};
+    const auto make = [&](const Shape& shape) {
+      return zero ? ctx.zeros(shape, p.P.dtype()) : ctx.empty(shape, p.P.dtype());
+    };
+    e = make(plane);
+    w = make(planes);
+    k = make(planes);
+    b = make(plane);
+  }
+};
+Transition make_transition(Context& ctx, const DplrParameters& p) {
+  Transition t(ctx, p, false);
+  dplr_discretize_forward(ctx, {.parameters = p, .e = t.e, .w = t.w, .k = t.k, .b = t.b});
+  return t;
+}
+
+// The transition M of head h on (Re x, Im x).
+class DenseTransition {
+ public:
+  using Matrix = Eigen::MatrixXd;
+  using Vector = Eigen::VectorXd;
+
+  DenseTransition(Context& cpu, const Transition& t)
+      : heads_(t.e.shape()[1]),
+        states_(t.e.shape()[2]),
+        rank_(t.w.shape()[0]),
+        e_(cpu.to_host_as_double(t.e)),
+        w_(cpu.to_host_as_double(t.w)),
+        k_(cpu.to_host_as_double(t.k)) {}
+
+  [[nodiscard]] Matrix of(std::int64_t h) const {
+    const Vector e = planes(e_, 0, h);
+    Matrix M = Matrix::Identity(2 * states_, 2 * states_);
+    for (std::int64_t n = 0; n < states_; ++n) {
+      M(n, n) += e[n];
+      M(n, n + states_) -= e[n + states_];
+      M(n + states_, n) += e[n + states_];
+      M(n + states_, n + states_) += e[n];
+    }
+    for (std::int64_t r = 0; r < rank_; ++r)
+      M -= 2.0 * planes(w_, r, h) * planes(k_, r, h).transpose();
+    return M;
+  }
+
+ private:
+  [[nodiscard]] Vector planes(const std::vector<double>& values, std::int64_t r,
+                              std::int64_t h) const {
+    Vector v(2 * states_);
+    for (std::int64_t part = 0; part < 2; ++part)
+      for (std::int64_t n = 0; n < states_; ++n)
+        v[part * states_ + n] =
+            values[static_cast<std::size_t>(((2 * r + part) * heads_ + h) * states_ + n)];
+    return v;
+  }
+
+  std::int64_t heads_;
+  std::int64_t states_;
+  std::int64_t rank_;
+  std::vector<double> e_;
+  std::vector<double> w_;
+  std::vector<double> k_;
+};
+
+Eigen::MatrixXd power(Eigen::MatrixXd base, std::int64_t exponent) {
+  Eigen::MatrixXd result = Eigen::MatrixXd::Identity(base.rows(), base.cols());
+  for (; exponent > 0; exponent /= 2) {
+    if (exponent % 2 == 1) result = result * base;
+    base = base * base;
+  }
+  return result;
+}
+
+// C <- C (I - M^K)^-1 for pairs C [channels, H, N2, 2]. A row C reads 2 Re(C x), so it acts on
+// (Re x, Im x) as (Re C, -Im C).
+void to_read_out(std::vector<double>& C, std::int64_t channels, std::int64_t heads,
+                 std::int64_t states, const DenseTransition& transition, std::int64_t length) {
+#pragma omp parallel for
+  for (std::int64_t h = 0; h < heads; ++h) {
+    const Eigen::MatrixXd M = power(transition.of(h), length);
+    const Eigen::PartialPivLU<Eigen::MatrixXd> solver(
+        (Eigen::MatrixXd::Identity(M.rows(), M.cols()) - M).transpose());
+    for (std::int64_t c = 0; c < channels; ++c) {
+      double* const pairs = C.data() + (c * heads + h) * states * 2;
+      Eigen::VectorXd row(2 * states);
+      for (std::int64_t n = 0; n < states; ++n) {
+        row[n] = pairs[2 * n];
+        row[n + states] = -pairs[2 * n + 1];
+      }
+      row = solver.solve(row).eval();
+      for (std::int64_t n = 0; n < states; ++n) {
+        pairs[2 * n] = row[n];
+        pairs[2 * n + 1] = -row[n + states];
+      }
+    }
+  }
+}
+
+// Takes l_kernel out of `tensors`; 0 if it is not there.
+std::int64_t take_kernel_length(HostTensors& tensors) {
+  const auto it = tensors.find("l_kernel");
+  if (it == tensors.end()) return 0;
+  const std::vector<double> values = it->second.values;
+  tensors.erase(it);
+  LRNN_CHECK(values.size() == 1 && values[0] >= 0 && values[0] < 0x1p53 &&
+                 values[0] == std::floor(values[0]),
+             ConfigError, "l_kernel: expected one integer of at least 0");
+  return static_cast<std::int64_t>(values[0]);
+}
+
+}  // namespace
+
+struct S4::Saved final : MixerSaved {
+  TensorView x;      // [B, L, H] input, zero at padding
+  Tensor x_storage;  // owner of x, if there are lengths
+  Tensor s;          // [B, L, channels H] output of the state-space models
+  Tensor chunk_states;
+  Transition transition;
+
+  Saved(Context& ctx, const DplrParameters& p) : transition(make_transition(ctx, p)) {}
+};
+
+S4Config S4::resolve(S4Config config, const MixerBuild& build) {
+  LRNN_CHECK(config.rank <= kMaxDplrRank, ConfigError, "mixer_kwargs.S4.rank: expected at most ",
+             kMaxDplrRank, ", got ", config.rank);
+  detail::resolve_state_space("S4", config, build);
+  return config;
+}
+
+S4::S4(const S4Config& config, const MixerBuild& build, const ParameterScope& scope)
+    : Mixer(build.d_model),
+      config_(config),
+      p_(std::make_unique<detail::StateSpaceParameters>(
+          detail::add_state_space_parameters("S4", config, build.d_model, scope))),
+      head_(std::make_unique<detail::S4Head>(config, build.d_model, scope)) {}
+
+S4::~S4() = default;
+
+std::unique_ptr<MixerState> S4::make_state(Context& ctx, std::int64_t batch, std::int64_t,
+                                           DType dtype) const {
+  auto state = std::make_unique<S4State>();
+  state->lrnn_state =
+      ctx.zeros({batch, 2, d_model(), *config_.d_state / 2}, accumulate_dtype(dtype));
+  return state;
+}
+
+DplrParameters S4::transition() const {
+  return {.heads = d_model(),
+          .A_re = {.value = p_->A_real->value, .transform = config_.real_transform, .negate = true},
+          .A_im = {.value = p_->A_imag->value, .transform = config_.imag_transform, .negate = true},
+          .dt = {.value = p_->inv_dt->value,
+                 .transform = config_.dt_transform,
+                 .of_sinh = config_.dt_fast},
+          .P = p_->P->value,
+          .B = p_->B->value.reshape({*config_.n_ssm, *config_.d_state / 2, 2})};
+}
+
+std::unique_ptr<MixerSaved> S4::do_forward(Context& ctx, const MixerForward& args,
+                                           bool keep_for_backward) const {
+  const std::int64_t batch = args.x.dim(0);
+  const std::int64_t seqlen = args.x.dim(1);
+  const DType dtype = args.x.dtype();
+  auto saved = std::make_unique<Saved>(ctx, transition());
+  saved->x = detail::without_padding(ctx, args.x, args.lengths, saved->x_storage);
+  saved->s = ctx.empty({batch, seqlen, config_.channels * d_model()}, dtype);
+  if (keep_for_backward)
+    saved->chunk_states =
+        ctx.empty({batch, dplr_scan_chunks(seqlen), 2, d_model(), *config_.d_state / 2},
+                  accumulate_dtype(dtype));
+  dplr_scan_forward(ctx, {.e = saved->transition.e,
+                          .w = saved->transition.w,
+                          .k = saved->transition.k,
+                          .b = saved->transition.b,
+                          .C = p_->C->value,
+                          .D = p_->D->value,
+                          .u = saved->x,
+                          .lengths = args.lengths,
+                          .state_in = S4State::of(args.state_in),
+                          .y = saved->s,
+                          .state_out = S4State::of(args.state_out),
+                          .chunk_states = saved->chunk_states});
+  head_->forward(ctx, saved->x, saved->s, args.y);
+  if (!keep_for_backward) return nullptr;
+  return saved;
+}
+
+void S4::do_backward(Context& ctx, const MixerSaved& base, const MixerBackward& args) const {
+  const auto& saved = saved_as<Saved>(base);
+  Tensor ds = ctx.empty(saved.s.shape(), saved.s.dtype());
+  Tensor dgate;
+  if (head_->uses_input()) dgate = ctx.empty(args.dx.shape(), args.dx.dtype());
+  head_->backward(ctx, saved.x, saved.s, args.dy, ds, dgate);
+  const DplrParameters parameters = transition();
+  Transition d(ctx, parameters, true);
+  dplr_scan_backward(ctx, {.e = saved.transition.e,
+                           .w = saved.transition.w,
+                           .k = saved.transition.k,
+                           .b = saved.transition.b,
+                           .C = p_->C->value,
+                           .D = p_->D->value,
+                           .u = saved.x,
+                           .lengths = saved.lengths,
+                           .dy = ds,
+                           .chunk_states = saved.chunk_states,
+                           .dstate_out = S4State::of(args.dstate_out),
+                           .du = args.dx,
+                           .de = d.e,
+                           .dw = d.w,
+                           .dk = d.k,
+                           .db = d.b,
+                           .dC = p_->C->grad,
+                           .dD = p_->D->grad,
+                           .dstate_in = S4State::of(args.dstate_in)});
+  dplr_discretize_backward(ctx,
+                           {.parameters = parameters,
+                            .de = d.e,
+                            .dw = d.w,
+                            .dk = d.k,
+                            .db = d.b,
+                            .dA_re = p_->A_real->grad,
+                            .dA_im = p_->A_imag->grad,
+                            .ddt = p_->inv_dt->grad,
+                            .dP = p_->P->grad,
+                            .dB = p_->B->grad.reshape({*config_.n_ssm, *config_.d_state / 2, 2})});
+  if (dgate) add_to(ctx, {.src = dgate, .dst = args.dx});
+}
+
+void S4::do_step(Context& ctx, const MixerStep& args) const {
+  static_cast<void>(do_forward(
+      ctx, {.x = args.x, .state_in = &args.state, .y = args.y, .state_out = &args.state}, false));
+}
+
+void S4::import_tensors(HostTensors& tensors) const {
+  detail::merge_kernel_names(tensors);
+  const std::int64_t length = take_kernel_length(tensors);
+  if (length == 0) return;
+  Context cpu = Context::cpu();
+  const auto tensor = [&](const char* name, const Parameter& parameter) {
+    const auto it = tensors.find(name);
+    LRNN_CHECK(it != tensors.end(), ConfigError, name, ": expected beside l_kernel, got none");
+    LRNN_CHECK(it->second.shape == parameter.shape, ConfigError, name, ": expected ",
+               parameter.shape, ", got ", it->second.shape);
+    return cpu.from_host_as(it->second.shape, DType::float64, it->second.values);
+  };
+  const Tensor A_real = tensor("A_real", *p_->A_real);
+  const Tensor A_imag = tensor("A_imag", *p_->A_imag);
+  const Tensor inv_dt = tensor("inv_dt", *p_->inv_dt);
+  const Tensor P = tensor("P", *p_->P);
+  const Tensor B = tensor("B", *p_->B);
+  static_cast<void>(tensor("C", *p_->C));
+  const std::int64_t states = *config_.d_state / 2;
+  DplrParameters parameters = transition();
+  parameters.A_re.value = A_real;
+  parameters.A_im.value = A_imag;
+  parameters.dt.value = inv_dt;
+  parameters.P = P;
+  parameters.B = B.view().reshape({*config_.n_ssm, states, 2});
+  to_read_out(tensors.at("C").values, config_.channels, d_model(), states,
+              DenseTransition(cpu, make_transition(cpu, parameters)), length);
+}
+
+}  // namespace lrnn
