@@ -1,6 +1,6 @@
 /// What RGLRU promises about its initial parameters: distributions, fixed values and their meaning
 /// in the recurrence. Every distribution is judged on 10,000 draws.
-#include <algorithm>
+#include <array>
 #include <cmath>
 #include <string>
 #include <vector>
@@ -10,8 +10,12 @@
 #include "lrnn/mixers/registry.hpp"
 #include "lrnn/ops/rglru_scan.hpp"
 
+#include "support/distribution.hpp"
+
 namespace lrnn {
 namespace {
+
+using testing::expect_uniform;
 
 constexpr std::int64_t kWidth = 100;
 constexpr std::size_t kDraws = 10000;
@@ -42,32 +46,6 @@ std::vector<double> draw(const RglruConfig& config, std::string_view name) {
   }
   all.resize(kDraws);
   return all;
-}
-
-// Range, moments and the largest distance of the distribution functions, each with a chance of
-// about 1e-4 to fail for true uniform draws.
-void expect_uniform(std::vector<double> v, double low, double high, const std::string& what) {
-  const auto n = static_cast<double>(v.size());
-  const double width = high - low;
-  std::sort(v.begin(), v.end());
-  EXPECT_GE(v.front(), low - 1e-12) << what;
-  EXPECT_LE(v.back(), high + 1e-12) << what;
-  EXPECT_LE(v.front(), low + 10 * width / n) << what;
-  EXPECT_GE(v.back(), high - 10 * width / n) << what;
-  double mean = 0;
-  for (const double e : v) mean += e / n;
-  double square = 0;
-  double distance = 0;
-  for (std::size_t i = 0; i < v.size(); ++i) {
-    square += (v[i] - mean) * (v[i] - mean) / n;
-    const double place = (v[i] - low) / width;
-    distance = std::max(
-        {distance, place - static_cast<double>(i) / n, static_cast<double>(i + 1) / n - place});
-  }
-  EXPECT_NEAR(mean, (low + high) / 2, 4 * width / std::sqrt(12 * n)) << what;
-  // The variance of (u - 1/2)^2 is 1/180.
-  EXPECT_NEAR(square, width * width / 12, 4 * width * width / std::sqrt(180 * n)) << what;
-  EXPECT_LT(distance, 2.23 / std::sqrt(n)) << what;  // Kolmogorov's 1e-4 quantile
 }
 
 double sigmoid(double x) {
