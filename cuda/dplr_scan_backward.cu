@@ -1,0 +1,535 @@
+// Backward. Steps and ownership: common/dplr_scan.cuh.
+//
+// A group takes the chunks of its segment from the right, each in two halves of 16 tokens. Of a
+// half it first recomputes the states, which stay in shared memory, then walks back: nothing but
+// sums over tokens and adjoints lives in registers. The first half of a chunk is walked twice,
+// since the states of a whole one would not fit. Bound by issue slots: per state and token 26
+// instructions of the adjoint and its products, 18 of the states.
+#include "lrnn/ops/dplr_scan.hpp"
+
+#include "common/check.cuh"
+#include "common/dplr_scan.cuh"
+#include "common/reduce.cuh"
+
+namespace lrnn::cuda {
+namespace dplr {
+namespace {
+
+constexpr int kThreads = 64;
+constexpr int kHalf = kChunk / 2;
+constexpr int kBlocks = kChunk / kBlock;  // of a chunk
+constexpr int kHalfBlocks = kHalf / kBlock;
+
+enum Field { kE, kB, kW, kK, kC };  // rows of the partial sums; w, k and C have R, R and C of them
+
+template <class T>
+struct BackwardArgs {
+  Sizes sizes;
+  Parameters parameters;
+  const T* u;
+  const std::int32_t* lengths;
+  const T* dy;
+  const float* chunk_states;
+  const float* dstate_out;
+  const float* carries;  // [B, segments, 2, H, N] adjoints that enter from the right; null: none
+  T* du;
+  float* dstate_in;
+  float* partial;       // [B segments, fields, 2, H, N]
+  float* partial_skip;  // [B segments, C, H] or null
+  float* ends;          // step 1
+};
+
+// q becomes M^* q, given 2 <w, q> / 2 summed over the group.
+template <int kLanes, int kPer>
+__device__ __forceinline__ float retreat(const Transition<kPer>& m, bool valid, Pairs<kPer>& q) {
+  const float product = 2.0F * group_sum<kLanes>(partial_product(m.w, q));
+#pragma unroll
+  for (int i = 0; i < kPer; ++i) {
+    const float2 q0 = q.v[i];
+    const float re = fmaf(m.e.v[i].x, q0.x, fmaf(m.e.v[i].y, q0.y, -m.k.v[i].x * product));
+    const float im = fmaf(m.e.v[i].x, q0.y, fmaf(-m.e.v[i].y, q0.x, -m.k.v[i].y * product));
+    if (valid) q.v[i] = {q0.x + re, q0.y + im};
+  }
+  return product;
+}
+
+// q += 2 conj(C) g, given 2 g, which is 0 at padding.
+template <int kPer>
+__device__ __forceinline__ void add_direct(const Pairs<kPer>& C, float g, Pairs<kPer>& q) {
+#pragma unroll
+  for (int i = 0; i < kPer; ++i) {
+    q.v[i].x = fmaf(C.v[i].x, g, q.v[i].x);
+    q.v[i].y = fmaf(-C.v[i].y, g, q.v[i].y);
+  }
+}
+
+// Step 1: the adjoint that leaves a segment to the left.
+template <class T, int kLanes, int kPer>
+__global__ __launch_bounds__(kThreads) void dplr_scan_backward_ends_kernel(BackwardArgs<T> a,
+                                                                           SegmentRange range) {
+  const Sizes& s = a.sizes;
+  const Place<kLanes> p(s, a.lengths, range);
+  const Transition<kPer> m = load_transition<kLanes, kPer>(a.parameters, s, p);
+  const auto C = load_interleaved<kLanes, kPer>(a.parameters.C, s, p);
+  const float* start = nullptr;
+  if (a.dstate_out != nullptr && p.holds_last) start = a.dstate_out + p.batch * 2 * s.plane;
+  auto q = load_planes<kLanes, kPer>(start, s, p);
+  const T* const dy = a.dy + p.column(s);
+  const auto load_g = [&](int t) {
+    return p.exists && t >= p.begin && t < p.end ? 2.0F * to_float(dy[t * s.heads]) : 0.0F;
+  };
+  const int blocks = (p.longest + kBlock - 1) / kBlock;
+  float next_g = load_g(p.begin + (blocks - 1) * kBlock + p.sub);
+  for (int block = blocks - 1; block >= 0; --block) {
+    const int t = p.begin + block * kBlock;
+    const float own_g = next_g;
+    next_g = load_g(t - kBlock + p.sub);
+    const int left = p.left(t, kBlock);
+    const bool full = __all_sync(kAll, left == kBlock);
+#pragma unroll
+    for (int j = kBlock - 1; j >= 0; --j) {
+      const float g = token_value<kLanes>(own_g, j);
+      add_direct(C, g, q);
+      retreat<kLanes>(m, full || j < left, q);
+    }
+  }
+  store_planes(a.ends + p.row * 2 * s.plane, s, p, q);
+}
+
+// Step 3 of one group.
+template <class T, int kLanes, int kPer>
+class WalkBack {
+ public:
+  __device__ WalkBack(const BackwardArgs<T>& args, const Place<kLanes>& place, float2* history,
+                      float2* tokens, float* products)
+      : a_(args),
+        s_(args.sizes),
+        p_(place),
+        history_(history + threadIdx.x),
+        tokens_(tokens + threadIdx.x),
+        products_(products + threadIdx.x / kLanes),
+        m_(load_transition<kLanes, kPer>(args.parameters, s_, place)),
+        b_(load_planes<kLanes, kPer>(args.parameters.b, s_, place)),
+        C_(load_interleaved<kLanes, kPer>(args.parameters.C, s_, place)),
+        D_(args.parameters.D == nullptr ? 0.0F : args.parameters.D[place.head]) {
+    const float* start = nullptr;
+    if (a_.carries != nullptr)
+      start = a_.carries + p_.row * 2 * s_.plane;
+    else if (a_.dstate_out != nullptr && p_.holds_last)
+      start = a_.dstate_out + p_.batch * 2 * s_.plane;
+    q_ = load_planes<kLanes, kPer>(start, s_, p_);
+  }
+
+  __device__ void run() {
+    for (int chunk = (p_.longest - 1) / kChunk; chunk >= 0; --chunk) walk_chunk(chunk);
+    if (a_.dstate_in != nullptr && p_.first)
+      store_planes(a_.dstate_in + p_.batch * 2 * s_.plane, s_, p_, q_);
+    store_sums();
+  }
+
+ private:
+  static constexpr int kGroups = kThreads / kLanes;
+
+  __device__ __forceinline__ void walk_chunk(int chunk) {
+    const int t = p_.begin + chunk * kChunk;
+    const std::int64_t column = p_.column(s_);
+#pragma unroll
+    for (int i = 0; i < kBlocks; ++i) {
+      const int token = t + i * kBlock + p_.sub;
+      const bool valid = p_.exists && token < p_.end;
+      const float u = valid ? to_float(a_.u[column + token * s_.heads]) : 0.0F;
+      const float g = valid ? to_float(a_.dy[column + token * s_.heads]) : 0.0F;
+      tokens_[i * kThreads] = {u, g};
+      if (p_.lane < kBlock) dskip_ = fmaf(g, u, dskip_);
+    }
+    const int left = p_.left(t, kChunk);
+    const float* const states =
+        left > 0 ? a_.chunk_states + (p_.batch * s_.chunks + t / kChunk) * 2 * s_.plane : nullptr;
+    Pairs<kPer> x = load_planes<kLanes, kPer>(states, s_, p_);
+    if (__any_sync(kAll, left > kHalf)) {
+#pragma unroll 1
+      for (int i = 0; i < kHalfBlocks; ++i) {
+        const float own_u = tokens_[i * kThreads].x;
+#pragma unroll
+        for (int j = 0; j < kBlock; ++j)
+          advance<kLanes>(m_, b_, token_value<kLanes>(own_u, j), i * kBlock + j < left, x);
+      }
+      walk_half(t + kHalf, left - kHalf, kHalfBlocks, x);
+      x = load_planes<kLanes, kPer>(states, s_, p_);
+    } else {
+      for (int i = kHalfBlocks; i < kBlocks; ++i) store_du(t + i * kBlock, 0.0F);
+    }
+    walk_half(t, left, 0, x);
+  }
+
+  // Blocks `first`, ... of the chunk; x enters the first of their tokens, `left` are valid.
+  __device__ __forceinline__ void walk_half(int t, int left, int first, Pairs<kPer>& x) {
+#pragma unroll 1
+    for (int block = 0; block < kHalfBlocks; ++block) {
+      const float own_u = tokens_[(first + block) * kThreads].x;
+      float2* const history = history_ + block * kBlock * kPer * kThreads;
+      float* const products = products_ + block * kBlock * kGroups;
+#pragma unroll
+      for (int j = 0; j < kBlock; ++j) {
+#pragma unroll
+        for (int i = 0; i < kPer; ++i) history[(j * kPer + i) * kThreads] = x.v[i];
+        products[j * kGroups] =
+            advance<kLanes>(m_, b_, token_value<kLanes>(own_u, j), block * kBlock + j < left, x);
+      }
+    }
+#pragma unroll 1
+    for (int block = kHalfBlocks - 1; block >= 0; --block) {
+      float du[kBlock];
+      const float2 own = tokens_[(first + block) * kThreads];
+      const int rest = left - block * kBlock;
+#pragma unroll
+      for (int j = kBlock - 1; j >= 0; --j) {
+        // Keeps the loads of more than two tokens from filling the registers.
+        if (j % 2 == 1) __syncwarp();
+        du[j] = walk_token(block * kBlock + j, j < rest, token_value<kLanes>(own.x, j),
+                           2.0F * token_value<kLanes>(own.y, j), x);
+      }
+      const float sum = transposed_sum<kLanes>(du, p_.sub);
+      store_du(t + block * kBlock, p_.sub < rest ? fmaf(D_, own.y, sum) : 0.0F);
+    }
+  }
+
+  // x is x_t on entry and x_{t-1} on return. Returns this lane's part of du. Past the last valid
+  // token u and g are 0 and the states equal, but the adjoint must neither move nor be counted.
+  __device__ __forceinline__ float walk_token(int j, bool valid, float u, float g, Pairs<kPer>& x) {
+    const float product = products_[j * kGroups];
+    float du = 0.0F;
+    Pairs<kPer> before;
+#pragma unroll
+    for (int i = 0; i < kPer; ++i) before.v[i] = history_[(j * kPer + i) * kThreads];
+    add_direct(C_, g, q_);
+#pragma unroll
+    for (int i = 0; i < kPer; ++i) {
+      const float2 q = valid ? q_.v[i] : float2{0.0F, 0.0F};
+      const float2 x0 = before.v[i];
+      add(dC_.v[i], g * x.v[i].x, -g * x.v[i].y);
+      de_.v[i].x = fmaf(q.x, x0.x, fmaf(q.y, x0.y, de_.v[i].x));
+      de_.v[i].y = fmaf(q.y, x0.x, fmaf(-q.x, x0.y, de_.v[i].y));
+      db_.v[i].x = fmaf(u, q.x, db_.v[i].x);
+      db_.v[i].y = fmaf(u, q.y, db_.v[i].y);
+      dw_.v[i].x = fmaf(-product, q.x, dw_.v[i].x);
+      dw_.v[i].y = fmaf(-product, q.y, dw_.v[i].y);
+      du = fmaf(b_.v[i].x, q.x, fmaf(b_.v[i].y, q.y, du));
+    }
+    float back = retreat<kLanes>(m_, valid, q_);
+    if (!valid) back = 0.0F;
+#pragma unroll
+    for (int i = 0; i < kPer; ++i) {
+      dk_.v[i].x = fmaf(-back, before.v[i].x, dk_.v[i].x);
+      dk_.v[i].y = fmaf(-back, before.v[i].y, dk_.v[i].y);
+    }
+    x = before;
+    return du;
+  }
+  __device__ __forceinline__ static void add(float2& sum, float re, float im) {
+    sum.x += re;
+    sum.y += im;
+  }
+
+  // A token at least as far as the segment reaches.
+  __device__ __forceinline__ void store_du(int t, float value) const {
+    const int token = t + p_.sub;
+    if (p_.exists && p_.lane < kBlock && token < p_.size_end)
+      a_.du[p_.column(s_) + token * s_.heads] = from_float<T>(value);
+  }
+
+  __device__ void store_sums() const {
+    float* const row = a_.partial + p_.row * 5 * 2 * s_.plane;
+    store_planes(row + kE * 2 * s_.plane, s_, p_, de_);
+    store_planes(row + kB * 2 * s_.plane, s_, p_, db_);
+    store_planes(row + kW * 2 * s_.plane, s_, p_, dw_);
+    store_planes(row + kK * 2 * s_.plane, s_, p_, dk_);
+    store_planes(row + kC * 2 * s_.plane, s_, p_, dC_);
+    const float skip = group_sum<kLanes>(dskip_);
+    if (a_.partial_skip != nullptr && p_.exists && p_.lane == 0)
+      a_.partial_skip[p_.row * s_.heads + p_.head] = skip;
+  }
+
+  const BackwardArgs<T>& a_;
+  const Sizes& s_;
+  const Place<kLanes>& p_;
+  float2* history_;  // of this thread, [kHalf, kPer] at distance kThreads
+  float2* tokens_;   // (u, g) [kBlocks] at distance kThreads
+  float* products_;  // of the group, [kHalf] at distance kGroups; all its lanes write the same
+  Transition<kPer> m_;
+  Pairs<kPer> b_;
+  Pairs<kPer> C_;
+  float D_;
+  Pairs<kPer> q_;
+  Pairs<kPer> de_{};
+  Pairs<kPer> db_{};
+  Pairs<kPer> dw_{};
+  Pairs<kPer> dk_{};
+  Pairs<kPer> dC_{};
+  float dskip_ = 0.0F;
+};
+
+template <class T, int kLanes, int kPer>
+__global__ __launch_bounds__(kThreads, 6) void dplr_scan_backward_kernel(BackwardArgs<T> a,
+                                                                         SegmentRange range) {
+  __shared__ float2 history[kHalf * kPer * kThreads];
+  __shared__ float2 tokens[kBlocks * kThreads];
+  __shared__ float products[kHalf * kThreads / kLanes];
+  const Place<kLanes> p(a.sizes, a.lengths, range);
+  WalkBack<T, kLanes, kPer>(a, p, history, tokens, products).run();
+}
+
+template <class T>
+void backward(Context& ctx, BackwardArgs<T> args) {
+  const Sizes& s = args.sizes;
+  Tensor carries;
+  if (s.segments > 1) {
+    carries = connect_segments(
+        ctx, {s, true, args.lengths, nullptr, nullptr, args.dstate_out, nullptr}, args.parameters,
+        [&](const SegmentRange& range, float* ends) {
+          args.ends = ends;
+          visit_width(s.states, [&](auto lanes, auto per) {
+            dplr_scan_backward_ends_kernel<T, lanes(), per()>
+                <<<group_blocks(s, range, lanes(), kThreads), kThreads, 0, ctx.stream().handle>>>(
+                    args, range);
+          });
+          LRNN_CUDA_CHECK_LAUNCH();
+        });
+    args.carries = carries.view().template data<float>();
+  }
+  const SegmentRange all{0, s.segments};
+  visit_width(s.states, [&](auto lanes, auto per) {
+    dplr_scan_backward_kernel<T, lanes(), per()>
+        <<<group_blocks(s, all, lanes(), kThreads), kThreads, 0, ctx.stream().handle>>>(args, all);
+  });
+  LRNN_CUDA_CHECK_LAUNCH();
+}
+
+// Scratch of one warp of the general kernel.
+struct GeneralMemory {
+  float2* states;   // [chunk + 1, N] of a chunk
+  float2* adjoint;  // [N]
+  float* products;  // [chunk, R] of a chunk
+
+  static std::int64_t size(const Sizes& s) {
+    return 2 * (kChunk + 2) * s.states + 2 * ((kChunk * s.rank + 1) / 2);
+  }
+  __device__ GeneralMemory(float* memory, const Sizes& s)
+      : states(reinterpret_cast<float2*>(memory)),
+        adjoint(states + (kChunk + 1) * s.states),
+        products(memory + 2 * (kChunk + 2) * s.states) {}
+};
+
+template <class T>
+class GeneralWalkBack {
+ public:
+  __device__ GeneralWalkBack(const BackwardArgs<T>& args, const GeneralPlace& place,
+                             const GeneralMemory& memory, float* shared)
+      : a_(args), s_(args.sizes), p_(place), x_(memory), back_(shared) {
+    general_load(a_.dstate_out == nullptr ? nullptr : a_.dstate_out + p_.batch * 2 * s_.plane, s_,
+                 p_, x_.adjoint);
+    for (std::int64_t f = 0; f < s_.fields; ++f)
+      for (std::int64_t n = p_.lane; n < s_.states; n += 32) add(f, n, 0.0F, 0.0F, true);
+    if (a_.partial_skip != nullptr && p_.lane == 0)
+      for (std::int64_t c = 0; c < s_.channels; ++c) *skip_of(c) = 0.0F;
+  }
+
+  __device__ void run() {
+    const std::int64_t length = a_.lengths == nullptr ? s_.seqlen : a_.lengths[p_.batch];
+    for (std::int64_t t = length + p_.lane; t < s_.seqlen; t += 32) *du(t) = from_float<T>(0.0F);
+    for (std::int64_t chunk = (length - 1) / kChunk; chunk >= 0; --chunk) {
+      const std::int64_t begin = chunk * kChunk;
+      const int steps = static_cast<int>(min(length - begin, static_cast<std::int64_t>(kChunk)));
+      general_load(a_.chunk_states + (p_.batch * s_.chunks + chunk) * 2 * s_.plane, s_, p_,
+                   x_.states);
+      for (int j = 0; j < steps; ++j)
+        general_advance(a_.parameters, s_, p_, to_float(a_.u[place_of(begin + j)]),
+                        x_.states + j * s_.states, x_.states + (j + 1) * s_.states,
+                        x_.products + j * s_.rank);
+      for (int j = steps - 1; j >= 0; --j) walk_token(begin + j, j);
+    }
+    if (a_.dstate_in != nullptr)
+      general_store(a_.dstate_in + p_.batch * 2 * s_.plane, s_, p_, x_.adjoint);
+  }
+
+ private:
+  [[nodiscard]] __device__ std::int64_t place_of(std::int64_t t) const {
+    return (p_.batch * s_.seqlen + t) * s_.heads + p_.head;
+  }
+  [[nodiscard]] __device__ T* du(std::int64_t t) const { return a_.du + place_of(t); }
+  [[nodiscard]] __device__ float* skip_of(std::int64_t c) const {
+    return a_.partial_skip + (p_.batch * s_.channels + c) * s_.heads + p_.head;
+  }
+  // Every element belongs to one lane.
+  __device__ void add(std::int64_t field, std::int64_t n, float re, float im,
+                      bool first = false) const {
+    float* const at =
+        a_.partial + (p_.batch * s_.fields + field) * 2 * s_.plane + p_.head * s_.states + n;
+    at[0] = first ? re : at[0] + re;
+    at[s_.plane] = first ? im : at[s_.plane] + im;
+  }
+
+  __device__ void walk_token(std::int64_t t, int j) const {
+    const float2* const before = x_.states + j * s_.states;
+    const float2* const after = before + s_.states;
+    const float u = to_float(a_.u[place_of(t)]);
+    float direct = 0.0F;
+    for (std::int64_t c = 0; c < s_.channels; ++c) {
+      const float g =
+          to_float(a_.dy[((p_.batch * s_.seqlen + t) * s_.channels + c) * s_.heads + p_.head]);
+      if (a_.parameters.D != nullptr)
+        direct = fmaf(a_.parameters.D[c * s_.heads + p_.head], g, direct);
+      if (a_.partial_skip != nullptr && p_.lane == 0) *skip_of(c) += g * u;
+      for (std::int64_t n = p_.lane; n < s_.states; n += 32) {
+        const float2 C = general_read_out(a_.parameters, s_, p_, c, n);
+        float2& q = x_.adjoint[n];
+        q = {fmaf(2.0F * g, C.x, q.x), fmaf(-2.0F * g, C.y, q.y)};
+        add(2 + 2 * s_.rank + c, n, 2.0F * g * after[n].x, -2.0F * g * after[n].y);
+      }
+    }
+    float through = 0.0F;
+    for (std::int64_t n = p_.lane; n < s_.states; n += 32) {
+      const float2 q = x_.adjoint[n];
+      const float2 x = before[n];
+      const float2 b = general_pair(a_.parameters.b, s_, p_, 0, n);
+      through = fmaf(b.x, q.x, fmaf(b.y, q.y, through));
+      add(0, n, fmaf(q.x, x.x, q.y * x.y), fmaf(q.y, x.x, -q.x * x.y));
+      add(1, n, u * q.x, u * q.y);
+      for (std::int64_t r = 0; r < s_.rank; ++r) {
+        const float product = x_.products[j * s_.rank + r];
+        add(2 + r, n, -product * q.x, -product * q.y);
+      }
+    }
+    through = general_sum(through);
+    if (p_.lane == 0) *du(t) = from_float<T>(direct + through);
+    general_products(a_.parameters.w, s_, p_, x_.adjoint, back_);
+    for (std::int64_t n = p_.lane; n < s_.states; n += 32) retreat_state(n, before[n]);
+  }
+  __device__ void retreat_state(std::int64_t n, float2 before) const {
+    const float2 q = x_.adjoint[n];
+    const float2 e = general_pair(a_.parameters.e, s_, p_, 0, n);
+    float re = fmaf(e.x, q.x, e.y * q.y);
+    float im = fmaf(e.x, q.y, -e.y * q.x);
+    for (std::int64_t r = 0; r < s_.rank; ++r) {
+      const float2 k = general_pair(a_.parameters.k, s_, p_, r, n);
+      re = fmaf(-k.x, back_[r], re);
+      im = fmaf(-k.y, back_[r], im);
+      add(2 + s_.rank + r, n, -back_[r] * before.x, -back_[r] * before.y);
+    }
+    x_.adjoint[n] = {q.x + re, q.y + im};
+  }
+
+  const BackwardArgs<T>& a_;
+  const Sizes& s_;
+  const GeneralPlace& p_;
+  GeneralMemory x_;
+  float* back_;  // [R]
+};
+
+template <class T>
+__global__ __launch_bounds__(kGeneralThreads) void dplr_scan_backward_general_kernel(
+    BackwardArgs<T> a, float* memory, std::int64_t size) {
+  extern __shared__ float shared[];
+  const GeneralPlace p(a.sizes);
+  if (!p.exists) return;  // the whole warp
+  GeneralWalkBack<T>(a, p, GeneralMemory(memory + p.index * size, a.sizes),
+                     shared + threadIdx.x / 32 * a.sizes.rank)
+      .run();
+}
+
+template <class T>
+void backward_general(Context& ctx, const BackwardArgs<T>& args) {
+  const Sizes& s = args.sizes;
+  const std::int64_t size = GeneralMemory::size(s);
+  Tensor memory = ctx.empty({s.batch, s.heads, size}, DType::float32);
+  const auto shared = static_cast<std::size_t>(kGeneralWarps * s.rank) * sizeof(float);
+  dplr_scan_backward_general_kernel<T>
+      <<<general_blocks(s), kGeneralThreads, shared, ctx.stream().handle>>>(
+          args, memory.view().data<float>(), size);
+  LRNN_CUDA_CHECK_LAUNCH();
+}
+
+constexpr int kSumColumns = 32;
+constexpr int kSumRows = 16;
+
+struct SumArgs {
+  Sizes sizes;
+  const float* partial;
+  float* de;
+  float* db;
+  float* dw;
+  float* dk;
+  float* dC;
+};
+
+// A block owns kSumColumns elements of one plane, blockIdx.y, of the partial sums; thread
+// (column, row) sums rows row, row + kSumRows, ...
+__global__ __launch_bounds__(kSumColumns* kSumRows) void dplr_scan_sum_kernel(SumArgs a) {
+  __shared__ double sums[kSumRows][kSumColumns];
+  const Sizes& s = a.sizes;
+  const int column = static_cast<int>(threadIdx.x) % kSumColumns;
+  const int first = static_cast<int>(threadIdx.x) / kSumColumns;
+  const std::int64_t offset = static_cast<std::int64_t>(blockIdx.x) * kSumColumns + column;
+  const auto plane = static_cast<std::int64_t>(blockIdx.y);
+  const bool exists = offset < s.plane;
+  double sum = 0.0;
+  for (std::int64_t row = first; exists && row < s.rows(); row += kSumRows)
+    sum += static_cast<double>(a.partial[(row * 2 * s.fields + plane) * s.plane + offset]);
+  sums[first][column] = sum;
+  __syncthreads();
+  if (first != 0 || !exists) return;
+  for (int i = 1; i < kSumRows; ++i) sum += sums[i][column];
+  const std::int64_t field = plane / 2;
+  if (field >= 2 + 2 * s.rank) {
+    if (a.dC == nullptr) return;
+    const std::int64_t c = field - 2 - 2 * s.rank;
+    a.dC[2 * (c * s.plane + offset) + plane % 2] += static_cast<float>(sum);
+    return;
+  }
+  float* out = field == 0 ? a.de : field == 1 ? a.db : field < 2 + s.rank ? a.dw : a.dk;
+  if (out == nullptr) return;
+  const std::int64_t r = field < 2 ? 0 : (field - 2) % s.rank;
+  out[(2 * r + plane % 2) * s.plane + offset] += static_cast<float>(sum);
+}
+
+}  // namespace
+}  // namespace dplr
+
+void dplr_scan_backward(Context& ctx, const DplrScanBackward& a) {
+  using namespace dplr;  // NOLINT(google-build-using-namespace)
+  const Sizes s{detail::DplrScanSizes(a.w, a.C, a.u)};
+  Tensor partial = ctx.empty({s.rows(), s.fields, 2, s.heads, s.states}, DType::float32);
+  Tensor partial_skip;
+  if (a.dD) partial_skip = ctx.empty({s.rows(), s.channels, s.heads}, DType::float32);
+  float* const sums = partial.view().data<float>();
+  visit_float("dplr_scan_backward", a.u.dtype(), [&]<class T>() {
+    const BackwardArgs<T> args{s,
+                               parameters_of(a),
+                               a.u.data<T>(),
+                               data_or_null<const std::int32_t>(a.lengths),
+                               a.dy.data<T>(),
+                               a.chunk_states.data<float>(),
+                               data_or_null<const float>(a.dstate_out),
+                               nullptr,
+                               a.du.data<T>(),
+                               data_or_null<float>(a.dstate_in),
+                               sums,
+                               data_or_null<float>(partial_skip.view()),
+                               nullptr};
+    if (s.in_registers())
+      backward(ctx, args);
+    else
+      backward_general(ctx, args);
+  });
+  const dim3 blocks(static_cast<unsigned>((s.plane + kSumColumns - 1) / kSumColumns),
+                    static_cast<unsigned>(2 * s.fields));
+  dplr_scan_sum_kernel<<<blocks, kSumColumns * kSumRows, 0, ctx.stream().handle>>>(
+      {s, sums, data_or_null<float>(a.de), data_or_null<float>(a.db), data_or_null<float>(a.dw),
+       data_or_null<float>(a.dk), data_or_null<float>(a.dC)});
+  LRNN_CUDA_CHECK_LAUNCH();
+  if (a.dD)
+    fold_partials(ctx.stream().handle, partial_skip.view().data<float>(),
+                  static_cast<int>(s.rows()), s.channels * s.heads, a.dD.data<float>());
+}
+
+}  // namespace lrnn::cuda
