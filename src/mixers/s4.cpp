@@ -183,15 +183,21 @@ std::unique_ptr<MixerState> S4::make_state(Context& ctx, std::int64_t batch, std
   return state;
 }
 
-DplrParameters S4::transition() const {
+DplrParameters S4::transition(const Values& v) const {
   return {.heads = d_model(),
-          .A_re = {.value = p_->A_real->value, .transform = config_.real_transform, .negate = true},
-          .A_im = {.value = p_->A_imag->value, .transform = config_.imag_transform, .negate = true},
-          .dt = {.value = p_->inv_dt->value,
-                 .transform = config_.dt_transform,
-                 .of_sinh = config_.dt_fast},
-          .P = p_->P->value,
-          .B = p_->B->value.reshape({*config_.n_ssm, *config_.d_state / 2, 2})};
+          .A_re = {.value = v.A_real, .transform = config_.real_transform, .negate = true},
+          .A_im = {.value = v.A_imag, .transform = config_.imag_transform, .negate = true},
+          .dt = {.value = v.inv_dt, .transform = config_.dt_transform, .of_sinh = config_.dt_fast},
+          .P = v.P,
+          .B = v.B.reshape({*config_.n_ssm, *config_.d_state / 2, 2})};
+}
+
+DplrParameters S4::transition() const {
+  return transition({.A_real = p_->A_real->value,
+                     .A_imag = p_->A_imag->value,
+                     .inv_dt = p_->inv_dt->value,
+                     .P = p_->P->value,
+                     .B = p_->B->value});
 }
 
 std::unique_ptr<MixerSaved> S4::do_forward(Context& ctx, const MixerForward& args,
@@ -287,14 +293,9 @@ void S4::import_tensors(HostTensors& tensors) const {
   const Tensor P = tensor("P", *p_->P);
   const Tensor B = tensor("B", *p_->B);
   static_cast<void>(tensor("C", *p_->C));
-  const std::int64_t states = *config_.d_state / 2;
-  DplrParameters parameters = transition();
-  parameters.A_re.value = A_real;
-  parameters.A_im.value = A_imag;
-  parameters.dt.value = inv_dt;
-  parameters.P = P;
-  parameters.B = B.view().reshape({*config_.n_ssm, states, 2});
-  to_read_out(tensors.at("C").values, config_.channels, d_model(), states,
+  const DplrParameters parameters =
+      transition({.A_real = A_real, .A_imag = A_imag, .inv_dt = inv_dt, .P = P, .B = B});
+  to_read_out(tensors.at("C").values, config_.channels, d_model(), *config_.d_state / 2,
               DenseTransition(cpu, make_transition(cpu, parameters)), length);
 }
 

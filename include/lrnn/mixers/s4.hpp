@@ -50,11 +50,19 @@ class S4 final : public Mixer {
 
  private:
   struct Saved;
+  struct Values {
+    TensorView A_real;
+    TensorView A_imag;
+    TensorView inv_dt;
+    TensorView P;
+    TensorView B;
+  };
 
   std::unique_ptr<MixerSaved> do_forward(Context& ctx, const MixerForward& args,
                                          bool keep_for_backward) const override;
   void do_backward(Context& ctx, const MixerSaved& saved, const MixerBackward& args) const override;
   void do_step(Context& ctx, const MixerStep& args) const override;
+  [[nodiscard]] DplrParameters transition(const Values& values) const;
   [[nodiscard]] DplrParameters transition() const;
 
   S4Config config_;
