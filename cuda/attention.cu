@@ -2,6 +2,7 @@
 #include <type_traits>
 
 #include "common/attention_mma.cuh"
+#include "common/attention_sm90.cuh"
 
 namespace lrnn::cuda {
 namespace attention {
@@ -176,6 +177,9 @@ void attention_forward(Context& ctx, const AttentionForward& a) {
         .lse = a.lse ? a.lse.data<float>() : nullptr};
     if (a.in.positions && args.z.seqlen == 1) return forward_decode(ctx, args);
     if constexpr (std::is_same_v<T, bf16>) {
+#ifdef LRNN_WITH_SM90A
+      if (fits_sm90(args.z)) return forward_sm90(ctx, args);
+#endif
       if (has_mma()) return forward_mma(ctx, args);
     }
     forward_fma(ctx, args);
