@@ -276,7 +276,6 @@ void S4::do_step(Context& ctx, const MixerStep& args) const {
 }
 
 void S4::import_tensors(HostTensors& tensors) const {
-  detail::merge_kernel_names(tensors);
   const std::int64_t length = take_kernel_length(tensors);
   if (length == 0) return;
   Context cpu = Context::cpu();

@@ -212,21 +212,6 @@ template StateSpaceParameters add_state_space_parameters(const char*,
 template StateSpaceParameters add_state_space_parameters(const char*, const StateSpaceConfig<true>&,
                                                          std::int64_t, const ParameterScope&);
 
-void merge_kernel_names(HostTensors& tensors) {
-  constexpr std::string_view kPrefix = "layer.kernel.";
-  for (const char* name : {"A_real", "A_imag", "B", "C", "P", "inv_dt", "l_kernel"}) {
-    const std::string second = std::string(kPrefix) + name;
-    const auto it = tensors.find(second);
-    if (it == tensors.end()) continue;
-    const auto first = tensors.find(name);
-    LRNN_CHECK(first == tensors.end() || (first->second.shape == it->second.shape &&
-                                          first->second.values == it->second.values),
-               ConfigError, second, ": expected the same values as ", name);
-    if (first == tensors.end()) tensors.emplace(name, it->second);
-    tensors.erase(it);
-  }
-}
-
 template <bool diagonal>
 S4Head::S4Head(const StateSpaceConfig<diagonal>& c, std::int64_t d_model,
                const ParameterScope& scope) {

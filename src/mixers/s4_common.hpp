@@ -31,10 +31,6 @@ template <bool diagonal>
     const char* name, const StateSpaceConfig<diagonal>& config, std::int64_t d_model,
     const ParameterScope& scope);
 
-/// lrnnx's kernels register their parameters a second time, as layer.kernel.*: moves these to the
-/// first names, or drops them where those are there with the same values. @throws ConfigError
-void merge_kernel_names(HostTensors& tensors);
-
 /// y = GELU(output_linear(GELU(v))) with v = GELU(s), or with a gate
 /// v = output_gate(GELU(s)) GELU(input_gate(u)). Everything but s is recomputed in backward.
 class S4Head {

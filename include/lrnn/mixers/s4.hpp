@@ -13,12 +13,12 @@
 /// integration_timesteps have no effect.
 ///
 /// C is the read-out of the states at every length. lrnnx stores C (I - M^K) instead once it has
-/// run, with the transition M and K = layer.kernel.l_kernel; such a C is converted on load.
+/// run, with the transition M and K = l_kernel; such a C is converted on load.
 ///
 /// State dict (N2 = N/2): inv_dt [H, 1] or [H, N2]; C [channels, H, N2, 2]; B [1, n_ssm, N2, 2];
 /// P [rank, n_ssm, N2, 2]; A_real, A_imag [n_ssm, N2]; D [channels, H];
 /// output_linear.0.{weight,bias}; input_gate.0.{weight,bias}; output_gate.{weight,bias}, absent if
-/// gate == channels. lrnnx's second names layer.kernel.{A_real,A_imag,B,C,P,inv_dt} are accepted.
+/// gate == channels.
 /// Paper: Gu et al., arXiv:2111.00396. Matches: lrnnx/models/lti/s4.py.
 #pragma once
 
