@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "common/attention_mma.cuh"
+#include "common/attention_sm90.cuh"
 #include "common/reduce.cuh"
 
 namespace lrnn::cuda {
@@ -341,20 +342,25 @@ void launch_delta(Context& ctx, const BackwardArgs<T>& a, float* delta) {
 void attention_backward(Context& ctx, const AttentionBackward& a) {
   using namespace attention;
   visit_float("attention_backward", a.in.q.dtype(), [&]<class T>() {
+    BackwardArgs<T> args{.z = sizes_of<T>("attention_backward", a.in,
+                                          {a.in.q, a.in.k, a.in.v, a.o, a.d_o, a.dq, a.dk, a.dv}),
+                         .q = rows_of<T>(a.in.q),
+                         .k = rows_of<T>(a.in.k),
+                         .v = rows_of<T>(a.in.v),
+                         .o = rows_of<T>(a.o),
+                         .d_o = rows_of<T>(a.d_o),
+                         .lse = a.lse.data<float>(),
+                         .delta = nullptr,
+                         .dq = rows_of<T>(a.dq),
+                         .dk = rows_of<T>(a.dk),
+                         .dv = rows_of<T>(a.dv)};
+#ifdef LRNN_WITH_SM90A
+    if constexpr (std::is_same_v<T, bf16>) {
+      if (fits_sm90(args.z)) return backward_sm90(ctx, args);
+    }
+#endif
     Tensor delta = ctx.empty(a.lse.shape(), DType::float32);
-    const BackwardArgs<T> args{
-        .z = sizes_of<T>("attention_backward", a.in,
-                         {a.in.q, a.in.k, a.in.v, a.o, a.d_o, a.dq, a.dk, a.dv}),
-        .q = rows_of<T>(a.in.q),
-        .k = rows_of<T>(a.in.k),
-        .v = rows_of<T>(a.in.v),
-        .o = rows_of<T>(a.o),
-        .d_o = rows_of<T>(a.d_o),
-        .lse = a.lse.data<float>(),
-        .delta = delta.view().template data<float>(),
-        .dq = rows_of<T>(a.dq),
-        .dk = rows_of<T>(a.dk),
-        .dv = rows_of<T>(a.dv)};
+    args.delta = delta.view().template data<float>();
     launch_delta<T>(ctx, args, delta.view().template data<float>());
     if constexpr (std::is_same_v<T, bf16>) {
       if (has_mma()) return backward_mma(ctx, args);

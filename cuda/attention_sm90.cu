@@ -5,9 +5,7 @@
 // The others own 64 queries each; while their products of one tile run, they take the softmax of
 // the next, and they take turns so that the softmax of one runs under the products of another.
 // Bound by the tensor cores at d = 128, equally by exp2 at d = 64.
-#include "common/attention_mma.cuh"
-#include "common/attention_sm90.cuh"
-#include "common/wgmma.cuh"
+#include "common/attention_wgmma.cuh"
 
 namespace lrnn::cuda::attention {
 namespace {
@@ -91,20 +89,6 @@ struct Shared {
   }
 };
 
-/// Counts the uses of kStages buffers.
-template <int kStages>
-struct Ring {
-  int stage = 0;
-  int parity = 0;
-
-  __device__ __forceinline__ void next() {
-    if (++stage == kStages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-};
-
 /// An item and the keys it needs.
 template <class Z>
 struct Work {
@@ -127,27 +111,24 @@ template <class Z>
 __device__ __forceinline__ void copy_items(const Args& a, const Maps& maps, const Shared<Z>& mem) {
   Ring<1> queries;
   Ring<Z::kStages> keys;
-  for (ItemWalk walk(a.z, a.tiles, a.section); walk.valid(); walk.next()) {
+  for (ItemWalk walk(a.z.heads, a.z.batch, a.tiles, a.section, true); walk.valid(); walk.next()) {
     const Work<Z> w(a, walk.item());
     if (w.count == 0) continue;
     const int head_kv = w.head / a.z.group();
     barrier_wait(mem.queries_free(), queries.parity ^ 1);
     barrier_expect(mem.queries_full(), Z::kQueryBytes);
-    for (int p = 0; p < Z::kPanels; ++p)
-      copy_box(mem.queries() + p * Z::kQueryPanel, &maps.q, mem.queries_full(), p * kPanel, w.head,
-               w.first, w.b);
+    copy_rows<Z::kPanels, Z::kQueryPanel>(mem.queries(), &maps.q, mem.queries_full(), w.head,
+                                          w.first, w.b);
     queries.next();
     for (int j = 0; j < w.count; ++j, keys.next()) {
       barrier_wait(mem.keys_free(keys.stage), keys.parity ^ 1);
       barrier_expect(mem.keys_full(keys.stage), Z::kKeyBytes);
-      for (int p = 0; p < Z::kPanels; ++p)
-        copy_box(mem.keys(keys.stage) + p * Z::kKeyPanel, &maps.k, mem.keys_full(keys.stage),
-                 p * kPanel, head_kv, j * Z::kCols, w.b);
+      copy_rows<Z::kPanels, Z::kKeyPanel>(mem.keys(keys.stage), &maps.k, mem.keys_full(keys.stage),
+                                          head_kv, j * Z::kCols, w.b);
       barrier_wait(mem.values_free(keys.stage), keys.parity ^ 1);
       barrier_expect(mem.values_full(keys.stage), Z::kKeyBytes);
-      for (int p = 0; p < Z::kPanels; ++p)
-        copy_box(mem.values(keys.stage) + p * Z::kKeyPanel, &maps.v, mem.values_full(keys.stage),
-                 p * kPanel, head_kv, j * Z::kCols, w.b);
+      copy_rows<Z::kPanels, Z::kKeyPanel>(mem.values(keys.stage), &maps.v,
+                                          mem.values_full(keys.stage), head_kv, j * Z::kCols, w.b);
     }
   }
 }
@@ -179,21 +160,14 @@ struct Consumer {
 
   // Starts c = Q K^T.
   __device__ __forceinline__ void start_scores(float (&c)[Z::kColTiles][4]) const {
-    const std::uint64_t q = panel_descriptor(
-        mem.queries() + static_cast<std::uint32_t>(group * 64 * kPanelRowBytes), 16);
-    const std::uint64_t k = panel_descriptor(mem.keys(keys.stage), 16);
-#pragma unroll
-    for (int step = 0; step < Z::kDim / 16; ++step)
-      multiply_shared<false, false>(c, advance(q, step / 4 * Z::kQueryPanel + step % 4 * 32),
-                                    advance(k, step / 4 * Z::kKeyPanel + step % 4 * 32), step > 0);
+    start_product_transposed<Z::kPanels, Z::kQueryPanel, Z::kKeyPanel>(
+        c, mem.queries() + static_cast<std::uint32_t>(group * 64 * kPanelRowBytes),
+        mem.keys(keys.stage));
     products_commit();
   }
   // Starts out += P V.
   __device__ __forceinline__ void start_output(const std::uint32_t (&p)[Z::kCols / 16][4]) {
-    const std::uint64_t v = panel_descriptor(mem.values(values.stage), Z::kKeyPanel);
-#pragma unroll
-    for (int step = 0; step < Z::kCols / 16; ++step)
-      multiply_registers(out, p[step], advance(v, step * 16 * kPanelRowBytes));
+    start_product<Z::kKeyPanel>(out, p, mem.values(values.stage));
     products_commit();
   }
 
@@ -203,16 +177,7 @@ struct Consumer {
     barrier_wait(mem.values_full(values.stage), values.parity);
     const int valid = w.seq.keys - j * Z::kCols;
     if (valid >= Z::kCols || w.seq.keys >= z.slots) return;
-    for (int p = 0; p < Z::kPanels; ++p) {
-      const std::uint32_t panel =
-          mem.values(values.stage) + static_cast<std::uint32_t>(p * Z::kKeyPanel);
-      for (int at = valid * kPanelRowBytes + (warp * 32 + lane) * 16; at < Z::kKeyPanel;
-           at += kWarpgroup * 16)
-        asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(
-                         panel + static_cast<std::uint32_t>(at)),
-                     "r"(0)
-                     : "memory");
-    }
+    clear_tail<Z::kPanels, Z::kKeyPanel>(mem.values(values.stage), valid, warp * 32 + lane);
     fence_shared_async();
     group_wait(kOwn + group, kWarpgroup);
   }
@@ -257,12 +222,6 @@ struct Consumer {
     }
   }
 
-  __device__ __forceinline__ void pack(std::uint32_t (&p)[Z::kCols / 16][4],
-                                       const float (&c)[Z::kColTiles][4]) const {
-#pragma unroll
-    for (int step = 0; step < Z::kCols / 16; ++step) pack_fragment(p[step], c, step);
-  }
-
   __device__ __forceinline__ void attend(const Args& a, const Work<Z>& w) {
     float c[Z::kColTiles][4];
     std::uint32_t p[Z::kCols / 16][4];
@@ -272,10 +231,7 @@ struct Consumer {
       max[half] = -INFINITY;
       sum[half] = 0.0F;
     }
-#pragma unroll
-    for (int n = 0; n < Z::kDimTiles; ++n)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) out[n][e] = 0.0F;
+    clear_tiles(out);
     barrier_wait(mem.queries_full(), queries.parity);
     barrier_wait(mem.keys_full(keys.stage), keys.parity);
     pin(c);
@@ -287,7 +243,7 @@ struct Consumer {
     keys.next();
     mask(c, w, 0);
     softmax(c, shrink);
-    pack(p, c);
+    pack_tiles(p, c);
 #pragma unroll 1
     for (int j = 1; j < w.count; ++j) {
       barrier_wait(mem.keys_full(keys.stage), keys.parity);
@@ -310,7 +266,7 @@ struct Consumer {
       pin(out);
       release(mem.values_free(values.stage));
       values.next();
-      pack(p, c);
+      pack_tiles(p, c);
 #pragma unroll
       for (int n = 0; n < Z::kDimTiles; ++n)
 #pragma unroll
@@ -329,31 +285,24 @@ struct Consumer {
   }
 
   __device__ __forceinline__ void store(const Args& a, const Work<Z>& w) const {
-    const int dim = a.z.head_dim;
-    const int row0 = w.first + group * 64 + warp * 16 + lane / 4;
-    const auto o = head_of(a.o, w.b, a.z.seqlen, w.head, dim);
+    const int row0 = w.first + group * 64 + warp * 16;
     const std::int64_t stats = (static_cast<std::int64_t>(w.b) * a.z.heads + w.head) * a.z.seqlen;
+    float inverse[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float total = quad_sum(sum[half]);
-      const int row = row0 + half * 8;
-      if (row >= a.z.seqlen) continue;
-      const bool valid = row < w.seq.length;
-      const float inverse = 1.0F / total;
-      if (a.lse != nullptr && lane % 4 == 0)
-        a.lse[stats + row] = valid ? (max[half] + log2f(total)) * kLn2 : 0.0F;
-      bf16* const to = o.row(row) + lane % 4 * 2;
-#pragma unroll
-      for (int n = 0; n < Z::kDimTiles; ++n)
-        if (n * 8 < dim)
-          *reinterpret_cast<std::uint32_t*>(to + n * 8) =
-              valid ? pack_bf16(out[n][2 * half] * inverse, out[n][2 * half + 1] * inverse) : 0U;
+      inverse[half] = 1.0F / total;
+      const int row = row0 + half * 8 + lane / 4;
+      if (a.lse != nullptr && lane % 4 == 0 && row < a.z.seqlen)
+        a.lse[stats + row] = row < w.seq.length ? (max[half] + log2f(total)) * kLn2 : 0.0F;
     }
+    store_rows(head_of(a.o, w.b, a.z.seqlen, w.head, a.z.head_dim), row0, w.seq.length, a.z.seqlen,
+               a.z.head_dim, out, inverse, lane);
   }
 
   __device__ __forceinline__ void run(const Args& a) {
     if (group == Z::kConsumers - 1) pass_turn();  // the first warpgroup begins
-    for (ItemWalk walk(a.z, a.tiles, a.section); walk.valid(); walk.next()) {
+    for (ItemWalk walk(a.z.heads, a.z.batch, a.tiles, a.section, true); walk.valid(); walk.next()) {
       const Work<Z> w(a, walk.item());
       if (w.count > 0) attend(a, w);
       store(a, w);
@@ -368,7 +317,7 @@ __global__ __launch_bounds__(Z::kThreads, 1) void attention_forward_sm90_kernel(
   const Shared<Z> mem(shared);
   if (threadIdx.x == 0) mem.init_barriers();
   __syncthreads();
-  const int group = static_cast<int>(threadIdx.x) / kWarpgroup;
+  const int group = warpgroup();
   if (group == 0) {
     give_registers<Z::kCopyRegisters>();
     if (threadIdx.x == 0) copy_items<Z>(a, maps, mem);

@@ -34,12 +34,16 @@ struct SectionItem {
 };
 
 /// The items of a resident block. Heads are taken by sections that share the L2 cache, in a section
-/// the last tiles, which see most, first; rows of the grid alternate in direction, so that blocks
-/// get equal sums of descending work.
+/// the tiles with most work first: the last queries, the first keys. Rows of the grid alternate in
+/// direction, so that blocks get equal sums of descending work.
 class ItemWalk {
  public:
-  __device__ __forceinline__ ItemWalk(const Sizes& z, int tiles, int section)
-      : heads_(z.heads), pairs_(z.heads * z.batch), tiles_(tiles), section_(section) {}
+  __device__ __forceinline__ ItemWalk(int heads, int batch, int tiles, int section, bool last_first)
+      : heads_(heads),
+        pairs_(heads * batch),
+        tiles_(tiles),
+        section_(section),
+        last_first_(last_first) {}
   __device__ __forceinline__ bool valid() const { return index() < pairs_ * tiles_; }
   __device__ __forceinline__ void next() { ++round_; }
   __device__ __forceinline__ SectionItem item() const {
@@ -47,7 +51,8 @@ class ItemWalk {
     const int within = index() - first * tiles_;
     const int size = min(section_, pairs_ - first);
     const int pair = first + within % size;
-    return {tiles_ - 1 - within / size, pair % heads_, pair / heads_};
+    const int order = within / size;
+    return {last_first_ ? tiles_ - 1 - order : order, pair % heads_, pair / heads_};
   }
 
  private:
@@ -58,9 +63,15 @@ class ItemWalk {
   }
 
   int heads_, pairs_, tiles_, section_;
+  bool last_first_;
   int round_ = 0;
 };
 
+/// Queries whose statistics lie together.
+constexpr int kStatRows = 64;
+
 void forward_sm90(Context& ctx, const ForwardArgs<__nv_bfloat16>& args);
+/// Needs no delta.
+void backward_sm90(Context& ctx, const BackwardArgs<__nv_bfloat16>& args);
 
 }  // namespace lrnn::cuda::attention

@@ -176,6 +176,15 @@ __device__ __forceinline__ void copy_box(std::uint32_t to, const CUtensorMap* ma
       "l"(reinterpret_cast<std::uint64_t>(map)), "r"(barrier), "r"(c), "r"(h), "r"(r), "r"(b)
       : "memory");
 }
+/// Copies `bytes`, a multiple of 16, between 16-byte aligned places; they count at `barrier`.
+__device__ __forceinline__ void copy_bytes(std::uint32_t to, const void* from, int bytes,
+                                           std::uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(to),
+      "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(barrier)
+      : "memory");
+}
 __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(reinterpret_cast<std::uint64_t>(map)) : "memory");
 }
