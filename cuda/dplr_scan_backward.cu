@@ -17,8 +17,7 @@ namespace {
 
 constexpr int kThreads = 64;
 constexpr int kHalf = kChunk / 2;
-constexpr int kBlocks = kChunk / kBlock;  // of a chunk
-constexpr int kHalfBlocks = kHalf / kBlock;
+constexpr int kPitch = kChunk + 2;  // groups of a warp in different banks
 
 enum Field { kE, kB, kW, kK, kC };  // rows of the partial sums; w, k and C have R, R and C of them
 
@@ -39,18 +38,21 @@ struct BackwardArgs {
   float* ends;          // step 1
 };
 
-// q becomes M^* q, given 2 <w, q> / 2 summed over the group.
+// <w, q>
 template <int kLanes, int kPer>
-__device__ __forceinline__ float retreat(const Transition<kPer>& m, bool valid, Pairs<kPer>& q) {
-  const float product = 2.0F * group_sum<kLanes>(partial_product(m.w, q));
+__device__ __forceinline__ float adjoint_product(const Transition<kPer>& m, const Pairs<kPer>& q) {
+  return 2.0F * group_sum<kLanes>(partial_product(m.w, q));
+}
+// q becomes M^* q, given product = <w, q>.
+template <int kPer>
+__device__ __forceinline__ void retreat(const Transition<kPer>& m, float product, Pairs<kPer>& q) {
 #pragma unroll
   for (int i = 0; i < kPer; ++i) {
     const float2 q0 = q.v[i];
     const float re = fmaf(m.e.v[i].x, q0.x, fmaf(m.e.v[i].y, q0.y, -m.k.v[i].x * product));
     const float im = fmaf(m.e.v[i].x, q0.y, fmaf(-m.e.v[i].y, q0.x, -m.k.v[i].y * product));
-    if (valid) q.v[i] = {q0.x + re, q0.y + im};
+    q.v[i] = {q0.x + re, q0.y + im};
   }
-  return product;
 }
 
 // q += 2 conj(C) g, given 2 g, which is 0 at padding.
@@ -90,7 +92,8 @@ __global__ __launch_bounds__(kThreads) void dplr_scan_backward_ends_kernel(Backw
     for (int j = kBlock - 1; j >= 0; --j) {
       const float g = token_value<kLanes>(own_g, j);
       add_direct(C, g, q);
-      retreat<kLanes>(m, full || j < left, q);
+      const float product = adjoint_product<kLanes>(m, q);
+      if (full || j < left) retreat(m, product, q);
     }
   }
   store_planes(a.ends + p.row * 2 * s.plane, s, p, q);
@@ -106,8 +109,8 @@ class WalkBack {
         s_(args.sizes),
         p_(place),
         history_(history + threadIdx.x),
-        tokens_(tokens + threadIdx.x),
-        products_(products + threadIdx.x / kLanes),
+        products_(products + threadIdx.x / kLanes * kHalf),
+        tokens_(tokens + threadIdx.x / kLanes * kPitch),
         m_(load_transition<kLanes, kPer>(args.parameters, s_, place)),
         b_(load_planes<kLanes, kPer>(args.parameters.b, s_, place)),
         C_(load_interleaved<kLanes, kPer>(args.parameters.C, s_, place)),
@@ -128,114 +131,100 @@ class WalkBack {
   }
 
  private:
-  static constexpr int kGroups = kThreads / kLanes;
-
   __device__ __forceinline__ void walk_chunk(int chunk) {
     const int t = p_.begin + chunk * kChunk;
-    const std::int64_t column = p_.column(s_);
-#pragma unroll
-    for (int i = 0; i < kBlocks; ++i) {
-      const int token = t + i * kBlock + p_.sub;
-      const bool valid = p_.exists && token < p_.end;
-      const float u = valid ? to_float(a_.u[column + token * s_.heads]) : 0.0F;
-      const float g = valid ? to_float(a_.dy[column + token * s_.heads]) : 0.0F;
-      tokens_[i * kThreads] = {u, g};
-      if (p_.lane < kBlock) dskip_ = fmaf(g, u, dskip_);
-    }
+    load_tokens(t);
     const int left = p_.left(t, kChunk);
     const float* const states =
         left > 0 ? a_.chunk_states + (p_.batch * s_.chunks + t / kChunk) * 2 * s_.plane : nullptr;
-    Pairs<kPer> x = load_planes<kLanes, kPer>(states, s_, p_);
-    if (__any_sync(kAll, left > kHalf)) {
 #pragma unroll 1
-      for (int i = 0; i < kHalfBlocks; ++i) {
-        const float own_u = tokens_[i * kThreads].x;
-#pragma unroll
-        for (int j = 0; j < kBlock; ++j)
-          advance<kLanes>(m_, b_, token_value<kLanes>(own_u, j), i * kBlock + j < left, x);
+    for (int half = 1; half >= 0; --half) {
+      Pairs<kPer> x = load_planes<kLanes, kPer>(states, s_, p_);
+      if (half == 1) {
+#pragma unroll 4
+        for (int j = 0; j < kHalf; ++j) advance<kLanes>(m_, b_, token(j).x, j < left, x);
       }
-      walk_half(t + kHalf, left - kHalf, kHalfBlocks, x);
-      x = load_planes<kLanes, kPer>(states, s_, p_);
-    } else {
-      for (int i = kHalfBlocks; i < kBlocks; ++i) store_du(t + i * kBlock, 0.0F);
+      walk_half(t, left, half * kHalf, x);
     }
-    walk_half(t, left, 0, x);
   }
 
-  // Blocks `first`, ... of the chunk; x enters the first of their tokens, `left` are valid.
-  __device__ __forceinline__ void walk_half(int t, int left, int first, Pairs<kPer>& x) {
-#pragma unroll 1
-    for (int block = 0; block < kHalfBlocks; ++block) {
-      const float own_u = tokens_[(first + block) * kThreads].x;
-      float2* const history = history_ + block * kBlock * kPer * kThreads;
-      float* const products = products_ + block * kBlock * kGroups;
+  // Eight lanes of the group hold (u, g) of every eighth token each.
+  __device__ __forceinline__ void load_tokens(int t) {
+    const std::int64_t column = p_.column(s_);
+    __syncwarp();  // the group has read the chunk before
 #pragma unroll
-      for (int j = 0; j < kBlock; ++j) {
-#pragma unroll
-        for (int i = 0; i < kPer; ++i) history[(j * kPer + i) * kThreads] = x.v[i];
-        products[j * kGroups] =
-            advance<kLanes>(m_, b_, token_value<kLanes>(own_u, j), block * kBlock + j < left, x);
+    for (int i = 0; i < kChunk / kBlock; ++i) {
+      const int at = t + i * kBlock + p_.sub;
+      const bool valid = p_.exists && at < p_.end;
+      const float u = valid ? to_float(a_.u[column + at * s_.heads]) : 0.0F;
+      const float g = valid ? to_float(a_.dy[column + at * s_.heads]) : 0.0F;
+      if (p_.lane < kBlock) {
+        tokens_[i * kBlock + p_.sub] = {u, g};
+        dskip_ = fmaf(g, u, dskip_);
       }
     }
-#pragma unroll 1
-    for (int block = kHalfBlocks - 1; block >= 0; --block) {
-      float du[kBlock];
-      const float2 own = tokens_[(first + block) * kThreads];
-      const int rest = left - block * kBlock;
+    __syncwarp();
+  }
+  [[nodiscard]] __device__ __forceinline__ float2 token(int j) const {
+    return tokens_[j];
+  }
+
+  // The half of a chunk that begins at its token `first`, which x enters.
+  __device__ __forceinline__ void walk_half(int t, int left, int first, Pairs<kPer>& x) {
+    __syncwarp();  // the group has read the products of the half before
+#pragma unroll 4
+    for (int j = 0; j < kHalf; ++j) {
 #pragma unroll
-      for (int j = kBlock - 1; j >= 0; --j) {
-        // Keeps the loads of more than two tokens from filling the registers.
-        if (j % 2 == 1) __syncwarp();
-        du[j] = walk_token(block * kBlock + j, j < rest, token_value<kLanes>(own.x, j),
-                           2.0F * token_value<kLanes>(own.y, j), x);
+      for (int i = 0; i < kPer; ++i) history_[(j * kPer + i) * kThreads] = x.v[i];
+      products_[j] = advance<kLanes>(m_, b_, token(first + j).x, first + j < left, x);
+    }
+#pragma unroll 1
+    for (int four = kHalf - 4; four >= 0; four -= 4) {
+      float du[4];
+#pragma unroll
+      for (int j = 3; j >= 0; --j) {
+        const float2 own = token(first + four + j);
+        du[j] = walk_token(four + j, first + four + j < left, own.x, 2.0F * own.y, x);
       }
-      const float sum = transposed_sum<kLanes>(du, p_.sub);
-      store_du(t + block * kBlock, p_.sub < rest ? fmaf(D_, own.y, sum) : 0.0F);
+      const float sum = transposed_sum_of_four<kLanes>(du, p_.lane);
+      const int at = first + four + p_.lane % 4;
+      if (p_.exists && p_.lane < 4 && t + at < p_.size_end)
+        a_.du[p_.column(s_) + (t + at) * s_.heads] =
+            from_float<T>(at < left ? fmaf(D_, token(at).y, sum) : 0.0F);
     }
   }
 
   // x is x_t on entry and x_{t-1} on return. Returns this lane's part of du. Past the last valid
   // token u and g are 0 and the states equal, but the adjoint must neither move nor be counted.
   __device__ __forceinline__ float walk_token(int j, bool valid, float u, float g, Pairs<kPer>& x) {
-    const float product = products_[j * kGroups];
-    float du = 0.0F;
     Pairs<kPer> before;
 #pragma unroll
     for (int i = 0; i < kPer; ++i) before.v[i] = history_[(j * kPer + i) * kThreads];
     add_direct(C_, g, q_);
+    const float back = adjoint_product<kLanes>(m_, q_);
+    float du = 0.0F;
+    if (valid) {
+      const float product = products_[j];
 #pragma unroll
-    for (int i = 0; i < kPer; ++i) {
-      const float2 q = valid ? q_.v[i] : float2{0.0F, 0.0F};
-      const float2 x0 = before.v[i];
-      add(dC_.v[i], g * x.v[i].x, -g * x.v[i].y);
-      de_.v[i].x = fmaf(q.x, x0.x, fmaf(q.y, x0.y, de_.v[i].x));
-      de_.v[i].y = fmaf(q.y, x0.x, fmaf(-q.x, x0.y, de_.v[i].y));
-      db_.v[i].x = fmaf(u, q.x, db_.v[i].x);
-      db_.v[i].y = fmaf(u, q.y, db_.v[i].y);
-      dw_.v[i].x = fmaf(-product, q.x, dw_.v[i].x);
-      dw_.v[i].y = fmaf(-product, q.y, dw_.v[i].y);
-      du = fmaf(b_.v[i].x, q.x, fmaf(b_.v[i].y, q.y, du));
-    }
-    float back = retreat<kLanes>(m_, valid, q_);
-    if (!valid) back = 0.0F;
-#pragma unroll
-    for (int i = 0; i < kPer; ++i) {
-      dk_.v[i].x = fmaf(-back, before.v[i].x, dk_.v[i].x);
-      dk_.v[i].y = fmaf(-back, before.v[i].y, dk_.v[i].y);
+      for (int i = 0; i < kPer; ++i) {
+        const float2 q = q_.v[i];
+        const float2 x0 = before.v[i];
+        add_scaled(dC_.v[i], g, x.v[i].x, -x.v[i].y);
+        de_.v[i].x = fmaf(q.x, x0.x, fmaf(q.y, x0.y, de_.v[i].x));
+        de_.v[i].y = fmaf(q.y, x0.x, fmaf(-q.x, x0.y, de_.v[i].y));
+        add_scaled(db_.v[i], u, q.x, q.y);
+        add_scaled(dw_.v[i], -product, q.x, q.y);
+        add_scaled(dk_.v[i], -back, x0.x, x0.y);
+        du = fmaf(b_.v[i].x, q.x, fmaf(b_.v[i].y, q.y, du));
+      }
+      retreat(m_, back, q_);
     }
     x = before;
     return du;
   }
-  __device__ __forceinline__ static void add(float2& sum, float re, float im) {
-    sum.x += re;
-    sum.y += im;
-  }
-
-  // A token at least as far as the segment reaches.
-  __device__ __forceinline__ void store_du(int t, float value) const {
-    const int token = t + p_.sub;
-    if (p_.exists && p_.lane < kBlock && token < p_.size_end)
-      a_.du[p_.column(s_) + token * s_.heads] = from_float<T>(value);
+  __device__ __forceinline__ static void add_scaled(float2& sum, float factor, float re, float im) {
+    sum.x = fmaf(factor, re, sum.x);
+    sum.y = fmaf(factor, im, sum.y);
   }
 
   __device__ void store_sums() const {
@@ -252,10 +241,10 @@ class WalkBack {
 
   const BackwardArgs<T>& a_;
   const Sizes& s_;
-  const Place<kLanes>& p_;
-  float2* history_;  // of this thread, [kHalf, kPer] at distance kThreads
-  float2* tokens_;   // (u, g) [kBlocks] at distance kThreads
-  float* products_;  // of the group, [kHalf] at distance kGroups; all its lanes write the same
+  const Place<kLanes> p_;  // by value: fewer registers
+  float2* history_;        // of this thread, [kHalf, kPer] at distance kThreads
+  float* products_;        // of this group, [kHalf]: <k, x_{t-1}>, which all its lanes write
+  float2* tokens_;         // of this group, (u, g) [kChunk]
   Transition<kPer> m_;
   Pairs<kPer> b_;
   Pairs<kPer> C_;
@@ -270,10 +259,10 @@ class WalkBack {
 };
 
 template <class T, int kLanes, int kPer>
-__global__ __launch_bounds__(kThreads, 6) void dplr_scan_backward_kernel(BackwardArgs<T> a,
-                                                                         SegmentRange range) {
+__global__ __launch_bounds__(kThreads, kLanes == 8 ? 6 : 5) void dplr_scan_backward_kernel(
+    BackwardArgs<T> a, SegmentRange range) {
   __shared__ float2 history[kHalf * kPer * kThreads];
-  __shared__ float2 tokens[kBlocks * kThreads];
+  __shared__ float2 tokens[kThreads / kLanes * kPitch];
   __shared__ float products[kHalf * kThreads / kLanes];
   const Place<kLanes> p(a.sizes, a.lengths, range);
   WalkBack<T, kLanes, kPer>(a, p, history, tokens, products).run();

@@ -242,6 +242,24 @@ __device__ __forceinline__ float transposed_sum(const float (&value)[kBlock], in
   return sum;
 }
 
+/// The sum over a group of value[lane % 4]. Four shuffles for four sums and eight lanes.
+template <int kLanes>
+__device__ __forceinline__ float transposed_sum_of_four(const float (&value)[4], int lane) {
+  float two[2];
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    const float keep = (lane & 2) != 0 ? value[j + 2] : value[j];
+    const float give = (lane & 2) != 0 ? value[j] : value[j + 2];
+    two[j] = keep + __shfl_xor_sync(kAll, give, 2);
+  }
+  const float keep = (lane & 1) != 0 ? two[1] : two[0];
+  const float give = (lane & 1) != 0 ? two[0] : two[1];
+  float sum = keep + __shfl_xor_sync(kAll, give, 1);
+#pragma unroll
+  for (int offset = 4; offset < kLanes; offset *= 2) sum += __shfl_xor_sync(kAll, sum, offset);
+  return sum;
+}
+
 /// Value of the token j of a block: the lanes of a group hold one token each.
 template <int kLanes>
 __device__ __forceinline__ float token_value(float own, int j) {
