@@ -4,8 +4,9 @@
 // dV, queries in the pass for dQ, and walks the tiles of the other side that meet it. One warpgroup
 // copies; each of the others owns 64 rows, and computes with X, Y the owned operands and U, W the
 // streamed ones: S = X U^T, P, dP = Y W^T, dS, and the sums dS U and (keys only) P W, which stay in
-// registers until the end. P and dS are left operands in registers and touch no memory. Bound by
-// the tensor cores and the reads of their operands from shared memory.
+// registers until the end. The owned rows of an item are copied while the one before is in work. P
+// and dS are left operands in registers and touch no memory. Bound by the tensor cores and the
+// reads of their operands from shared memory.
 #include "common/attention_wgmma.cuh"
 
 namespace lrnn::cuda::attention {
@@ -35,9 +36,9 @@ struct Tile {
   static constexpr int kOwnBytes = kPanels * kOwnPanel;
   static constexpr int kColBytes = kPanels * kColPanel;
   static constexpr int kStatBytes = kKeys ? 2 * kCols * 4 : 0;
-  static constexpr int kBarriers = 2 + 3 * kStages;
+  static constexpr int kBarriers = 4 + 3 * kStages;
   static constexpr int kShared =
-      1024 + 2 * kOwnBytes + kStages * (2 * kColBytes + kStatBytes) + 8 * kBarriers;
+      1024 + 4 * kOwnBytes + kStages * (2 * kColBytes + kStatBytes) + 8 * kBarriers;
   static_assert(!kKeys || kCols == kStatRows);
 };
 
@@ -65,11 +66,11 @@ struct Shared {
 
   __device__ __forceinline__ explicit Shared(const void* p)
       : base((shared_address(p) + 1023U) & ~1023U) {}
-  __device__ __forceinline__ std::uint32_t own(int which) const {
-    return base + static_cast<std::uint32_t>(which * Z::kOwnBytes);
+  __device__ __forceinline__ std::uint32_t own(int stage, int which) const {
+    return base + static_cast<std::uint32_t>((2 * stage + which) * Z::kOwnBytes);
   }
   __device__ __forceinline__ std::uint32_t streamed(int stage, int which) const {
-    return own(2) + static_cast<std::uint32_t>((2 * stage + which) * Z::kColBytes);
+    return own(2, 0) + static_cast<std::uint32_t>((2 * stage + which) * Z::kColBytes);
   }
   __device__ __forceinline__ std::uint32_t stats(int stage) const {
     return streamed(Z::kStages, 0) + static_cast<std::uint32_t>(stage * Z::kStatBytes);
@@ -77,19 +78,21 @@ struct Shared {
   __device__ __forceinline__ std::uint32_t barrier(int i) const {
     return stats(Z::kStages) + 8U * static_cast<std::uint32_t>(i);
   }
-  __device__ __forceinline__ std::uint32_t own_full() const { return barrier(0); }
-  __device__ __forceinline__ std::uint32_t own_free() const { return barrier(1); }
+  __device__ __forceinline__ std::uint32_t own_full(int stage) const { return barrier(stage); }
+  __device__ __forceinline__ std::uint32_t own_free(int stage) const { return barrier(2 + stage); }
   __device__ __forceinline__ std::uint32_t full(int stage, int which) const {
-    return barrier(2 + 2 * stage + which);
+    return barrier(4 + 2 * stage + which);
   }
   __device__ __forceinline__ std::uint32_t free(int stage) const {
-    return barrier(2 + 2 * Z::kStages + stage);
+    return barrier(4 + 2 * Z::kStages + stage);
   }
 
   __device__ void init_barriers() const {
     constexpr int kReaders = 4 * Z::kConsumers;  // warps
-    barrier_init(own_full(), 1);
-    barrier_init(own_free(), kReaders);
+    for (int s = 0; s < 2; ++s) {
+      barrier_init(own_full(s), 1);
+      barrier_init(own_free(s), kReaders);
+    }
     for (int s = 0; s < Z::kStages; ++s) {
       barrier_init(full(s, 0), 1);
       barrier_init(full(s, 1), 1);
@@ -133,16 +136,16 @@ __device__ __forceinline__ ItemWalk items_of(const Args& a) {
 // The thread that copies.
 template <class Z>
 __device__ __forceinline__ void copy_items(const Args& a, const Maps& maps, const Shared<Z>& mem) {
-  Ring<1> own;
+  Ring<2> own;
   Ring<Z::kStages> ring;
   for (ItemWalk walk = items_of<Z>(a); walk.valid(); walk.next()) {
     const Work<Z> w(a.in.z, walk.item());
     if (w.empty()) continue;
-    barrier_wait(mem.own_free(), own.parity ^ 1);
-    barrier_expect(mem.own_full(), 2 * Z::kOwnBytes);
+    barrier_wait(mem.own_free(own.stage), own.parity ^ 1);
+    barrier_expect(mem.own_full(own.stage), 2 * Z::kOwnBytes);
     for (int which = 0; which < 2; ++which)
-      copy_rows<Z::kPanels, Z::kOwnPanel>(mem.own(which), &maps.own[which], mem.own_full(), w.head,
-                                          w.first, w.b);
+      copy_rows<Z::kPanels, Z::kOwnPanel>(mem.own(own.stage, which), &maps.own[which],
+                                          mem.own_full(own.stage), w.head, w.first, w.b);
     own.next();
     for (int head = w.first_head; head < w.first_head + w.heads; ++head)
       for (int i = w.begin; i < w.end; i += Z::kCols, ring.next()) {
@@ -174,7 +177,7 @@ struct Consumer {
   float first_sum[Z::kDimTiles][4];                  // dK or dQ
   float second_sum[Z::kKeys ? Z::kDimTiles : 1][4];  // dV
   float row_stats[2][2];                             // of owned queries
-  Ring<1> own;
+  Ring<2> own;
   Ring<Z::kStages> ring;
 
   __device__ __forceinline__ void release(std::uint32_t barrier) const {
@@ -254,8 +257,8 @@ struct Consumer {
     wait_tile(w, i, 0);
     pin(p);
     products_begin();
-    start_product_transposed<Z::kPanels, Z::kOwnPanel, Z::kColPanel>(p, mem.own(0) + rows,
-                                                                     mem.streamed(ring.stage, 0));
+    start_product_transposed<Z::kPanels, Z::kOwnPanel, Z::kColPanel>(
+        p, mem.own(own.stage, 0) + rows, mem.streamed(ring.stage, 0));
     products_commit();
     wait_tile(w, i, 1);
     products_wait<0>();  // before dP takes registers that the sum before has to leave
@@ -263,8 +266,8 @@ struct Consumer {
     if (!is_first) release(mem.free(ring.before()));
     pin(dp);
     products_begin();
-    start_product_transposed<Z::kPanels, Z::kOwnPanel, Z::kColPanel>(dp, mem.own(1) + rows,
-                                                                     mem.streamed(ring.stage, 1));
+    start_product_transposed<Z::kPanels, Z::kOwnPanel, Z::kColPanel>(
+        dp, mem.own(own.stage, 1) + rows, mem.streamed(ring.stage, 1));
     products_commit();
     probabilities(p, w, i);
     if constexpr (Z::kKeys) {
@@ -301,7 +304,7 @@ struct Consumer {
 
   __device__ __forceinline__ void sum_tiles(const Work<Z>& w) {
     if constexpr (!Z::kKeys) load_row_stats(w);
-    barrier_wait(mem.own_full(), own.parity);
+    barrier_wait(mem.own_full(own.stage), own.parity);
     for (int head = w.heads; head > 0; --head)
 #pragma unroll 1
       for (int i = w.begin; i < w.end; i += Z::kCols, ring.next())
@@ -310,7 +313,7 @@ struct Consumer {
     pin(first_sum);
     pin(second_sum);
     release(mem.free(ring.before()));
-    release(mem.own_free());
+    release(mem.own_free(own.stage));
     own.next();
   }
 
@@ -444,8 +447,8 @@ void backward_sm90(Context& ctx, const BackwardArgs<bf16>& in) {
     launch_pass<Tile<Side::Keys, 64, 2, 64, 4>>(ctx, args);
     launch_pass<Tile<Side::Queries, 64, 3, 64, 4>>(ctx, args);
   } else {
-    launch_pass<Tile<Side::Keys, 128, 2, 64, 3>>(ctx, args);
-    launch_pass<Tile<Side::Queries, 128, 2, 64, 3>>(ctx, args);
+    launch_pass<Tile<Side::Keys, 128, 2, 64, 2>>(ctx, args);
+    launch_pass<Tile<Side::Queries, 128, 2, 64, 2>>(ctx, args);
   }
 }
 

@@ -1,7 +1,8 @@
 // Forward attention on Hopper: warpgroup products fed by tensor copies.
 //
 // A block is resident on its SM and walks items, each a tile of queries of one head. One warpgroup
-// copies: the queries once per item, then tiles of keys and values through kStages buffers each.
+// copies: the queries of an item while the one before is in work, then tiles of keys and values
+// through kStages buffers each.
 // The others own 64 queries each; while their products of one tile run, they take the softmax of
 // the next, and they take turns so that the softmax of one runs under the products of another.
 // Bound by the tensor cores at d = 128, equally by exp2 at d = 64.
@@ -29,8 +30,8 @@ struct Tile {
   static constexpr int kKeyPanel = kCols * kPanelRowBytes;
   static constexpr int kQueryBytes = kPanels * kQueryPanel;
   static constexpr int kKeyBytes = kPanels * kKeyPanel;
-  static constexpr int kBarriers = 2 + 4 * kStages;
-  static constexpr int kShared = 1024 + kQueryBytes + 2 * kStages * kKeyBytes + 8 * kBarriers;
+  static constexpr int kBarriers = 4 + 4 * kStages;
+  static constexpr int kShared = 1024 + 2 * kQueryBytes + 2 * kStages * kKeyBytes + 8 * kBarriers;
 };
 
 struct Maps {
@@ -52,9 +53,11 @@ struct Shared {
 
   __device__ __forceinline__ explicit Shared(const void* p)
       : base((shared_address(p) + 1023U) & ~1023U) {}
-  __device__ __forceinline__ std::uint32_t queries() const { return base; }
+  __device__ __forceinline__ std::uint32_t queries(int stage) const {
+    return base + static_cast<std::uint32_t>(stage * Z::kQueryBytes);
+  }
   __device__ __forceinline__ std::uint32_t keys(int stage) const {
-    return base + static_cast<std::uint32_t>(Z::kQueryBytes + stage * Z::kKeyBytes);
+    return queries(2) + static_cast<std::uint32_t>(stage * Z::kKeyBytes);
   }
   __device__ __forceinline__ std::uint32_t values(int stage) const {
     return keys(Z::kStages + stage);
@@ -62,23 +65,25 @@ struct Shared {
   __device__ __forceinline__ std::uint32_t barrier(int i) const {
     return keys(2 * Z::kStages) + 8U * static_cast<std::uint32_t>(i);
   }
-  __device__ __forceinline__ std::uint32_t queries_full() const { return barrier(0); }
-  __device__ __forceinline__ std::uint32_t queries_free() const { return barrier(1); }
-  __device__ __forceinline__ std::uint32_t keys_full(int s) const { return barrier(2 + s); }
+  __device__ __forceinline__ std::uint32_t queries_full(int s) const { return barrier(s); }
+  __device__ __forceinline__ std::uint32_t queries_free(int s) const { return barrier(2 + s); }
+  __device__ __forceinline__ std::uint32_t keys_full(int s) const { return barrier(4 + s); }
   __device__ __forceinline__ std::uint32_t keys_free(int s) const {
-    return barrier(2 + Z::kStages + s);
+    return barrier(4 + Z::kStages + s);
   }
   __device__ __forceinline__ std::uint32_t values_full(int s) const {
-    return barrier(2 + 2 * Z::kStages + s);
+    return barrier(4 + 2 * Z::kStages + s);
   }
   __device__ __forceinline__ std::uint32_t values_free(int s) const {
-    return barrier(2 + 3 * Z::kStages + s);
+    return barrier(4 + 3 * Z::kStages + s);
   }
 
   __device__ void init_barriers() const {
     constexpr int kReaders = 4 * Z::kConsumers;  // warps
-    barrier_init(queries_full(), 1);
-    barrier_init(queries_free(), kReaders);
+    for (int s = 0; s < 2; ++s) {
+      barrier_init(queries_full(s), 1);
+      barrier_init(queries_free(s), kReaders);
+    }
     for (int s = 0; s < Z::kStages; ++s) {
       barrier_init(keys_full(s), 1);
       barrier_init(keys_free(s), kReaders);
@@ -109,16 +114,16 @@ struct Work {
 // The thread that copies.
 template <class Z>
 __device__ __forceinline__ void copy_items(const Args& a, const Maps& maps, const Shared<Z>& mem) {
-  Ring<1> queries;
+  Ring<2> queries;
   Ring<Z::kStages> keys;
   for (ItemWalk walk(a.z.heads, a.z.batch, a.tiles, a.section, true); walk.valid(); walk.next()) {
     const Work<Z> w(a, walk.item());
     if (w.count == 0) continue;
     const int head_kv = w.head / a.z.group();
-    barrier_wait(mem.queries_free(), queries.parity ^ 1);
-    barrier_expect(mem.queries_full(), Z::kQueryBytes);
-    copy_rows<Z::kPanels, Z::kQueryPanel>(mem.queries(), &maps.q, mem.queries_full(), w.head,
-                                          w.first, w.b);
+    barrier_wait(mem.queries_free(queries.stage), queries.parity ^ 1);
+    barrier_expect(mem.queries_full(queries.stage), Z::kQueryBytes);
+    copy_rows<Z::kPanels, Z::kQueryPanel>(mem.queries(queries.stage), &maps.q,
+                                          mem.queries_full(queries.stage), w.head, w.first, w.b);
     queries.next();
     for (int j = 0; j < w.count; ++j, keys.next()) {
       barrier_wait(mem.keys_free(keys.stage), keys.parity ^ 1);
@@ -146,7 +151,7 @@ struct Consumer {
   float out[Z::kDimTiles][4];
   float max[2];
   float sum[2];
-  Ring<1> queries;
+  Ring<2> queries;
   Ring<Z::kStages> keys;
   Ring<Z::kStages> values;
 
@@ -161,7 +166,7 @@ struct Consumer {
   // Starts c = Q K^T.
   __device__ __forceinline__ void start_scores(float (&c)[Z::kColTiles][4]) const {
     start_product_transposed<Z::kPanels, Z::kQueryPanel, Z::kKeyPanel>(
-        c, mem.queries() + static_cast<std::uint32_t>(group * 64 * kPanelRowBytes),
+        c, mem.queries(queries.stage) + static_cast<std::uint32_t>(group * 64 * kPanelRowBytes),
         mem.keys(keys.stage));
     products_commit();
   }
@@ -232,7 +237,7 @@ struct Consumer {
       sum[half] = 0.0F;
     }
     clear_tiles(out);
-    barrier_wait(mem.queries_full(), queries.parity);
+    barrier_wait(mem.queries_full(queries.stage), queries.parity);
     barrier_wait(mem.keys_full(keys.stage), keys.parity);
     pin(c);
     products_begin();
@@ -272,7 +277,7 @@ struct Consumer {
 #pragma unroll
         for (int e = 0; e < 4; ++e) out[n][e] *= shrink[e / 2];
     }
-    release(mem.queries_free());
+    release(mem.queries_free(queries.stage));
     queries.next();
     wait_values(a.z, w, w.count - 1);
     pin(out);
