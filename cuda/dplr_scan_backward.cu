@@ -35,7 +35,6 @@ struct BackwardArgs {
   float* dstate_in;
   float* partial;       // [B segments, fields, 2, H, N]
   float* partial_skip;  // [B segments, C, H] or null
-  float* ends;          // step 1
 };
 
 // <w, q>
@@ -63,40 +62,6 @@ __device__ __forceinline__ void add_direct(const Pairs<kPer>& C, float g, Pairs<
     q.v[i].x = fmaf(C.v[i].x, g, q.v[i].x);
     q.v[i].y = fmaf(-C.v[i].y, g, q.v[i].y);
   }
-}
-
-// Step 1: the adjoint that leaves a segment to the left.
-template <class T, int kLanes, int kPer>
-__global__ __launch_bounds__(kThreads) void dplr_scan_backward_ends_kernel(BackwardArgs<T> a,
-                                                                           SegmentRange range) {
-  const Sizes& s = a.sizes;
-  const Place<kLanes> p(s, a.lengths, range);
-  const Transition<kPer> m = load_transition<kLanes, kPer>(a.parameters, s, p);
-  const auto C = load_interleaved<kLanes, kPer>(a.parameters.C, s, p);
-  const float* start = nullptr;
-  if (a.dstate_out != nullptr && p.holds_last) start = a.dstate_out + p.batch * 2 * s.plane;
-  auto q = load_planes<kLanes, kPer>(start, s, p);
-  const T* const dy = a.dy + p.column(s);
-  const auto load_g = [&](int t) {
-    return p.exists && t >= p.begin && t < p.end ? 2.0F * to_float(dy[t * s.heads]) : 0.0F;
-  };
-  const int blocks = (p.longest + kBlock - 1) / kBlock;
-  float next_g = load_g(p.begin + (blocks - 1) * kBlock + p.sub);
-  for (int block = blocks - 1; block >= 0; --block) {
-    const int t = p.begin + block * kBlock;
-    const float own_g = next_g;
-    next_g = load_g(t - kBlock + p.sub);
-    const int left = p.left(t, kBlock);
-    const bool full = __all_sync(kAll, left == kBlock);
-#pragma unroll
-    for (int j = kBlock - 1; j >= 0; --j) {
-      const float g = token_value<kLanes>(own_g, j);
-      add_direct(C, g, q);
-      const float product = adjoint_product<kLanes>(m, q);
-      if (full || j < left) retreat(m, product, q);
-    }
-  }
-  store_planes(a.ends + p.row * 2 * s.plane, s, p, q);
 }
 
 // Step 3 of one group.
@@ -259,12 +224,13 @@ class WalkBack {
 };
 
 template <class T, int kLanes, int kPer>
-__global__ __launch_bounds__(kThreads, kLanes == 8 ? 6 : 5) void dplr_scan_backward_kernel(
-    BackwardArgs<T> a, SegmentRange range) {
+__global__ __launch_bounds__(kThreads, kLanes == 8
+                                           ? 6
+                                           : 4) void dplr_scan_backward_kernel(BackwardArgs<T> a) {
   __shared__ float2 history[kHalf * kPer * kThreads];
   __shared__ float2 tokens[kThreads / kLanes * kPitch];
   __shared__ float products[kHalf * kThreads / kLanes];
-  const Place<kLanes> p(a.sizes, a.lengths, range);
+  const Place<kLanes> p(a.sizes, a.lengths, {0, a.sizes.segments});
   WalkBack<T, kLanes, kPer>(a, p, history, tokens, products).run();
 }
 
@@ -273,23 +239,14 @@ void backward(Context& ctx, BackwardArgs<T> args) {
   const Sizes& s = args.sizes;
   Tensor carries;
   if (s.segments > 1) {
-    carries = connect_segments(
-        ctx, {s, true, args.lengths, nullptr, nullptr, args.dstate_out, nullptr}, args.parameters,
-        [&](const SegmentRange& range, float* ends) {
-          args.ends = ends;
-          visit_width(s.states, [&](auto lanes, auto per) {
-            dplr_scan_backward_ends_kernel<T, lanes(), per()>
-                <<<group_blocks(s, range, lanes(), kThreads), kThreads, 0, ctx.stream().handle>>>(
-                    args, range);
-          });
-          LRNN_CUDA_CHECK_LAUNCH();
-        });
+    carries = connect_segments<T>(ctx, {s, args.parameters, args.dy, args.lengths, args.dstate_out},
+                                  true);
     args.carries = carries.view().template data<float>();
   }
-  const SegmentRange all{0, s.segments};
   visit_width(s.states, [&](auto lanes, auto per) {
     dplr_scan_backward_kernel<T, lanes(), per()>
-        <<<group_blocks(s, all, lanes(), kThreads), kThreads, 0, ctx.stream().handle>>>(args, all);
+        <<<group_blocks(s, {0, s.segments}, lanes(), kThreads), kThreads, 0, ctx.stream().handle>>>(
+            args);
   });
   LRNN_CUDA_CHECK_LAUNCH();
 }
@@ -503,8 +460,7 @@ void dplr_scan_backward(Context& ctx, const DplrScanBackward& a) {
                                a.du.data<T>(),
                                data_or_null<float>(a.dstate_in),
                                sums,
-                               data_or_null<float>(partial_skip.view()),
-                               nullptr};
+                               data_or_null<float>(partial_skip.view())};
     if (s.in_registers())
       backward(ctx, args);
     else

@@ -209,6 +209,13 @@ __device__ __forceinline__ Pairs<kPer> load_interleaved(const float* values, con
   return out;
 }
 
+template <int kPer>
+__device__ __forceinline__ Pairs<kPer> conjugate(Pairs<kPer> v) {
+#pragma unroll
+  for (int i = 0; i < kPer; ++i) v.v[i].y = -v.v[i].y;
+  return v;
+}
+
 /// The sum over a group, the same bits in all its lanes.
 template <int kLanes>
 __device__ __forceinline__ float group_sum(float v) {
@@ -310,45 +317,24 @@ __device__ __forceinline__ float advance(const Transition<kPer>& m, const Pairs<
   return product;
 }
 
-/// Powers of the transitions on (Re x, Im x), [H, 2 N, 2 N]: M^(2^squarings), or its transpose.
-void launch_powers(Context& ctx, const Sizes& s, const Parameters& parameters, int squarings,
-                   bool transpose, float* out);
-
-/// Step 2. `powers` is of launch_powers, transposed in forward, so that a product reads columns.
-struct CarryArgs {
-  Sizes sizes;
-  bool reverse;
-  const std::int32_t* lengths;
-  const float* powers;
-  const float* ends;   // [B, segments, 2, H, N]
-  const float* start;  // [B, 2, H, N] or null
-  float* carries;      // [B, segments, 2, H, N]
-};
-void launch_carry(Context& ctx, const CarryArgs& args);
-
 inline unsigned group_blocks(const Sizes& s, const SegmentRange& range, int lanes, int threads) {
   const std::int64_t total = s.batch * range.count * s.heads * lanes;
   return static_cast<unsigned>((total + threads - 1) / threads);
 }
 
-/// Steps 1 and 2: `ends(range, out)` launches step 1. Returns the carries.
-template <class Ends>
-Tensor connect_segments(Context& ctx, CarryArgs args, const Parameters& parameters, Ends&& ends) {
-  const Sizes& s = args.sizes;
-  const Shape states = {s.batch, s.segments, 2, s.heads, s.states};
-  Tensor end_states = ctx.empty(states, DType::float32);
-  Tensor carries = ctx.empty(states, DType::float32);
-  Tensor powers = ctx.empty({s.heads, 2 * s.states, 2 * s.states}, DType::float32);
-  int squarings = 0;
-  while ((std::int64_t{1} << squarings) < s.segment_chunks * kChunk) ++squarings;
-  launch_powers(ctx, s, parameters, squarings, !args.reverse, powers.view().data<float>());
-  ends(SegmentRange{args.reverse ? 1 : 0, s.segments - 1}, end_states.view().data<float>());
-  args.powers = powers.view().data<float>();
-  args.ends = end_states.view().data<float>();
-  args.carries = carries.view().data<float>();
-  launch_carry(ctx, args);
-  return carries;
-}
+/// Operands of steps 1 and 2, forward or backward.
+template <class T>
+struct EndsArgs {
+  Sizes sizes;
+  Parameters parameters;
+  const T* tokens;  // u or dy
+  const std::int32_t* lengths;
+  const float* start;     // [B, 2, H, N] state_in or dstate_out, or null
+  float* ends = nullptr;  // [B, segments, 2, H, N]; filled in
+};
+/// Steps 1 and 2. Returns the carries, [B, segments, 2, H, N].
+template <class T>
+Tensor connect_segments(Context& ctx, EndsArgs<T> args, bool reverse);
 
 /// Calls f with the lanes of a group and the states of a lane as constants.
 template <class F>
