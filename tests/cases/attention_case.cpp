@@ -109,6 +109,7 @@ const RegisterBenchCases kRegisterBench({
     attention_case({8, 2048, 12, 12, 64}),
     attention_case({2, 8192, 16, 16, 64}),
     attention_case({2, 8192, 16, 16, 128}),
+    attention_case({1, 32768, 16, 16, 128}),
 });
 
 }  // namespace
