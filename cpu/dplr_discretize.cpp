@@ -69,11 +69,11 @@ void dplr_discretize_forward(Context&, const DplrDiscretizeForward& args) {
   visit_float("dplr_discretize_forward", args.parameters.P.dtype(), [&]<class T>() {
     const DplrSources<T> p(args.parameters);
     const auto planes = [&](const MutableTensorView& t) {
-      return DplrPlanes<T>{t.data<T>(), p.lanes.lanes};
+      return DplrPlanes<T>{t ? t.data<T>() : nullptr, p.lanes.lanes};
     };
     const DplrOperands<T> out{planes(args.e), planes(args.w), planes(args.k), planes(args.b)};
     for_each_head(p, [&](std::int64_t head, const DplrScratch& x) {
-      detail::dplr_forward(Alone{}, p, head, x, out);
+      detail::dplr_forward(Alone{}, p, head, x, out, planes(args.e_low));
     });
   });
 }

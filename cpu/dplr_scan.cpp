@@ -154,6 +154,7 @@ auto* row_of(const View& planes, std::int64_t row, std::int64_t size) {
 template <class T>
 struct Model {
   Pairs<T> e;
+  Pairs<T> e_low = {};  // forward alone
   Pairs<T> b;
   std::vector<Pairs<T>> w;
   std::vector<Pairs<T>> k;
@@ -181,6 +182,10 @@ struct Model {
       for (std::size_t i = 0; i < kLanes; ++i) {
         step.re[i] = b[n].re[i] * u[i] + (e[n].re[i] * x0.re[i] - e[n].im[i] * x0.im[i]);
         step.im[i] = b[n].im[i] * u[i] + (e[n].re[i] * x0.im[i] + e[n].im[i] * x0.re[i]);
+      }
+      for (std::size_t i = 0; i < kLanes && !e_low.empty(); ++i) {
+        step.re[i] += e_low[n].re[i] * x0.re[i] - e_low[n].im[i] * x0.im[i];
+        step.im[i] += e_low[n].re[i] * x0.im[i] + e_low[n].im[i] * x0.re[i];
       }
       for (std::size_t r = 0; r < w.size(); ++r)
         for (std::size_t i = 0; i < kLanes; ++i) {
@@ -222,7 +227,8 @@ struct Model {
 template <class T>
 void forward_block(const Problem<T>& problem, const DplrScanForward& args, std::int64_t batch,
                    const Block& block) {
-  const Model<T> model(problem, block);
+  Model<T> model(problem, block);
+  if (args.e_low) model.e_low = problem.load_planes(args.e_low.data<T>(), block);
   const std::int64_t size = 2 * problem.plane();
   const std::int64_t length = problem.length(batch);
   Pairs<T> x = problem.load_planes(row_of<T>(args.state_in, batch, size), block);

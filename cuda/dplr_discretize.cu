@@ -43,10 +43,10 @@ __device__ DplrScratch scratch_of(const DplrSources<float>& p, double* memory, s
 }
 
 __global__ __launch_bounds__(kThreads) void dplr_discretize_forward_kernel(
-    DplrSources<float> p, double* memory, DplrOperands<float> out) {
+    DplrSources<float> p, double* memory, DplrOperands<float> out, DplrPlanes<float> e_low) {
   const std::int64_t head = head_of_warp();
   if (head >= p.heads) return;  // the whole warp
-  detail::dplr_forward(Warp{}, p, head, scratch_of(p, memory, head), out);
+  detail::dplr_forward(Warp{}, p, head, scratch_of(p, memory, head), out, e_low);
 }
 
 __global__ __launch_bounds__(kThreads) void dplr_discretize_backward_kernel(
@@ -111,12 +111,12 @@ Tensor scratch(Context& ctx, const DplrSources<float>& p) {
 void dplr_discretize_forward(Context& ctx, const DplrDiscretizeForward& args) {
   const DplrSources<float> p(args.parameters);
   const auto planes = [&](const MutableTensorView& t) {
-    return DplrPlanes<float>{t.data<float>(), p.lanes.lanes};
+    return DplrPlanes<float>{data_or_null(t), p.lanes.lanes};
   };
   Tensor memory = scratch(ctx, p);
   dplr_discretize_forward_kernel<<<blocks_for(p.heads, kWarps), kThreads, 0, ctx.stream().handle>>>(
       p, memory.view().data<double>(),
-      {planes(args.e), planes(args.w), planes(args.k), planes(args.b)});
+      {planes(args.e), planes(args.w), planes(args.k), planes(args.b)}, planes(args.e_low));
   LRNN_CUDA_CHECK_LAUNCH();
 }
 

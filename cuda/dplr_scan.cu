@@ -5,6 +5,7 @@
 // each for input and output. Step 1 needs no states between tokens and takes four of them at once.
 #include "lrnn/ops/dplr_scan.hpp"
 
+#include "common/dplr_ahead.cuh"
 #include "common/dplr_scan.cuh"
 
 namespace lrnn::cuda {
@@ -25,305 +26,114 @@ struct ForwardArgs {
   float* chunk_states;
 };
 
-// Eight tokens. `left` tokens of this group are valid, `most` of some group of the warp.
-template <bool kFull, int kLanes, int kPer>
-__device__ __forceinline__ void walk_block(const Transition<kPer>& m, const Pairs<kPer>& b,
-                                           const Pairs<kPer>& C, float own_u, int left, int most,
-                                           Pairs<kPer>& x, float (&y)[kBlock]) {
+// The tokens of a block one by one, of which `left` are valid.
+template <int kLanes, int kPer>
+__device__ __forceinline__ float walk_block(const Transition<kPer>& m, const Pairs<kPer>& b,
+                                            const Pairs<kPer>& C, float own_u, int left, int sub,
+                                            Pairs<kPer>& x) {
+  const int most = warp_max(left);
+  float y[kBlock] = {};
 #pragma unroll
   for (int j = 0; j < kBlock; ++j) {
-    if (!kFull && j >= most) continue;  // the whole warp
-    const float u = token_value<kLanes>(own_u, j);
-    advance<kLanes>(m, b, u, kFull || j < left, x);
+    if (j >= most) continue;  // the whole warp
+    advance<kLanes>(m, b, token_value<kLanes>(own_u, j), j < left, x);
     y[j] = partial_product(C, x);
   }
+  return 2.0F * transposed_sum<kLanes>(y, sub);
 }
 
-// Step 3.
+// Step 3 at once: as many tokens as registers allow.
+template <int kPer>
+constexpr int kAheadOf = kPer <= 2 ? 4 : 2;
+
+// One read-out of kAhead tokens. Returns that of the token of this lane.
+template <int kLanes, int kAhead, int kPer>
+__device__ __forceinline__ float walk_ahead(const Ahead<kAhead, kPer>& m,
+                                            const AheadReadOut<kAhead, kPer>& out,
+                                            const float (&v)[kAhead], int lane, Pairs<kPer>& x) {
+  float part[2 * kAhead];
+#pragma unroll
+  for (int j = 0; j < kAhead; ++j) {
+    part[j] = partial_product(m.k[j], x);
+    part[kAhead + j] = partial_product(out.C[j], x);
+  }
+  float own = 0.0F;
+  if constexpr (kAhead == 4)
+    own = transposed_sum<kLanes>(part, lane % kBlock);
+  else
+    own = transposed_sum_of_four<kLanes>(part, lane);
+  float s[kAhead];
+  solve_products<kLanes>(m, v, own, s);
+  advance_ahead(m, v, s, x);
+  return read_ahead(out, v, s, own);
+}
+
+// Step 3. Without a table all tokens are taken one by one.
 template <class T, int kLanes, int kPer>
-__global__ __launch_bounds__(kThreads, 4) void dplr_scan_forward_kernel(ForwardArgs<T> a) {
+__global__ __launch_bounds__(kThreads, 3) void dplr_scan_forward_kernel(ForwardArgs<T> a,
+                                                                        AheadTable table) {
+  constexpr int kAhead = kAheadOf<kPer>;
   const Sizes& s = a.sizes;
   const Place<kLanes> p(s, a.lengths, {0, s.segments});
-  const Transition<kPer> m = load_transition<kLanes, kPer>(a.parameters, s, p);
-  const auto b = load_planes<kLanes, kPer>(a.parameters.b, s, p);
-  const auto C = conjugate(load_interleaved<kLanes, kPer>(a.parameters.C, s, p));
-  const float D = a.parameters.D == nullptr ? 0.0F : a.parameters.D[p.head];
   auto x = load_planes<kLanes, kPer>(a.starts == nullptr ? nullptr : a.starts + p.row * 2 * s.plane,
                                      s, p);
-  const std::int64_t column = p.column(s);
-  const auto load_u = [&](int t) {
-    return p.exists && t < p.end ? to_float(a.u[column + t * s.heads]) : 0.0F;
-  };
-  float next_u = load_u(p.begin + p.sub);
-  for (int t0 = 0; t0 < p.longest; t0 += kBlock) {
-    const int t = p.begin + t0;
-    const float own_u = next_u;
-    next_u = load_u(t + kBlock + p.sub);
-    if (a.chunk_states != nullptr && t0 % kChunk == 0 && t < p.size_end)
+  T* const y = a.y + p.column(s);
+  const auto keep = [&](int block) {
+    const int t = p.begin + block * kBlock;
+    if (a.chunk_states != nullptr && t % kChunk == 0 && t < p.size_end)
       store_planes(a.chunk_states + (p.batch * s.chunks + t / kChunk) * 2 * s.plane, s, p, x);
-    const int left = p.left(t, kBlock);
-    float y[kBlock] = {};
-    if (__all_sync(kAll, left == kBlock))
-      walk_block<true, kLanes>(m, b, C, own_u, kBlock, kBlock, x, y);
-    else
-      walk_block<false, kLanes>(m, b, C, own_u, left, warp_max(left), x, y);
-    const float sum = transposed_sum<kLanes>(y, p.sub);
-    if (p.exists && p.lane < kBlock && t + p.sub < p.size_end)
-      a.y[column + (t + p.sub) * s.heads] =
-          from_float<T>(p.sub < left ? fmaf(D, own_u, 2.0F * sum) : 0.0F);
+  };
+  const TokenBlocks<T, false, kLanes> tokens(a.u, s, p);
+  const int blocks = (p.longest + kBlock - 1) / kBlock;
+  const int full = table.rows == nullptr ? 0 : full_blocks(p);
+  if (full > 0) {
+    const auto m = load_ahead<kAhead, kPer>(table, s, p);
+    const auto out = load_read_out<kAhead, kPer>(table, s, p, p.lane % (2 * kAhead) - kAhead);
+    const bool writes = p.exists && p.lane < 2 * kAhead && out.token >= 0;
+    tokens.walk(0, full, [&](int block, float own) {
+      keep(block);
+#pragma unroll
+      for (int j = 0; j < kBlock; j += kAhead) {
+        float v[kAhead];
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) v[i] = token_value<kLanes>(own, j + i);
+        const float value = walk_ahead<kLanes>(m, out, v, p.lane, x);
+        if (writes) y[(p.begin + block * kBlock + j + out.token) * s.heads] = from_float<T>(value);
+      }
+    });
+  }
+  if (full < blocks) {
+    const Transition<kPer> m = load_transition<kLanes, kPer>(a.parameters, s, p);
+    const auto b = load_planes<kLanes, kPer>(a.parameters.b, s, p);
+    const auto C = conjugate(load_interleaved<kLanes, kPer>(a.parameters.C, s, p));
+    const float D = a.parameters.D == nullptr ? 0.0F : a.parameters.D[p.head];
+    tokens.walk(full, blocks, [&](int block, float own) {
+      keep(block);
+      const int t = p.begin + block * kBlock;
+      const int left = p.left(t, kBlock);
+      const float sum = walk_block<kLanes>(m, b, C, own, left, p.sub, x);
+      if (p.exists && p.lane < kBlock && t + p.sub < p.size_end)
+        y[(t + p.sub) * s.heads] = from_float<T>(p.sub < left ? fmaf(D, own, sum) : 0.0F);
+    });
   }
   if (a.state_out != nullptr && p.holds_last)
     store_planes(a.state_out + p.batch * 2 * s.plane, s, p, x);
 }
 
-constexpr int kAhead = 4;  // tokens of step 1 at once
+constexpr int kEndsAhead = 4;  // tokens of step 1 at once
 
-// kAhead tokens v at once. The products s_j = <k, x_{t+j}> follow from those of x_t alone,
-//   s_j = <conj(d)^j k, x_t> - sum_{i<j} (alpha_{j-1-i} s_i - beta_{j-1-i} v_i),   d = 1 + e,
-//   alpha_m = <k, d^m w>, beta_m = <k, d^m b>,
-// so that a quarter of the reductions is waited for and d is applied once for all four:
-//   x_{t+4} = d^4 x_t - sum_i d^{3-i} (w s_i - b v_i).
-template <int kPer>
-struct Ahead {
-  Pairs<kPer> k[kAhead];  // 2 conj(d)^j k
-  Pairs<kPer> w[kAhead];  // d^{3-i} w
-  Pairs<kPer> b[kAhead];  // d^{3-i} b
-  Pairs<kPer> e;          // d^4 - 1
-  float alpha[kAhead - 1];
-  float beta[kAhead - 1];
-};
-
-struct Wide {
-  double x;
-  double y;
-};
-__device__ __forceinline__ Wide wide(float2 v) {
-  return {static_cast<double>(v.x), static_cast<double>(v.y)};
-}
-__device__ __forceinline__ Wide operator*(Wide a, Wide b) {
-  return {a.x * b.x - a.y * b.y, a.x * b.y + a.y * b.x};
-}
-__device__ __forceinline__ float2 narrow(Wide v) {
-  return {static_cast<float>(v.x), static_cast<float>(v.y)};
-}
-template <int kLanes>
-__device__ __forceinline__ float wide_group_sum(double v) {
-#pragma unroll
-  for (int offset = kLanes / 2; offset > 0; offset /= 2) v += __shfl_xor_sync(kAll, v, offset);
-  return static_cast<float>(v);
-}
-
-// Transition and drive of step 1, state by state. Backward is the same walk in the other direction:
-// with c = 2 conj(C), the adjoint z before the direct gradient moves as M^* (z + c g), and M^* has
-// the factors conj(e), k, w for e, w, k.
-template <bool kReverse, int kLanes>
-class WalkOperands {
- public:
-  struct State {
-    float2 e;
-    float2 w;
-    float2 k;
-    float2 b;
-  };
-
-  __device__ WalkOperands(const Parameters& parameters, const Sizes& sizes,
-                          const Place<kLanes>& place)
-      : a_(parameters), s_(sizes), p_(place) {
-    if constexpr (!kReverse) return;
-    float sum = 0.0F;
-    for (int n = p_.lane; n < s_.states; n += kLanes) {
-      const float2 w = pair(a_.w, n);
-      const float2 c = direct(n);
-      sum = fmaf(w.x, c.x, fmaf(w.y, c.y, sum));
-    }
-    product_ = 2.0F * group_sum<kLanes>(sum);
-  }
-
-  // State n of the head.
-  __device__ __forceinline__ State at(int n) const {
-    if (n >= s_.states) return {};
-    const float2 e = pair(a_.e, n);
-    const float2 w = pair(a_.w, n);
-    const float2 k = pair(a_.k, n);
-    if constexpr (!kReverse) return {e, w, k, pair(a_.b, n)};
-    const float2 c = direct(n);
-    const float re = fmaf(e.x, c.x, fmaf(e.y, c.y, -k.x * product_));
-    const float im = fmaf(e.x, c.y, fmaf(-e.y, c.x, -k.y * product_));
-    return {{e.x, -e.y}, k, w, {c.x + re, c.y + im}};
-  }
-
- private:
-  [[nodiscard]] __device__ __forceinline__ float2 pair(const float* planes, int n) const {
-    const float* const at = planes + p_.head * s_.states + n;
-    return {at[0], at[s_.plane]};
-  }
-  [[nodiscard]] __device__ __forceinline__ float2 direct(int n) const {
-    const float* const at = a_.C + 2 * (p_.head * s_.states + n);
-    return {2.0F * at[0], -2.0F * at[1]};
-  }
-
-  const Parameters& a_;
-  const Sizes& s_;
-  const Place<kLanes>& p_;
-  float product_ = 0.0F;  // <w, c>
-};
-
-constexpr int kRows = 3 * kAhead + 1;  // of a table of Ahead: k, w, b, e
-constexpr int kScalars = 2 * kAhead;   // alpha, beta, with one unused place each
-
-// Tables of step 1, one group per head: rows [H, kRows, N] of pairs and scalars [H, kScalars]. In
-// double, because errors of d would be raised to its power. A kernel of its own: beside the walk it
-// would take too many registers.
-template <bool kReverse, int kLanes>
-__global__ __launch_bounds__(kThreads) void dplr_scan_ahead_kernel(Sizes s, Parameters parameters,
-                                                                   float2* rows, float* scalars) {
-  const Place<kLanes> p(s, nullptr, {0, 1});
-  const WalkOperands<kReverse, kLanes> operands(parameters, s, p);
-  double alpha[kAhead] = {};
-  double beta[kAhead] = {};
-  for (int n = p.lane; n < s.states; n += kLanes) {
-    const auto m = operands.at(n);
-    const Wide e = wide(m.e);
-    const Wide d{1.0 + e.x, e.y};
-    const Wide k = wide(m.k);
-    Wide kj{2.0 * k.x, 2.0 * k.y};
-    Wide wj = wide(m.w);
-    Wide bj = wide(m.b);
-    float2* const row = rows + static_cast<std::int64_t>(p.head) * kRows * s.states + n;
-#pragma unroll
-    for (int j = 0; j < kAhead; ++j) {
-      if (p.exists) {
-        row[j * s.states] = narrow(kj);
-        row[(2 * kAhead - 1 - j) * s.states] = narrow(wj);
-        row[(3 * kAhead - 1 - j) * s.states] = narrow(bj);
-      }
-      alpha[j] += 2.0 * (k.x * wj.x + k.y * wj.y);
-      beta[j] += 2.0 * (k.x * bj.x + k.y * bj.y);
-      kj = kj * Wide{d.x, -d.y};
-      wj = wj * d;
-      bj = bj * d;
-    }
-    const Wide ee = e * e;
-    const Wide e2{2.0 * e.x + ee.x, 2.0 * e.y + ee.y};  // d^2 - 1
-    const Wide e4 = e2 * e2;
-    if (p.exists) row[3 * kAhead * s.states] = narrow({2.0 * e2.x + e4.x, 2.0 * e2.y + e4.y});
-  }
-#pragma unroll
-  for (int j = 0; j < kAhead; ++j) {
-    const float a = wide_group_sum<kLanes>(alpha[j]);
-    const float b = wide_group_sum<kLanes>(beta[j]);
-    if (!p.exists || p.lane != 0) continue;
-    scalars[p.head * kScalars + j] = a;
-    scalars[p.head * kScalars + kAhead + j] = b;
-  }
-}
-
-template <int kLanes, int kPer>
-__device__ __forceinline__ Ahead<kPer> load_ahead(const float2* rows, const float* scalars,
-                                                  const Sizes& s, const Place<kLanes>& p) {
-  Ahead<kPer> out;
-  const float2* const row = rows + static_cast<std::int64_t>(p.head) * kRows * s.states;
-  const auto load = [&](int r) {
-    Pairs<kPer> pairs;
-#pragma unroll
-    for (int i = 0; i < kPer; ++i) {
-      const int n = i * kLanes + p.lane;
-      pairs.v[i] = n < s.states ? row[r * s.states + n] : float2{0.0F, 0.0F};
-    }
-    return pairs;
-  };
-#pragma unroll
-  for (int j = 0; j < kAhead; ++j) {
-    out.k[j] = load(j);
-    out.w[j] = load(kAhead + j);
-    out.b[j] = load(2 * kAhead + j);
-  }
-  out.e = load(3 * kAhead);
-#pragma unroll
-  for (int j = 0; j < kAhead - 1; ++j) {
-    out.alpha[j] = scalars[p.head * kScalars + j];
-    out.beta[j] = scalars[p.head * kScalars + kAhead + j];
-  }
-  return out;
-}
-
-template <int kLanes, int kPer>
-__device__ __forceinline__ void walk_ahead(const Ahead<kPer>& m, const float (&v)[kAhead], int lane,
-                                           Pairs<kPer>& x) {
-  float part[kAhead];
-#pragma unroll
-  for (int j = 0; j < kAhead; ++j) part[j] = partial_product(m.k[j], x);
-  const float own = transposed_sum_of_four<kLanes>(part, lane);
-  float s[kAhead];
-#pragma unroll
-  for (int j = 0; j < kAhead; ++j) {
-    s[j] = token_value<kLanes>(own, j);
-#pragma unroll
-    for (int i = 0; i < j; ++i)
-      s[j] = fmaf(-m.alpha[j - 1 - i], s[i], fmaf(m.beta[j - 1 - i], v[i], s[j]));
-  }
-#pragma unroll
-  for (int n = 0; n < kPer; ++n) {
-    const float2 x0 = x.v[n];
-    float re = 0.0F;
-    float im = 0.0F;
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      re = fmaf(-m.w[i].v[n].x, s[i], fmaf(m.b[i].v[n].x, v[i], re));
-      im = fmaf(-m.w[i].v[n].y, s[i], fmaf(m.b[i].v[n].y, v[i], im));
-    }
-    re = fmaf(m.e.v[n].x, x0.x, fmaf(-m.e.v[n].y, x0.y, re));
-    im = fmaf(m.e.v[n].x, x0.y, fmaf(m.e.v[n].y, x0.x, im));
-    x.v[n] = {x0.x + re, x0.y + im};
-  }
-}
-
-// The tokens of a group in the order of step 1, one block ahead.
-template <class T, bool kReverse, int kLanes>
-class TokenBlocks {
- public:
-  __device__ TokenBlocks(const EndsArgs<T>& args, const Place<kLanes>& place)
-      : tokens_(args.tokens + place.column(args.sizes)), heads_(args.sizes.heads), p_(place) {}
-
-  // Calls f(block, own token) for blocks [first, last) in order.
-  template <class F>
-  __device__ __forceinline__ void walk(int first, int last, F&& f) const {
-    float next = load(kReverse ? last - 1 : first, first, last);
-    for (int i = 0; i < last - first; ++i) {
-      const int block = kReverse ? last - 1 - i : first + i;
-      const float own = next;
-      next = load(kReverse ? block - 1 : block + 1, first, last);
-      f(block, own);
-    }
-  }
-  // Of a block, the token that comes j-th.
-  static __device__ __forceinline__ int place(int j) { return kReverse ? kBlock - 1 - j : j; }
-
- private:
-  __device__ __forceinline__ float load(int block, int first, int last) const {
-    const int t = p_.begin + block * kBlock + p_.sub;
-    const bool valid = p_.exists && block >= first && block < last && t < p_.end;
-    return valid ? to_float(tokens_[t * heads_]) : 0.0F;
-  }
-
-  const T* tokens_;
-  std::int64_t heads_;
-  const Place<kLanes>& p_;
-};
-
-// Step 1. Blocks that are full in every group of the warp come before all others in time.
+// Step 1.
 template <class T, bool kReverse, int kLanes, int kPer>
 __global__ __launch_bounds__(kThreads, 3) void dplr_scan_ends_kernel(EndsArgs<T> a,
                                                                      SegmentRange range,
-                                                                     const float2* rows,
-                                                                     const float* scalars) {
+                                                                     AheadTable table) {
   const Sizes& s = a.sizes;
   const Place<kLanes> p(s, a.lengths, range);
   const bool holds_start = a.start != nullptr && (kReverse ? p.holds_last : p.first);
   auto x = load_planes<kLanes, kPer>(holds_start ? a.start + p.batch * 2 * s.plane : nullptr, s, p);
-  const TokenBlocks<T, kReverse, kLanes> tokens(a, p);
+  const TokenBlocks<T, kReverse, kLanes> tokens(a.tokens, s, p);
   const int blocks = (p.longest + kBlock - 1) / kBlock;
-  const int full = -warp_max(-p.left(p.begin, p.longest)) / kBlock;
+  const int full = full_blocks(p);
   const auto walk_one_by_one = [&] {
     if (full == blocks) return;
     const WalkOperands<kReverse, kLanes> operands(a.parameters, s, p);
@@ -347,14 +157,20 @@ __global__ __launch_bounds__(kThreads, 3) void dplr_scan_ends_kernel(EndsArgs<T>
   };
   if (kReverse) walk_one_by_one();
   if (full > 0) {
-    const auto ahead = load_ahead<kLanes, kPer>(rows, scalars, s, p);
+    const auto m = load_ahead<kEndsAhead, kPer>(table, s, p);
     tokens.walk(0, full, [&](int, float own) {
 #pragma unroll 1
-      for (int j = 0; j < kBlock; j += kAhead) {
-        float v[kAhead];
+      for (int j = 0; j < kBlock; j += kEndsAhead) {
+        float v[kEndsAhead];
+        float part[kEndsAhead];
+        float products[kEndsAhead];
 #pragma unroll
-        for (int i = 0; i < kAhead; ++i) v[i] = token_value<kLanes>(own, tokens.place(j + i));
-        walk_ahead<kLanes>(ahead, v, p.lane, x);
+        for (int i = 0; i < kEndsAhead; ++i) {
+          v[i] = token_value<kLanes>(own, tokens.place(j + i));
+          part[i] = partial_product(m.k[i], x);
+        }
+        solve_products<kLanes>(m, v, transposed_sum_of_four<kLanes>(part, p.lane), products);
+        advance_ahead(m, v, products, x);
       }
     });
   }
@@ -362,36 +178,39 @@ __global__ __launch_bounds__(kThreads, 3) void dplr_scan_ends_kernel(EndsArgs<T>
   store_planes(a.ends + p.row * 2 * s.plane, s, p, x);
 }
 
-template <class T, bool kReverse, int kLanes, int kPer>
-void launch_ends(Context& ctx, const EndsArgs<T>& args, float2* rows, float* scalars) {
-  const auto stream = ctx.stream().handle;
-  Sizes one = args.sizes;  // one group per head
-  one.batch = 1;
-  one.segments = 1;
-  dplr_scan_ahead_kernel<kReverse, kLanes>
-      <<<group_blocks(one, {0, 1}, kLanes, kThreads), kThreads, 0, stream>>>(one, args.parameters,
-                                                                             rows, scalars);
+// Owns the memory of a table.
+struct AheadMemory {
+  Tensor rows;
+  Tensor scalars;
+
+  AheadTable table() {
+    return {reinterpret_cast<float2*>(rows.view().data<float>()), scalars.view().data<float>()};
+  }
+};
+template <int kAhead, bool kReverse, int kLanes>
+AheadMemory make_ahead(Context& ctx, Sizes s, const Parameters& parameters) {
+  AheadMemory memory{ctx.empty({s.heads, kAheadRows<kAhead>, s.states, 2}, DType::float32),
+                     ctx.empty({s.heads, 4, kAhead}, DType::float32)};
+  s.batch = 1;  // one group per head
+  s.segments = 1;
+  dplr_scan_ahead_kernel<kAhead, kReverse, kLanes, kThreads>
+      <<<group_blocks(s, {0, 1}, kLanes, kThreads), kThreads, 0, ctx.stream().handle>>>(
+          s, parameters, memory.table());
   LRNN_CUDA_CHECK_LAUNCH();
-  const SegmentRange range{kReverse ? 1 : 0, args.sizes.segments - 1};
-  dplr_scan_ends_kernel<T, kReverse, kLanes, kPer>
-      <<<group_blocks(args.sizes, range, kLanes, kThreads), kThreads, 0, stream>>>(args, range,
-                                                                                   rows, scalars);
-  LRNN_CUDA_CHECK_LAUNCH();
+  return memory;
 }
 
-template <class T>
-void launch_ends(Context& ctx, const EndsArgs<T>& args, bool reverse) {
+template <class T, bool kReverse>
+void launch_ends(Context& ctx, const EndsArgs<T>& args) {
   const Sizes& s = args.sizes;
-  Tensor rows = ctx.empty({s.heads, kRows, s.states, 2}, DType::float32);
-  Tensor scalars = ctx.empty({s.heads, kScalars}, DType::float32);
-  auto* const pairs = reinterpret_cast<float2*>(rows.view().data<float>());
-  float* const values = scalars.view().data<float>();
+  const SegmentRange range{kReverse ? 1 : 0, s.segments - 1};
   visit_width(s.states, [&](auto lanes, auto per) {
-    if (reverse)
-      launch_ends<T, true, lanes(), per()>(ctx, args, pairs, values);
-    else
-      launch_ends<T, false, lanes(), per()>(ctx, args, pairs, values);
+    AheadMemory memory = make_ahead<kEndsAhead, kReverse, lanes()>(ctx, s, args.parameters);
+    dplr_scan_ends_kernel<T, kReverse, lanes(), per()>
+        <<<group_blocks(s, range, lanes(), kThreads), kThreads, 0, ctx.stream().handle>>>(
+            args, range, memory.table());
   });
+  LRNN_CUDA_CHECK_LAUNCH();
 }
 
 template <class T>
@@ -404,9 +223,15 @@ void forward(Context& ctx, ForwardArgs<T> args) {
     args.starts = carries.view().template data<float>();
   }
   visit_width(s.states, [&](auto lanes, auto per) {
+    AheadMemory memory;
+    AheadTable table{};
+    if (s.seqlen >= kBlock) {
+      memory = make_ahead<kAheadOf<per()>, false, lanes()>(ctx, s, args.parameters);
+      table = memory.table();
+    }
     dplr_scan_forward_kernel<T, lanes(), per()>
         <<<group_blocks(s, {0, s.segments}, lanes(), kThreads), kThreads, 0, ctx.stream().handle>>>(
-            args);
+            args, table);
   });
   LRNN_CUDA_CHECK_LAUNCH();
 }
@@ -592,7 +417,10 @@ Tensor connect_segments(Context& ctx, EndsArgs<T> args, bool reverse) {
       s, args.parameters, squarings, !reverse, powers.view().data<float>());
   LRNN_CUDA_CHECK_LAUNCH();
   args.ends = ends.view().data<float>();
-  launch_ends(ctx, args, reverse);
+  if (reverse)
+    launch_ends<T, true>(ctx, args);
+  else
+    launch_ends<T, false>(ctx, args);
   dplr_scan_carry_kernel<<<static_cast<unsigned>(s.batch * s.heads), kMatrix, 0, stream>>>(
       {s, reverse, args.lengths, powers.view().data<float>(), args.ends, args.start,
        carries.view().data<float>()});
@@ -608,8 +436,10 @@ void dplr_scan_forward(Context& ctx, const DplrScanForward& a) {
   using namespace dplr;  // NOLINT(google-build-using-namespace)
   const Sizes s{detail::DplrScanSizes(a.w, a.C, a.u)};
   visit_float("dplr_scan_forward", a.u.dtype(), [&]<class T>() {
+    Parameters parameters = parameters_of(a);
+    parameters.e_low = data_or_null<const float>(a.e_low);
     const ForwardArgs<T> args{s,
-                              parameters_of(a),
+                              parameters,
                               a.u.data<T>(),
                               data_or_null<const std::int32_t>(a.lengths),
                               data_or_null<const float>(a.state_in),

@@ -96,6 +96,7 @@ struct Parameters {
   const float* b;
   const float* C;
   const float* D;
+  const float* e_low = nullptr;  // used where several tokens are taken at once
 };
 template <class Args>
 Parameters parameters_of(const Args& a) {

@@ -31,10 +31,11 @@ struct S4State final : MixerState {
 
 // Operands of the scan that the parameters determine, or their gradients.
 struct Transition {
-  Tensor e;  // [2, H, N/2]
-  Tensor w;  // [R, 2, H, N/2]
-  Tensor k;  // [R, 2, H, N/2]
-  Tensor b;  // [2, H, N/2]
+  Tensor e;      // [2, H, N/2]
+  Tensor e_low;  // of values alone
+  Tensor w;      // [R, 2, H, N/2]
+  Tensor k;      // [R, 2, H, N/2]
+  Tensor b;      // [2, H, N/2]
 
   Transition(Context& ctx, const DplrParameters& p, bool zero) {
     const Shape plane = {2, p.heads, p.P.dim(2)};
@@ -50,7 +51,9 @@ struct Transition {
 };
 Transition make_transition(Context& ctx, const DplrParameters& p) {
   Transition t(ctx, p, false);
-  dplr_discretize_forward(ctx, {.parameters = p, .e = t.e, .w = t.w, .k = t.k, .b = t.b});
+  t.e_low = ctx.empty(t.e.shape(), p.P.dtype());
+  dplr_discretize_forward(
+      ctx, {.parameters = p, .e = t.e, .e_low = t.e_low, .w = t.w, .k = t.k, .b = t.b});
   return t;
 }
 
@@ -213,6 +216,7 @@ std::unique_ptr<MixerSaved> S4::do_forward(Context& ctx, const MixerForward& arg
         ctx.empty({batch, dplr_scan_chunks(seqlen), 2, d_model(), *config_.d_state / 2},
                   accumulate_dtype(dtype));
   dplr_scan_forward(ctx, {.e = saved->transition.e,
+                          .e_low = saved->transition.e_low,
                           .w = saved->transition.w,
                           .k = saved->transition.k,
                           .b = saved->transition.b,

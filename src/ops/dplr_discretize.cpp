@@ -47,6 +47,7 @@ void dplr_discretize_forward(Context& ctx, const DplrDiscretizeForward& args) {
   const Sizes s = check_parameters(op, ctx, args.parameters);
   const DType dtype = args.parameters.P.dtype();
   detail::check_operand(op, "e", ctx, args.e, s.plane, dtype);
+  detail::check_optional(op, "e_low", ctx, args.e_low, s.plane, dtype);
   detail::check_operand(op, "w", ctx, args.w, s.planes, dtype);
   detail::check_operand(op, "k", ctx, args.k, s.planes, dtype);
   detail::check_operand(op, "b", ctx, args.b, s.plane, dtype);

@@ -161,12 +161,18 @@ struct DplrOperands {
 
 template <class T, class Team>
 LRNN_HOST_DEVICE void dplr_forward(const Team& team, const DplrSources<T>& p, std::int64_t head,
-                                   const DplrScratch& x, const DplrOperands<T>& out) {
+                                   const DplrScratch& x, const DplrOperands<T>& out,
+                                   const DplrPlanes<T>& e_low) {
   dplr_solve(team, p, head, x);
   for (std::int64_t n = team.index(); n < p.states; n += team.size()) {
     const std::int64_t lane = head * p.states + n;
     const Complex E = x.E(n);
-    out.e.write(0, lane, 2.0 * (p.Lambda_at(lane) * E));
+    const Complex e = 2.0 * (p.Lambda_at(lane) * E);
+    out.e.write(0, lane, e);
+    if (e_low.data != nullptr)
+      e_low.write(0, lane,
+                  {e.re - static_cast<double>(static_cast<T>(e.re)),
+                   e.im - static_cast<double>(static_cast<T>(e.im))});
     Complex b = E * p.B_at(lane);
     for (std::int64_t s = 0; s < p.rank; ++s) {
       const Complex w = dplr_w(p, x, lane, E, s);

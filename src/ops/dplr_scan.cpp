@@ -38,6 +38,7 @@ void dplr_scan_forward(Context& ctx, const DplrScanForward& args) {
   const DplrScanSizes s = check_shared(op, ctx, args);
   const DType state = accumulate_dtype(args.u.dtype());
   const Shape states = {s.batch, 2, s.heads, s.states};
+  detail::check_optional(op, "e_low", ctx, args.e_low, args.e.shape(), state);
   detail::check_optional(op, "state_in", ctx, args.state_in, states, state);
   detail::check_operand(op, "y", ctx, args.y, {s.batch, s.seqlen, s.channels * s.heads},
                         args.u.dtype());

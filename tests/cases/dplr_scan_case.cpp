@@ -42,9 +42,14 @@ TensorView optional(Tensors& t, const char* name) {
 void run_forward(const Options& o, Context& ctx, Tensors& t, TensorView state_in,
                  MutableTensorView state_out) {
   if (o.discretized)
-    dplr_discretize_forward(
-        ctx, {.parameters = parameters(o, t), .e = t["e"], .w = t["w"], .k = t["k"], .b = t["b"]});
+    dplr_discretize_forward(ctx, {.parameters = parameters(o, t),
+                                  .e = t["e"],
+                                  .e_low = t["e_low"],
+                                  .w = t["w"],
+                                  .k = t["k"],
+                                  .b = t["b"]});
   dplr_scan_forward(ctx, {.e = t["e"],
+                          .e_low = optional(t, "e_low"),
                           .w = t["w"],
                           .k = t["k"],
                           .b = t["b"],
@@ -155,7 +160,7 @@ OpCase dplr_scan_case(const Options& o) {
   c.params.push_back(accumulated("P", {o.rank, h, n, 2}, -1, 1));
   c.params.push_back(accumulated("B", {h, n, 2}, -1, 1));
   for (const auto& [name, shape] :
-       {std::pair{"e", plane}, {"w", planes}, {"k", planes}, {"b", plane}})
+       {std::pair{"e", plane}, {"e_low", plane}, {"w", planes}, {"k", planes}, {"b", plane}})
     c.saved.push_back(accumulated(name, shape, 0, 0));
   return c;
 }

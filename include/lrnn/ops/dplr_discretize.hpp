@@ -34,10 +34,11 @@ struct DplrParameters {
 
 struct DplrDiscretizeForward {
   DplrParameters parameters;
-  MutableTensorView e;  ///< [2, H, N] planes (re, im)
-  MutableTensorView w;  ///< [R, 2, H, N]
-  MutableTensorView k;  ///< [R, 2, H, N]
-  MutableTensorView b;  ///< [2, H, N]
+  MutableTensorView e;           ///< [2, H, N] planes (re, im)
+  MutableTensorView e_low = {};  ///< [2, H, N] what rounding took from e; 0 in float64
+  MutableTensorView w;           ///< [R, 2, H, N]
+  MutableTensorView k;           ///< [R, 2, H, N]
+  MutableTensorView b;           ///< [2, H, N]
 };
 
 struct DplrDiscretizeBackward {

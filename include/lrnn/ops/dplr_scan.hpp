@@ -6,7 +6,8 @@
 /// with <p, q> = 2 Re sum_n conj(p_n) q_n: N complex states stand for N conjugate pairs. This is
 /// the bilinear (or any) discretization of A = diag(Lambda) - sum_r P_r P_r^*; see
 /// `dplr_discretize`. The diagonal d comes as e = d - 1, because slow states live by the small
-/// difference to 1, which rounding d to float32 would spoil.
+/// difference to 1, which rounding d to float32 would spoil. e_low is what rounding took from e:
+/// forward applies e + e_low where that costs nothing.
 ///
 /// Gradients, with g_t = dy_t and the adjoint q_t of x_t:
 ///   q_t = 2 sum_c conj(C_c) g_{c,t} + M^* q_{t+1} (+ dstate_out at the last valid position),
@@ -34,6 +35,7 @@ inline constexpr std::int64_t kDplrScanChunk = 32;
 
 struct DplrScanForward {
   TensorView e;                         ///< [2, H, N], float32 (float64)
+  TensorView e_low = {};                ///< [2, H, N], absent: 0
   TensorView w;                         ///< [R, 2, H, N]
   TensorView k;                         ///< [R, 2, H, N]
   TensorView b;                         ///< [2, H, N]
