@@ -1,8 +1,8 @@
 // Forward and what both passes need between segments. Steps and ownership: common/dplr_scan.cuh.
 //
-// Bound by issue slots: per state and token ten instructions of the recurrence, two of the inner
-// product and two of the read-out; per head and token three shuffles of the inner product and one
-// each for input and output. Step 1 needs no states between tokens and takes four of them at once.
+// Bound by issue slots: per state and token 11 instructions (9.5 of them with four tokens at once),
+// per head and token about four shuffles. Without tokens at once it would be 14 instructions, and a
+// reduction to wait for at every token, which bounds small numbers of heads.
 #include "lrnn/ops/dplr_scan.hpp"
 
 #include "common/dplr_ahead.cuh"
@@ -294,6 +294,10 @@ __device__ double element(const float* planes, const Sizes& s, std::int64_t h, i
       planes[(i >= states ? s.plane : 0) + h * s.states + (i >= states ? i - states : i)]);
 }
 
+__device__ double increment(const Parameters& a, const Sizes& s, std::int64_t h, int i) {
+  return element(a.e, s, h, i) + (a.e_low == nullptr ? 0.0 : element(a.e_low, s, h, i));
+}
+
 // Powers M^(2^squarings) of the transitions on (Re x, Im x), [H, 2 N, 2 N], or their transposes.
 // One block per head squares its matrix in shared memory, in double: rounding would double with
 // every squaring. Thread (x, y) owns rows y + 16 r and columns x + 16 c of the product. Bound by
@@ -317,9 +321,9 @@ __global__ __launch_bounds__(kSide* kSide) void dplr_scan_power_kernel(Sizes s,
     if (row % states == column % states) {
       const int n = row % states;
       if (row == column)
-        v += element(parameters.e, s, h, n);
+        v += increment(parameters, s, h, n);
       else
-        v += (row > column ? 1.0 : -1.0) * element(parameters.e, s, h, n + states);
+        v += (row > column ? 1.0 : -1.0) * increment(parameters, s, h, n + states);
     }
     matrix[row * kPitch + column] = v;
   }
