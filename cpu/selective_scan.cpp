@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "common/rows.hpp"
+#include "selective_scan_float.hpp"
 
 namespace lrnn::cpu {
 namespace {
@@ -272,6 +273,35 @@ void forward(const SelectiveScanForward& a) {
     }
 }
 
+void forward_float(const SelectiveScanForward& a) {
+  const Problem<float> p(a.in);
+  const auto y = rows_of<float>(a.y);
+  run_float_scan({.u = p.u.data,
+                  .dt = p.dt.data,
+                  .z = p.z.data,
+                  .B = p.B.data,
+                  .C = p.C.data,
+                  .y = y.data,
+                  .u_stride = p.u.stride,
+                  .dt_stride = p.dt.stride,
+                  .z_stride = p.z.stride,
+                  .B_stride = p.B.stride,
+                  .C_stride = p.C.stride,
+                  .y_stride = y.stride,
+                  .dt_bias = p.dt_bias,
+                  .A_log = p.A_log,
+                  .D = p.D,
+                  .state_in = p.state_in,
+                  .state_out = a.state_out ? a.state_out.data<float>() : nullptr,
+                  .chunk_states = a.chunk_states ? a.chunk_states.data<float>() : nullptr,
+                  .lengths = p.lengths,
+                  .batch = p.batch,
+                  .seqlen = p.seqlen,
+                  .channels = p.channels,
+                  .dstate = p.dstate,
+                  .chunks = selective_scan_chunks(p.seqlen)});
+}
+
 /// Partial sums that several packs or sequences contribute to, added in a fixed order at the end.
 template <class T>
 struct Partials {
@@ -489,6 +519,9 @@ void visit_discretization(Disc disc, F&& f) {
 }  // namespace
 
 void selective_scan_forward(Context&, const SelectiveScanForward& a) {
+  if (a.in.u.dtype() == DType::float32 && a.in.discretization == Disc::Mamba &&
+      !a.in.integration_timesteps)
+    return forward_float(a);
   visit_float("selective_scan_forward", a.in.u.dtype(), [&]<class T>() {
     visit_discretization(a.in.discretization, [&]<Disc disc>() { forward<T, disc>(a); });
   });
