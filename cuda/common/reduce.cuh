@@ -1,6 +1,8 @@
 /// Sums over warps and blocks in a fixed order.
 #pragma once
 
+#include <cstdint>
+
 #include "common/check.cuh"
 
 namespace lrnn::cuda {

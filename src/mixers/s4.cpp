@@ -3,14 +3,13 @@
 #include <cmath>
 #include <vector>
 
-#include <Eigen/LU>
-
 #include "lrnn/ops/dplr_discretize.hpp"
 #include "lrnn/ops/dplr_scan.hpp"
 #include "lrnn/ops/elementwise.hpp"
 
 #include "mixers/diagonal_recurrence.hpp"
 #include "mixers/s4_common.hpp"
+#include "mixers/s4_read_out.hpp"
 
 namespace lrnn {
 namespace {
@@ -55,87 +54,6 @@ Transition make_transition(Context& ctx, const DplrParameters& p) {
   dplr_discretize_forward(
       ctx, {.parameters = p, .e = t.e, .e_low = t.e_low, .w = t.w, .k = t.k, .b = t.b});
   return t;
-}
-
-// The transition M of head h on (Re x, Im x).
-class DenseTransition {
- public:
-  using Matrix = Eigen::MatrixXd;
-  using Vector = Eigen::VectorXd;
-
-  DenseTransition(Context& cpu, const Transition& t)
-      : heads_(t.e.shape()[1]),
-        states_(t.e.shape()[2]),
-        rank_(t.w.shape()[0]),
-        e_(cpu.to_host_as_double(t.e)),
-        w_(cpu.to_host_as_double(t.w)),
-        k_(cpu.to_host_as_double(t.k)) {}
-
-  [[nodiscard]] Matrix of(std::int64_t h) const {
-    const Vector e = planes(e_, 0, h);
-    Matrix M = Matrix::Identity(2 * states_, 2 * states_);
-    for (std::int64_t n = 0; n < states_; ++n) {
-      M(n, n) += e[n];
-      M(n, n + states_) -= e[n + states_];
-      M(n + states_, n) += e[n + states_];
-      M(n + states_, n + states_) += e[n];
-    }
-    for (std::int64_t r = 0; r < rank_; ++r)
-      M -= 2.0 * planes(w_, r, h) * planes(k_, r, h).transpose();
-    return M;
-  }
-
- private:
-  [[nodiscard]] Vector planes(const std::vector<double>& values, std::int64_t r,
-                              std::int64_t h) const {
-    Vector v(2 * states_);
-    for (std::int64_t part = 0; part < 2; ++part)
-      for (std::int64_t n = 0; n < states_; ++n)
-        v[part * states_ + n] =
-            values[static_cast<std::size_t>(((2 * r + part) * heads_ + h) * states_ + n)];
-    return v;
-  }
-
-  std::int64_t heads_;
-  std::int64_t states_;
-  std::int64_t rank_;
-  std::vector<double> e_;
-  std::vector<double> w_;
-  std::vector<double> k_;
-};
-
-Eigen::MatrixXd power(Eigen::MatrixXd base, std::int64_t exponent) {
-  Eigen::MatrixXd result = Eigen::MatrixXd::Identity(base.rows(), base.cols());
-  for (; exponent > 0; exponent /= 2) {
-    if (exponent % 2 == 1) result = result * base;
-    base = base * base;
-  }
-  return result;
-}
-
-// C <- C (I - M^K)^-1 for pairs C [channels, H, N2, 2]. A row C reads 2 Re(C x), so it acts on
-// (Re x, Im x) as (Re C, -Im C).
-void to_read_out(std::vector<double>& C, std::int64_t channels, std::int64_t heads,
-                 std::int64_t states, const DenseTransition& transition, std::int64_t length) {
-#pragma omp parallel for
-  for (std::int64_t h = 0; h < heads; ++h) {
-    const Eigen::MatrixXd M = power(transition.of(h), length);
-    const Eigen::PartialPivLU<Eigen::MatrixXd> solver(
-        (Eigen::MatrixXd::Identity(M.rows(), M.cols()) - M).transpose());
-    for (std::int64_t c = 0; c < channels; ++c) {
-      double* const pairs = C.data() + (c * heads + h) * states * 2;
-      Eigen::VectorXd row(2 * states);
-      for (std::int64_t n = 0; n < states; ++n) {
-        row[n] = pairs[2 * n];
-        row[n + states] = -pairs[2 * n + 1];
-      }
-      row = solver.solve(row).eval();
-      for (std::int64_t n = 0; n < states; ++n) {
-        pairs[2 * n] = row[n];
-        pairs[2 * n + 1] = -row[n + states];
-      }
-    }
-  }
 }
 
 // Takes l_kernel out of `tensors`; 0 if it is not there.
@@ -298,8 +216,15 @@ void S4::import_tensors(HostTensors& tensors) const {
   static_cast<void>(tensor("C", *p_->C));
   const DplrParameters parameters =
       transition({.A_real = A_real, .A_imag = A_imag, .inv_dt = inv_dt, .P = P, .B = B});
-  to_read_out(tensors.at("C").values, config_.channels, d_model(), *config_.d_state / 2,
-              DenseTransition(cpu, make_transition(cpu, parameters)), length);
+  const Transition t = make_transition(cpu, parameters);
+  detail::restore_read_out(tensors.at("C").values, config_.channels,
+                           {.heads = d_model(),
+                            .states = *config_.d_state / 2,
+                            .rank = config_.rank,
+                            .e = cpu.to_host_as_double(t.e),
+                            .w = cpu.to_host_as_double(t.w),
+                            .k = cpu.to_host_as_double(t.k)},
+                           length);
 }
 
 }  // namespace lrnn
