@@ -12,10 +12,12 @@ DESTDIR=$root "$meson" install -C "$build" --no-rebuild --quiet
 
 pc=$(find "$root" -name lrnn.pc)
 [ -n "$pc" ] || { echo "lrnn.pc is not installed"; exit 1; }
-export PKG_CONFIG_PATH="${pc%/*}" PKG_CONFIG_SYSROOT_DIR="$root"
+export PKG_CONFIG_PATH="${pc%/*}"
+# Not by PKG_CONFIG_SYSROOT_DIR, which would move the toolkit's libraries as well.
+flags() { pkg-config --define-variable=prefix="$root$prefix" "$@" lrnn; }
 libdir=${pc%/pkgconfig/*}
 include=$root$prefix/include
-cflags=$(pkg-config --cflags lrnn)
+cflags=$(flags --cflags)
 cd "$root"
 
 step="headers"
@@ -35,7 +37,7 @@ run() {
 # shellcheck disable=SC2086,SC2046
 if [ "$kind" != static ]; then
   step='shared library'
-  "$@" -std=c++20 $cflags "$source/tests/examples/readme.cpp" $(pkg-config --libs lrnn) -o shared
+  "$@" -std=c++20 $cflags "$source/tests/examples/readme.cpp" $(flags --libs) -o shared
   LD_LIBRARY_PATH=$libdir:${LD_LIBRARY_PATH:-} ldd ./shared | grep -q "$libdir/liblrnn.so"
   LD_LIBRARY_PATH=$libdir:${LD_LIBRARY_PATH:-} run ./shared
 fi
@@ -43,7 +45,7 @@ fi
 if [ "$kind" != shared ]; then
   step='static library'
   "$@" -std=c++20 $cflags "$source/tests/examples/readme.cpp" \
-    $(pkg-config --static --libs lrnn | sed "s|-llrnn|$libdir/liblrnn.a|") -o static
+    $(flags --static --libs | sed "s|-llrnn|$libdir/liblrnn.a|") -o static
   run ./static
 fi
 
