@@ -13,8 +13,30 @@
 namespace lrnn {
 namespace {
 
-// Rows of logits that exist at a time in training: V may be 50,000, and B L many thousands.
-constexpr std::int64_t kLossChunkRows = 1024;
+// Rows of logits that exist at a time in training: V may be 50,000, and B L many thousands. Each
+// chunk reads and writes the float32 gradient of the whole head once more.
+constexpr std::int64_t kLossChunkRows = 2048;
+
+// Products are fast where sizes are multiples of 16 bytes and rows start at cache lines; V may be
+// odd.
+constexpr std::int64_t kLogitsAlignment = 8;
+constexpr std::int64_t kLogitsPitch = 64;
+
+// dx = dz W without the padding rows of W, which may hold anything. The few rows beyond a multiple
+// of kLogitsAlignment come first, so that the long sum is the one that is not rounded again.
+void head_dx(Context& ctx, TensorView dz, TensorView weight, std::int64_t vocab_size,
+             MutableTensorView dx) {
+  const std::int64_t aligned = vocab_size / kLogitsAlignment * kLogitsAlignment;
+  const auto add = [&](std::int64_t begin, std::int64_t count, bool accumulate) {
+    if (count == 0) return;
+    linear_backward(ctx, {.dy = dz.slice(1, begin, count),
+                          .weight = weight.slice(0, begin, count),
+                          .dx = dx,
+                          .accumulate_dx = accumulate});
+  };
+  add(aligned, vocab_size - aligned, false);
+  add(0, aligned, aligned != vocab_size);
+}
 
 bool is_float(DType dtype) {
   return dtype == DType::float32 || dtype == DType::float64 || dtype == DType::bfloat16;
@@ -371,24 +393,27 @@ Tensor LRNNLMHeadModel::head_loss(Context& ctx, TensorView x, TensorView targets
                                   TensorView lengths, MutableTensorView dx) const {
   const DType wide = accumulate_dtype(dtype());
   const std::int64_t rows = targets.numel();
-  const std::int64_t vocab_size = config_.vocab_size;
+  // Padding rows of the table have logits, so that sizes are aligned: nobody reads them, and their
+  // gradients are 0.
+  const std::int64_t columns = config_.padded_vocab_size();
+  const std::int64_t pitch = (columns + kLogitsPitch - 1) / kLogitsPitch * kLogitsPitch;
   Tensor counted = ctx.empty(targets.shape(), DType::int32);
   Tensor scale = ctx.empty({1}, wide);
   prepare_targets(ctx,
                   {.targets = targets, .lengths = lengths, .counted = counted, .scale = scale});
   const TensorView flat_targets = counted.view().reshape({rows});
   const TensorView flat_x = x.reshape({rows, config_.d_model});
-  const TensorView weight = head_->value.slice(0, 0, vocab_size);
+  const TensorView weight = head_->value;
   Tensor losses = ctx.empty({rows}, wide);
-  Tensor logits = ctx.empty({std::min(rows, kLossChunkRows), vocab_size}, dtype());
+  Tensor logits = ctx.empty({std::min(rows, kLossChunkRows), pitch}, dtype());
   for (std::int64_t begin = 0; begin < rows; begin += kLossChunkRows) {
     const std::int64_t count = std::min(kLossChunkRows, rows - begin);
-    const MutableTensorView z = logits.view().slice(0, 0, count);
+    const MutableTensorView z = logits.view().slice(0, 0, count).slice(1, 0, columns);
     const TensorView x_chunk = flat_x.slice(0, begin, count);
     linear_forward(ctx, {.x = x_chunk, .weight = weight, .y = z});
     CrossEntropyForward args{.logits = z,
                              .targets = flat_targets.slice(0, begin, count),
-                             .vocab_size = vocab_size,
+                             .vocab_size = config_.vocab_size,
                              .losses = losses.view().slice(0, begin, count)};
     if (dx) {
       args.scale = scale;
@@ -396,11 +421,9 @@ Tensor LRNNLMHeadModel::head_loss(Context& ctx, TensorView x, TensorView targets
     }
     cross_entropy_forward(ctx, args);
     if (!dx) continue;
-    linear_backward(ctx, {.dy = z,
-                          .x = x_chunk,
-                          .weight = weight,
-                          .dx = dx.reshape({rows, config_.d_model}).slice(0, begin, count),
-                          .dweight = head_->grad.slice(0, 0, vocab_size)});
+    linear_backward(ctx, {.dy = z, .x = x_chunk, .dweight = head_->grad});
+    head_dx(ctx, z, weight, config_.vocab_size,
+            dx.reshape({rows, config_.d_model}).slice(0, begin, count));
   }
   Tensor loss = ctx.empty({}, wide);
   mean_loss(ctx, {.losses = losses, .scale = scale, .loss = loss});

@@ -269,6 +269,10 @@ TEST_F(Model, PaddedRowsOfTheVocabularyTakeNoPart) {
       EXPECT_NE(std::count(grad.begin(), grad.begin() + 19 * 8, 0.0), 19 * 8);
       EXPECT_EQ(std::count(grad.begin() + 19 * 8, grad.end(), 0.0),
                 grad.end() - grad.begin() - 19 * 8);
+      // Nor does what they hold reach the layers through the head.
+      for (const Parameter& p : model.parameters())
+        for (const double g : ctx_.to_host_as_double(p.grad))
+          EXPECT_TRUE(std::isfinite(g)) << p.name;
     }
 }
 
