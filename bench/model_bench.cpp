@@ -1,12 +1,15 @@
 /// Times whole layers and language models on CUDA.
 ///
 ///   layer/<mixer>/<sizes>/{forward,train}/{float32,tf32,bfloat16}
+///   scale/<mixer>/<sizes>/train/bfloat16
 ///   lm/<model>/{train,optimizer,prefill,decode}/<sizes>/bfloat16
 ///
 /// Layers: events around the pass, 128 MiB written before each iteration (cold L2). Models: no
 /// flush. `peak_MB` is what the pass allocates beside parameters, gradients and input.
 #include <algorithm>
+#include <functional>
 #include <iostream>
+#include <memory>
 
 #include <benchmark/benchmark.h>
 
@@ -33,11 +36,21 @@ void report(benchmark::State& state, const std::vector<double>& ms) {
   state.counters["ms_p90"] = t.p90_ms;
 }
 
+// Normal values, repeated from a million on: drawing all of a long row would take most of a run.
 Tensor random_tensor(Context& ctx, const Shape& shape, DType dtype) {
-  std::vector<double> values(static_cast<std::size_t>(shape.numel()));
+  const std::int64_t n = shape.numel();
+  const std::int64_t period = std::min(n, (std::int64_t{1} << 20) - 3);
+  std::vector<double> values(static_cast<std::size_t>(period));
   Rng rng(7, "bench");
-  init::normal(1.0)(values, shape, rng);
-  return ctx.from_host_as(shape, dtype, values);
+  init::normal(1.0)(values, {period}, rng);
+  const Tensor block = ctx.from_host_as({period}, dtype, values);
+  Tensor t = ctx.empty(shape, dtype);
+  const MutableTensorView flat = t.view().reshape({n});
+  for (std::int64_t begin = 0; begin < n; begin += period) {
+    const std::int64_t count = std::min(period, n - begin);
+    ctx.copy(flat.slice(0, begin, count), block.view().slice(0, 0, count));
+  }
+  return t;
 }
 
 Tensor random_ids(Context& ctx, const Shape& shape, std::int64_t vocab) {
@@ -88,7 +101,33 @@ void layer(benchmark::State& state, MixerType type, const LayerSizes& z, bool tr
     state.SetIterationTime(ms.back() * 1e-3);
   }
   report(state, ms);
-  state.counters["peak_MB"] = static_cast<double>(memory.stats().peak_bytes_in_use) / 1e6;
+  const auto peak = static_cast<double>(memory.stats().peak_bytes_in_use);
+  const auto tokens = static_cast<double>(z.batch * z.seqlen);
+  state.counters["peak_MB"] = peak / 1e6;
+  state.counters["ns/token"] = summarise(ms).median_ms * 1e6 / tokens;
+  state.counters["kB/token"] = peak / 1e3 / tokens;
+}
+
+void register_layer(const char* group, MixerType type, const LayerSizes& z, bool train,
+                    Precision precision, int iterations) {
+  const std::string name = detail::concat(
+      group, mixer_name(type), "/B:", z.batch, "/L:", z.seqlen, "/H:", z.d_model, "/N:", z.d_state,
+      train ? "/train/" : "/forward/", kPrecisionNames[static_cast<int>(precision)]);
+  benchmark::RegisterBenchmark(name.c_str(),
+                               [=](benchmark::State& s) { layer(s, type, z, train, precision); })
+      ->UseManualTime()
+      ->Iterations(iterations)
+      ->Unit(benchmark::kMillisecond);
+}
+
+// How time and memory per token grow with the length of one sequence.
+void register_scaling() {
+  for (const MixerType type : all_mixer_types()) {
+    if (type == MixerType::Attn) continue;
+    for (const std::int64_t seqlen : {1 << 10, 1 << 12, 1 << 14, 1 << 16, 1 << 18})
+      register_layer("scale/", type, {1, seqlen, 768, type == MixerType::Mamba ? 16 : 64}, true,
+                     Precision::BFloat16, seqlen > (1 << 16) ? 3 : 5);
+  }
 }
 
 void register_layers() {
@@ -110,17 +149,8 @@ void register_layers() {
   }
   for (const Row& r : rows)
     for (const bool train : {false, true})
-      for (const Precision precision : {Precision::Float32, Precision::Tf32, Precision::BFloat16}) {
-        const std::string name = detail::concat(
-            "layer/", mixer_name(r.type), "/B:", r.sizes.batch, "/L:", r.sizes.seqlen,
-            "/H:", r.sizes.d_model, "/N:", r.sizes.d_state, train ? "/train/" : "/forward/",
-            kPrecisionNames[static_cast<int>(precision)]);
-        benchmark::RegisterBenchmark(
-            name.c_str(), [=](benchmark::State& s) { layer(s, r.type, r.sizes, train, precision); })
-            ->UseManualTime()
-            ->Iterations(10)
-            ->Unit(benchmark::kMillisecond);
-      }
+      for (const Precision precision : {Precision::Float32, Precision::Tf32, Precision::BFloat16})
+        register_layer("layer/", r.type, r.sizes, train, precision, 10);
 }
 
 struct LanguageModel {
@@ -179,94 +209,111 @@ std::vector<LanguageModel> language_models() {
   return models;
 }
 
-// One recorded step, replayed, as the Trainer replays its passes: zeroed gradients, forward and
-// backward pass, optimizer.
-void train_step(benchmark::State& state, const LanguageModel& m) {
+// A model of the list with its optimizer, kept while its rows are timed: 1.4 billion initial values
+// take longer than most rows.
+struct Loaded {
+  const LanguageModel* description;
   Context ctx = Context::cuda();
-  LRNNLMHeadModel model(ctx, m.config);
-  AdamW optimizer(ctx, model.parameters(), {});
-  const Tensor ids = random_ids(ctx, {m.batch, m.seqlen}, m.config.vocab_size);
-  const Tensor targets = random_ids(ctx, {m.batch, m.seqlen}, m.config.vocab_size);
-  CachingResource pool(std::make_unique<StatisticsResource>(ctx.memory()));
-  StatisticsResource memory(pool);
-  const auto work = [&] {
-    const Context::MemoryScope scope(ctx, memory);
-    model.parameters().zero_grad(ctx);
-    static_cast<void>(model.loss_and_backward(ctx, ids, targets, {.validate = false}));
-    optimizer.step(ctx);
-  };
-  work();  // leaves in the pool the blocks that the recording needs
-  Graph graph = Graph::capture(ctx, work);
-  for (int i = 0; i < 3; ++i) graph.launch();
-  const auto watch = ctx.runtime().make_stopwatch();
-  std::vector<double> ms;
-  for (auto _ : state) {
-    watch->start();
-    graph.launch();
-    watch->stop();
-    ms.push_back(watch->milliseconds());
-    state.SetIterationTime(ms.back() * 1e-3);
-  }
-  report(state, ms);
-  state.counters["tokens/s"] =
-      static_cast<double>(m.batch * m.seqlen) / (summarise(ms).median_ms * 1e-3);
-  state.counters["peak_MB"] = static_cast<double>(memory.stats().peak_bytes_in_use) / 1e6;
+  StatisticsResource memory{ctx.memory()};
+  Context::MemoryScope scope{ctx, memory};
+  LRNNLMHeadModel model;
+  AdamW optimizer;
+  /// Parameters, gradients, moments and master weights.
+  std::int64_t resident_bytes = static_cast<std::int64_t>(memory.stats().bytes_in_use);
+
+  explicit Loaded(const LanguageModel& m)
+      : description(&m), model(ctx, m.config), optimizer(ctx, model.parameters(), {}) {}
+};
+
+std::unique_ptr<Loaded>& kept_model() {
+  static std::unique_ptr<Loaded> kept;
+  return kept;
 }
 
-// AdamW with clipping by the global norm over all parameters: norm, factors, update.
-void optimizer_step(benchmark::State& state, const LanguageModel& m) {
-  Context ctx = Context::cuda();
-  LRNNLMHeadModel model(ctx, m.config);
-  AdamW optimizer(ctx, model.parameters(), {});
-  model.parameters().zero_grad(ctx);
-  const auto work = [&] { optimizer.step(ctx); };
-  for (int i = 0; i < 3; ++i) work();
+Loaded& loaded(const LanguageModel& m) {
+  auto& kept = kept_model();
+  if (!kept || kept->description != &m) {
+    kept.reset();
+    kept = std::make_unique<Loaded>(m);
+  }
+  return *kept;
+}
+
+// Times `work` once per iteration; returns milliseconds divided by `parts`.
+std::vector<double> timed(benchmark::State& state, Context& ctx, const std::function<void()>& work,
+                          int parts = 1) {
   const auto watch = ctx.runtime().make_stopwatch();
   std::vector<double> ms;
   for (auto _ : state) {
     watch->start();
     work();
     watch->stop();
-    ms.push_back(watch->milliseconds());
+    ms.push_back(watch->milliseconds() / parts);
     state.SetIterationTime(ms.back() * 1e-3);
   }
   report(state, ms);
-  const auto n = static_cast<double>(model.parameters().numel());
+  return ms;
+}
+
+void report_tokens(benchmark::State& state, const std::vector<double>& ms, std::int64_t tokens) {
+  state.counters["tokens/s"] = static_cast<double>(tokens) / (summarise(ms).median_ms * 1e-3);
+}
+
+// One recorded step, replayed, as the Trainer replays its passes: zeroed gradients, forward and
+// backward pass, optimizer.
+void train_step(benchmark::State& state, const LanguageModel& m) {
+  Loaded& l = loaded(m);
+  Context& ctx = l.ctx;
+  const Tensor ids = random_ids(ctx, {m.batch, m.seqlen}, m.config.vocab_size);
+  const Tensor targets = random_ids(ctx, {m.batch, m.seqlen}, m.config.vocab_size);
+  CachingResource pool(std::make_unique<StatisticsResource>(ctx.memory()));
+  StatisticsResource memory(pool);
+  const auto work = [&] {
+    const Context::MemoryScope scope(ctx, memory);
+    l.model.parameters().zero_grad(ctx);
+    static_cast<void>(l.model.loss_and_backward(ctx, ids, targets, {.validate = false}));
+    l.optimizer.step(ctx);
+  };
+  work();  // leaves in the pool the blocks that the recording needs
+  Graph graph = Graph::capture(ctx, work);
+  for (int i = 0; i < 3; ++i) graph.launch();
+  report_tokens(state, timed(state, ctx, [&] { graph.launch(); }), m.batch * m.seqlen);
+  const auto peak = static_cast<double>(memory.stats().peak_bytes_in_use);
+  state.counters["peak_MB"] = peak / 1e6;
+  state.counters["total_GB"] = (peak + static_cast<double>(l.resident_bytes)) / 1e9;
+}
+
+// AdamW with clipping by the global norm over all parameters: norm, factors, update.
+void optimizer_step(benchmark::State& state, const LanguageModel& m) {
+  Loaded& l = loaded(m);
+  l.model.parameters().zero_grad(l.ctx);
+  const auto work = [&] { l.optimizer.step(l.ctx); };
+  for (int i = 0; i < 3; ++i) work();
+  const auto ms = timed(state, l.ctx, work);
+  const auto n = static_cast<double>(l.model.parameters().numel());
   // Gradient twice (norm, update), moments and master read and written, bfloat16 copy written.
   state.counters["GB/s"] = n * (4 + 4 + 16 + 8 + 2) / (summarise(ms).median_ms * 1e-3) / 1e9;
   state.counters["parameters"] = n;
 }
 
 void prefill(benchmark::State& state, const LanguageModel& m) {
-  Context ctx = Context::cuda();
-  const LRNNLMHeadModel model(ctx, m.config);
-  const Tensor ids = random_ids(ctx, {m.batch, m.seqlen}, m.config.vocab_size);
+  Loaded& l = loaded(m);
+  const Tensor ids = random_ids(l.ctx, {m.batch, m.seqlen}, m.config.vocab_size);
   const auto work = [&] {
-    return model.forward(ctx, ids, {.num_last_tokens = 1, .validate = false});
+    static_cast<void>(l.model.forward(l.ctx, ids, {.num_last_tokens = 1, .validate = false}));
   };
-  for (int i = 0; i < 3; ++i) static_cast<void>(work());
-  const auto watch = ctx.runtime().make_stopwatch();
-  std::vector<double> ms;
-  for (auto _ : state) {
-    watch->start();
-    static_cast<void>(work());
-    watch->stop();
-    ms.push_back(watch->milliseconds());
-    state.SetIterationTime(ms.back() * 1e-3);
-  }
-  report(state, ms);
-  state.counters["tokens/s"] =
-      static_cast<double>(m.batch * m.seqlen) / (summarise(ms).median_ms * 1e-3);
+  for (int i = 0; i < 3; ++i) work();
+  report_tokens(state, timed(state, l.ctx, work), m.batch * m.seqlen);
 }
 
 // One recorded step, replayed: embedding, layers, head, argmax, fed back on the device.
 void decode(benchmark::State& state, const LanguageModel& m, std::int64_t batch) {
-  Context ctx = Context::cuda();
-  const LRNNLMHeadModel model(ctx, m.config);
-  auto cache = model.allocate_inference_cache(ctx, {.batch_size = batch, .max_seqlen = 1024});
+  Loaded& l = loaded(m);
+  Context& ctx = l.ctx;
+  auto cache = l.model.allocate_inference_cache(ctx, {.batch_size = batch, .max_seqlen = 1024});
   Tensor ids = random_ids(ctx, {batch, 1}, m.config.vocab_size);
   const auto work = [&] {
-    const Tensor logits = model.step(ctx, ids, cache, {.validate = false}).logits;
+    const Tensor logits = l.model.step(ctx, ids, cache, {.validate = false}).logits;
     const Tensor next = argmax(ctx, logits);
     ctx.copy(ids, next);
   };
@@ -277,17 +324,13 @@ void decode(benchmark::State& state, const LanguageModel& m, std::int64_t batch)
   arena.reset();
   Graph graph = Graph::capture(ctx, work);
   constexpr int kSteps = 20;
-  const auto watch = ctx.runtime().make_stopwatch();
-  std::vector<double> ms;
-  for (auto _ : state) {
-    watch->start();
-    for (int i = 0; i < kSteps; ++i) graph.launch();
-    watch->stop();
-    ms.push_back(watch->milliseconds() / kSteps);
-    state.SetIterationTime(ms.back() * 1e-3);
-  }
-  report(state, ms);
-  state.counters["tokens/s"] = static_cast<double>(batch) / (summarise(ms).median_ms * 1e-3);
+  const auto ms = timed(
+      state, ctx,
+      [&] {
+        for (int i = 0; i < kSteps; ++i) graph.launch();
+      },
+      kSteps);
+  report_tokens(state, ms, batch);
 }
 
 void register_models(const std::vector<LanguageModel>& models) {
@@ -328,8 +371,10 @@ int main(int argc, char** argv) {
     return 0;
   }
   lrnn::register_layers();
+  lrnn::register_scaling();
   lrnn::register_models(models);
   benchmark::Initialize(&argc, argv);
   if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 2;
   benchmark::RunSpecifiedBenchmarks();
+  lrnn::kept_model().reset();  // before the CUDA runtime goes
 }
