@@ -41,6 +41,8 @@ constexpr int kPerPart = 4;  // sub-states per thread that are worth a reduction
 constexpr std::int64_t kEnoughBlocks = 256;
 constexpr std::int64_t kTargetBlocks = 512;
 constexpr std::int64_t kShortSequence = 128;     // not worth three launches
+constexpr std::int64_t kManyChunks = 256;        // cheaper to cut than lanes are
+constexpr std::int64_t kCheapSegments = 16;      // that it may be cut into
 constexpr std::size_t kSharedLimit = 64 * 1024;  // what every device grants
 
 struct Sizes {
@@ -82,7 +84,10 @@ struct Sizes {
     };
     parts = min_parts;
     while (parts < 32 && parts * kPerPart < substates) parts *= 2;
-    while (parts < 32 && parts < substates && !tiles_share_output && blocks() < kEnoughBlocks)
+    // A thread with one sub-state spends as much on the reduction as on the recurrence.
+    const std::int64_t cuts = chunks < kManyChunks ? 1 : kCheapSegments;
+    while (parts < 32 && parts < substates && !tiles_share_output &&
+           blocks() * cuts < kEnoughBlocks)
       parts *= 2;
     std::int64_t wanted = 1;
     if (const std::int64_t have = blocks(); have < kEnoughBlocks && seqlen > kShortSequence)
