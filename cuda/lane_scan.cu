@@ -1,11 +1,13 @@
 // Forward, the carries of both passes, and one token. Steps and ownership: common/lane_scan.cuh.
 //
 // Bound by issue slots: per sub-state and group of four tokens ten FMA of the recurrence, eight of
-// the read-out and one wide read of the tokens. Step 1 repeats the recurrence.
+// the read-out and, unless a thread walks all its sub-states at once, one wide read of the tokens.
+// Step 1 repeats the recurrence.
 #include "lrnn/ops/lane_scan.hpp"
 
 #include "common/check.cuh"
 #include "common/lane_scan.cuh"
+#include "common/lane_walk.cuh"
 
 namespace lrnn::cuda {
 namespace lane {
@@ -285,6 +287,228 @@ void launch(Context& ctx, const ForwardArgs<T>& args, std::int64_t blocks, std::
   LRNN_CUDA_CHECK_LAUNCH();
 }
 
+// One sub-state of a thread that keeps it in registers.
+struct OwnState {
+  Powers a;
+  float2 U[kGroup];
+  float2 x;
+};
+
+// Behind the last tokens of a sequence, fewer than a chunk.
+__device__ __forceinline__ float2 walk_short(const OwnState& state, Pair exact, float2 x,
+                                             const float* tokens, int steps) {
+  const float2 before = x;
+  int t = 0;
+#pragma unroll 1
+  for (; t + kGroup <= steps; t += kGroup)
+    x = advance_group(state.a, x, *reinterpret_cast<const float4*>(tokens + t));
+#pragma unroll 1
+  for (; t < steps; ++t) x = advance(state.a.of[0], x, tokens[t]);
+  return x + multiply(power_gap(exact, state.a.of[0], state.a.of[3], steps), before);
+}
+
+// The walk of one block with everything in registers: common/lane_walk.cuh. Two tiles of each kind
+// alternate, so that a chunk needs one barrier.
+template <class T, int kParts, bool kEnds>
+class OwnWalk {
+ public:
+  static constexpr int kTile = kThreads / kParts * kPitch;
+  using Mover = TileMover<T, kParts>;
+
+  __device__ OwnWalk(const ForwardArgs<T>& args, const Segment& segment, std::int64_t tile,
+                     float2* gaps)
+      : args_(args),
+        s_(args.sizes),
+        segment_(segment),
+        place_(args.sizes, 0, tile),
+        own_(args.sizes, place_),
+        mover_(args.sizes, place_),
+        gaps_(gaps + threadIdx.x) {}
+
+  __device__ __forceinline__ void run(float (&v_tiles)[2][kTile], float* y_tiles) {
+    load_states();
+    const std::int64_t end = segment_.valid_end();
+    const int row = place_.row * kPitch;
+    int side = 0;
+    typename Mover::Values next;
+    if (segment_.first_chunk < end) {
+      load_tokens(segment_.first_chunk, next);
+      mover_.put(next, v_tiles[0]);
+    }
+    __syncthreads();
+    for (std::int64_t chunk = segment_.first_chunk; chunk < end; ++chunk) {
+      const int steps = segment_.steps(chunk);
+      const bool more = chunk + 1 < end;
+      if (more) load_tokens(chunk + 1, next);
+      if constexpr (!kEnds) keep_states(chunk);
+      float* const y_tile = y_tiles + side * kTile;
+      walk_chunk(v_tiles[side] + row, steps, y_tile + row);
+      if (more) {
+        side ^= 1;
+        mover_.put(next, v_tiles[side]);
+      }
+      __syncthreads();
+      if constexpr (!kEnds) mover_.store(y_tile, outputs_of(chunk), steps, chunk_size(s_, chunk));
+    }
+    if (segment_.first_chunk < end && segment_.steps(end - 1) < kChunk)
+      walk_last(v_tiles[side] + row, segment_.steps(end - 1));
+    if constexpr (kEnds) {
+      store_states(args_.ends + segment_.row * 2 * s_.plane);
+    } else {
+      for (std::int64_t chunk = end; chunk < segment_.last_chunk; ++chunk) {
+        keep_states(chunk);
+        mover_.store(y_tiles, outputs_of(chunk), 0, chunk_size(s_, chunk));
+      }
+      if (args_.state_out != nullptr && segment_.holds_last)
+        store_states(args_.state_out + segment_.batch * 2 * s_.plane);
+    }
+  }
+
+ private:
+  [[nodiscard]] __device__ __forceinline__ std::int64_t first_token_of(std::int64_t chunk) const {
+    return segment_.batch * s_.seqlen + chunk * kChunk;
+  }
+  __device__ __forceinline__ void load_tokens(std::int64_t chunk,
+                                              typename Mover::Values& values) const {
+    mover_.load(args_.v + first_token_of(chunk) * s_.inputs, segment_.steps(chunk), values);
+  }
+  [[nodiscard]] __device__ __forceinline__ T* outputs_of(std::int64_t chunk) const {
+    return args_.y + first_token_of(chunk) * s_.inputs;
+  }
+  [[nodiscard]] __device__ __forceinline__ float2& gap(int i) const { return gaps_[i * kThreads]; }
+  [[nodiscard]] __device__ __forceinline__ Pair exact(int i) const {
+    return exact_multiplier(own_.load(args_.a, i), own_.load(args_.a_low, i));
+  }
+
+  __device__ __forceinline__ void load_states() {
+    const float* const starts =
+        kEnds || args_.starts == nullptr ? nullptr : args_.starts + segment_.row * 2 * s_.plane;
+#pragma unroll
+    for (int i = 0; i < kPerPart; ++i) {
+      OwnState& state = states_[i];
+      const Pair a = exact(i);
+      state.a = Powers(a);
+      gap(i) = power_gap(a, state.a.of[0], state.a.of[3], kChunk);
+      state.x = own_.load(starts, i);
+      if constexpr (!kEnds) {
+        const float2 W = own_.load_weight(args_.W, s_.real_weight, i);
+#pragma unroll
+        for (int j = 0; j < kGroup; ++j) state.U[j] = multiply(W, state.a.of[j]);
+      }
+    }
+    if constexpr (!kEnds) taps_ = make_taps(s_, place_, args_.a, args_.W, args_.skip, 0);
+  }
+  __device__ __forceinline__ void store_states(float* planes) const {
+#pragma unroll
+    for (int i = 0; i < kPerPart; ++i) own_.store(planes, i, states_[i].x);
+  }
+
+  __device__ __forceinline__ void keep_states(std::int64_t chunk) const {
+    if (args_.chunk_states != nullptr)
+      store_states(args_.chunk_states + (segment_.batch * s_.chunks + chunk) * 2 * s_.plane);
+  }
+
+  // A chunk that is not full, always the last one, leaves the states to walk_last.
+  __device__ __forceinline__ void walk_chunk(const float* tokens, int steps, float* outputs) {
+    float2 before[kPerPart];
+#pragma unroll
+    for (int i = 0; i < kPerPart; ++i) before[i] = states_[i].x;
+    float w[kChunk] = {};
+#pragma unroll
+    for (int t = 0; t < kChunk; t += kGroup) {
+      const float4 v = *reinterpret_cast<const float4*>(tokens + t);
+#pragma unroll
+      for (int i = 0; i < kPerPart; ++i) {
+        OwnState& state = states_[i];
+        if constexpr (!kEnds) {
+#pragma unroll
+          for (int j = 0; j < kGroup; ++j) w[t + j] = real_part(state.U[j], state.x, w[t + j]);
+        }
+        state.x = advance_group(state.a, state.x, v);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kPerPart; ++i) {
+      OwnState& state = states_[i];
+      state.x = steps == kChunk ? state.x + multiply(gap(i), before[i]) : before[i];
+    }
+    if constexpr (!kEnds) write_lane(w, tokens, outputs);
+  }
+
+  __device__ __forceinline__ void walk_last(const float* tokens, int steps) {
+#pragma unroll
+    for (int i = 0; i < kPerPart; ++i)
+      states_[i].x = walk_short(states_[i], exact(i), states_[i].x, tokens, steps);
+  }
+
+  // The sum over the threads of a lane and what the tokens of a group add to each other.
+  __device__ __forceinline__ void write_lane(float (&w)[kChunk], const float* tokens,
+                                             float* outputs) const {
+    reduce_parts(w, place_.part, kParts);
+    const int first = first_token(place_.part, kParts);
+#pragma unroll
+    for (int j = 0; j < Mover::kOwn; ++j) {
+      const int in_group = Mover::kOwn >= kGroup ? j % kGroup : (first + j) % kGroup;
+#pragma unroll
+      for (int d = 0; d < kGroup; ++d)
+        if (d <= in_group) w[j] = fmaf(taps_.of[d], tokens[first + j - d], w[j]);
+      outputs[first + j] = w[j];
+    }
+  }
+
+  const ForwardArgs<T>& args_;
+  const Sizes& s_;
+  const Segment& segment_;
+  Place place_;
+  OwnSubstates<kParts> own_;
+  Mover mover_;
+  float2* gaps_;  // in shared memory: read once per chunk
+  OwnState states_[kPerPart];
+  Taps taps_;
+};
+
+template <class T, int kParts, bool kEnds>
+__global__ __launch_bounds__(kThreads, 3) void lane_walk_kernel(ForwardArgs<T> args) {
+  using Walk = OwnWalk<T, kParts, kEnds>;
+  __shared__ __align__(16) float v_tiles[2][Walk::kTile];
+  __shared__ __align__(16) float y_tiles[kEnds ? 1 : 2 * Walk::kTile];
+  __shared__ float2 gaps[kPerPart * kThreads];
+  const Sizes& s = args.sizes;
+  const Segment segment(s, args.lengths, blockIdx.x / s.tiles);
+  if (kEnds && segment.index == s.segments - 1) return;  // nothing follows it
+  Walk(args, segment, blockIdx.x % s.tiles, gaps).run(v_tiles, y_tiles);
+}
+
+template <class T, bool kEnds>
+void launch_walk(Context& ctx, const ForwardArgs<T>& args) {
+  const auto blocks = static_cast<unsigned>(args.sizes.rows() * args.sizes.tiles);
+  visit_parts<kMinParts>(args.sizes.parts, [&]<int kParts>() {
+    lane_walk_kernel<T, kParts, kEnds><<<blocks, kThreads, 0, ctx.stream().handle>>>(args);
+    LRNN_CUDA_CHECK_LAUNCH();
+  });
+}
+
+// Steps 1 and 2.
+template <class T, class LaunchEnds>
+void make_starts(Context& ctx, ForwardArgs<T>& args, Tensor& carries, LaunchEnds&& launch_ends) {
+  const Sizes& s = args.sizes;
+  if (s.segments == 1) return;
+  Tensor ends = ctx.empty(s.segment_states(), DType::float32);
+  carries = ctx.empty(s.segment_states(), DType::float32);
+  args.ends = ends.view().data<float>();
+  launch_ends();
+  launch_carry(
+      ctx, {s, false, args.a, args.a_low, args.ends, args.starts, carries.view().data<float>()});
+  args.starts = carries.view().data<float>();
+}
+
+template <class T>
+void forward_in_registers(Context& ctx, ForwardArgs<T> args) {
+  Tensor carries;
+  make_starts(ctx, args, carries, [&] { launch_walk<T, true>(ctx, args); });
+  launch_walk<T, false>(ctx, args);
+}
+
 template <class T>
 void forward(Context& ctx, ForwardArgs<T> args) {
   const Sizes& s = args.sizes;
@@ -292,7 +516,7 @@ void forward(Context& ctx, ForwardArgs<T> args) {
   args.values = column_values(s);
   std::size_t shared =
       2 * s.tile_bytes() + static_cast<std::size_t>(args.values * kThreads) * sizeof(float2);
-  Tensor columns, sums, ends, carries;
+  Tensor columns, sums, carries;
   if (shared > kSharedLimit) {
     shared = 2 * s.tile_bytes();
     columns = ctx.empty(Shape{blocks, args.values, kThreads, 2}, DType::float32);
@@ -306,15 +530,7 @@ void forward(Context& ctx, ForwardArgs<T> args) {
       args.sums = sums.view().data<float>();
     }
   }
-  if (s.segments > 1) {
-    ends = ctx.empty(s.segment_states(), DType::float32);
-    carries = ctx.empty(s.segment_states(), DType::float32);
-    args.ends = ends.view().data<float>();
-    launch<T, true>(ctx, args, blocks, shared);
-    launch_carry(
-        ctx, {s, false, args.a, args.a_low, args.ends, args.starts, carries.view().data<float>()});
-    args.starts = carries.view().data<float>();
-  }
+  make_starts(ctx, args, carries, [&] { launch<T, true>(ctx, args, blocks, shared); });
   launch<T, false>(ctx, args, blocks, shared);
 }
 
@@ -464,6 +680,8 @@ void lane_scan_forward(Context& ctx, const LaneScanForward& a) {
                               0};
     if (sizes.seqlen == 1)
       step<T>(ctx, args);
+    else if (args.sizes.in_registers)
+      forward_in_registers<T>(ctx, args);
     else
       forward<T>(ctx, args);
   });

@@ -36,10 +36,14 @@ constexpr int kWarps = kThreads / 32;
 constexpr int kChunk = static_cast<int>(kLaneScanChunk);
 static_assert(kChunk == 32, "the transposing reduction hands one token to every lane of a warp");
 constexpr int kGroup = 4;
-constexpr int kPitch = 36;   // keeps rows aligned to float4 and eight of them on distinct banks
-constexpr int kPerPart = 4;  // sub-states per thread that are worth a reduction
+constexpr int kPitch = 36;      // keeps rows aligned to float4 and eight of them on distinct banks
+constexpr int kPerPart = 4;     // sub-states per thread that are worth a reduction
+constexpr int kWalkParts = 16;  // threads per lane that the kernels with registers have at most
 constexpr std::int64_t kEnoughBlocks = 256;
 constexpr std::int64_t kTargetBlocks = 512;
+constexpr std::int64_t kWalkBlocks = 384;   // the same of the kernels with registers
+constexpr std::int64_t kMinWalkChunks = 4;  // of a segment: less than a block spends on starting
+constexpr std::int64_t kMaxWalkSegments = 128;   // step 2 is serial
 constexpr std::int64_t kShortSequence = 128;     // not worth three launches
 constexpr std::int64_t kManyChunks = 256;        // cheaper to cut than lanes are
 constexpr std::int64_t kCheapSegments = 16;      // that it may be cut into
@@ -60,6 +64,7 @@ struct Sizes {
   std::int64_t segments;
   std::int64_t segment_chunks;
   bool real_weight;
+  bool in_registers;  // common/lane_walk.cuh
   int parts;
   int per_part;
   int tile;
@@ -77,7 +82,8 @@ struct Sizes {
         outputs(s.outputs),
         chunks(s.chunks),
         plane(s.plane()),
-        real_weight(s.real_weight) {
+        real_weight(s.real_weight),
+        in_registers(groups == 1 && channels == 1 && substates <= kWalkParts * kPerPart) {
     const auto blocks = [&] {
       tiles = (inputs + kThreads / parts - 1) / (kThreads / parts);
       return batch * (tiles_share_output ? groups : tiles);
@@ -86,12 +92,15 @@ struct Sizes {
     while (parts < 32 && parts * kPerPart < substates) parts *= 2;
     // A thread with one sub-state spends as much on the reduction as on the recurrence.
     const std::int64_t cuts = chunks < kManyChunks ? 1 : kCheapSegments;
-    while (parts < 32 && parts < substates && !tiles_share_output &&
+    while (parts < 32 && parts < substates && !tiles_share_output && !in_registers &&
            blocks() * cuts < kEnoughBlocks)
       parts *= 2;
     std::int64_t wanted = 1;
+    const std::int64_t target = in_registers ? kWalkBlocks : kTargetBlocks;
+    const std::int64_t most =
+        in_registers ? std::min(chunks / kMinWalkChunks, kMaxWalkSegments) : chunks;
     if (const std::int64_t have = blocks(); have < kEnoughBlocks && seqlen > kShortSequence)
-      wanted = std::min((kTargetBlocks + have - 1) / have, chunks);
+      wanted = std::clamp((target + have - 1) / have, std::int64_t{1}, most);
     segment_chunks = (chunks + wanted - 1) / wanted;
     segments = (chunks + segment_chunks - 1) / segment_chunks;
     per_part = static_cast<int>((substates + parts - 1) / parts);
@@ -208,6 +217,10 @@ struct Segment {
     length = lengths == nullptr ? s.seqlen : static_cast<std::int64_t>(lengths[batch]);
     const bool reaches_back = index == 0 || first_chunk * kChunk < length;
     holds_last = reaches_back && length <= last_chunk * kChunk;
+  }
+  // One past the last chunk of the segment with valid tokens.
+  [[nodiscard]] __device__ std::int64_t valid_end() const {
+    return max(first_chunk, min(last_chunk, (length + kChunk - 1) / kChunk));
   }
   // Valid tokens of a chunk.
   __device__ int steps(std::int64_t chunk) const {
