@@ -15,42 +15,19 @@
 #include "lrnn/ops/lane_scan.hpp"
 
 #include "common/check.cuh"
+#include "common/lane_adjoint.cuh"
 #include "common/lane_scan.cuh"
+#include "common/lane_walk_back.cuh"
 #include "common/reduce.cuh"
 
 namespace lrnn::cuda {
 namespace lane {
 namespace {
 
-constexpr int kMinParts = 4;  // at most 32 lanes in a block
-
 // Then by channel W and dU_0 to dU_3. Step 1 keeps the powers in place of their gradients and U in
 // place of its own.
 enum Field { kMultiplier, kGap, kCarry, kDPowers, kWeights = kDPowers + kGroup };
 constexpr int kPerChannel = 1 + kGroup;
-
-template <class T>
-struct BackwardArgs {
-  Sizes sizes;
-  const float* a;
-  const float* a_low;
-  const float* W;
-  const float* skip;
-  const T* v;
-  const std::int32_t* lengths;
-  const T* dy;
-  const float* chunk_states;
-  const float* dstate_out;
-  T* dv;
-  float* dv_sums;        // dv over several groups, float32 [B, L, I]: dv itself if it is float32
-  float* dstate_in;      // may be null
-  float* partial;        // [B S, 1 + C, 2, N, M]: da, then dW of every channel
-  float* partial_skip;   // [B S, C, N]; may be null
-  float* ends;           // step 1
-  const float* carries;  // step 3; null with one segment
-  float2* columns;       // null: in shared memory
-  std::int64_t values;   // column_values
-};
 
 // Values that a thread keeps in its columns: fields of every sub-state, then by channel K_0 to K_3
 // and their gradients.
@@ -59,94 +36,6 @@ __host__ __device__ constexpr int field_count(std::int64_t channels) {
 }
 std::int64_t column_values(const Sizes& s) {
   return static_cast<std::int64_t>(field_count(s.channels)) * s.per_part + 4 * s.channels;
-}
-
-// conj(a) p
-__device__ __forceinline__ float2 retreat(float2 a, float2 p) {
-  return multiply_conj_add(p, a, {0.0F, 0.0F});
-}
-// sum += c v with real v
-__device__ __forceinline__ void add_scaled(float2& sum, float2 c, float v) {
-  sum.x = fmaf(c.x, v, sum.x);
-  sum.y = fmaf(c.y, v, sum.y);
-}
-
-// What the outputs of a group add to the adjoint of the state before it.
-__device__ __forceinline__ float2 pull_back(const float2 (&U)[kGroup], float4 g) {
-  float2 out{U[0].x * g.x, -U[0].y * g.x};
-  add_scaled(out, {U[1].x, -U[1].y}, g.y);
-  add_scaled(out, {U[2].x, -U[2].y}, g.z);
-  add_scaled(out, {U[3].x, -U[3].y}, g.w);
-  return out;
-}
-
-// The adjoint of one sub-state and the gradients of a chunk.
-struct Adjoint {
-  float2 carry;
-  float2 dpowers[kGroup]{};
-  float2 dU[kGroup]{};
-
-  __device__ __forceinline__ void read_out(float2 x, float4 g) {
-    const float2 conjugate{x.x, -x.y};
-    add_scaled(dU[0], conjugate, g.x);
-    add_scaled(dU[1], conjugate, g.y);
-    add_scaled(dU[2], conjugate, g.z);
-    add_scaled(dU[3], conjugate, g.w);
-  }
-  // A whole group with state x before it, whose outputs pull back `pulled`.
-  __device__ __forceinline__ void group(const Powers& a, float2 x, float4 v, float2 pulled,
-                                        float* dv) {
-    dv[3] += carry.x;
-    dv[2] = fmaf(a.of[0].x, carry.x, fmaf(a.of[0].y, carry.y, dv[2]));
-    dv[1] = fmaf(a.of[1].x, carry.x, fmaf(a.of[1].y, carry.y, dv[1]));
-    dv[0] = fmaf(a.of[2].x, carry.x, fmaf(a.of[2].y, carry.y, dv[0]));
-    dpowers[3] = multiply_conj_add(carry, x, dpowers[3]);
-    add_scaled(dpowers[2], carry, v.x);
-    add_scaled(dpowers[1], carry, v.y);
-    add_scaled(dpowers[0], carry, v.z);
-    carry = multiply_conj_add(carry, a.of[3], pulled);
-  }
-  // The last `count` < 4 tokens of a sequence.
-  __device__ __forceinline__ void tokens(float2 a, float2 x, float4 v, int count, float2 pulled,
-                                         float* dv) {
-    const float2 second = advance(a, x, v.x);
-    const float2 third = advance(a, second, v.y);
-    if (count > 2) token(a, third, dv[2]);
-    if (count > 1) token(a, second, dv[1]);
-    token(a, x, dv[0]);
-    carry = carry + pulled;
-  }
-  __device__ __forceinline__ void token(float2 a, float2 x, float& dv) {
-    dv += carry.x;
-    dpowers[0] = multiply_conj_add(carry, x, dpowers[0]);
-    carry = retreat(a, carry);
-  }
-};
-
-// One sub-state through a chunk and back. Tokens from `steps` on do not exist: v and g are 0 there.
-template <bool kFull>
-__device__ __forceinline__ void walk_back(Adjoint& adjoint, const Powers& a,
-                                          const float2 (&U)[kGroup], float2 x, const float* tokens,
-                                          const float* gradients, int steps, float (&dv)[kChunk]) {
-  float2 before[kChunk / kGroup];
-#pragma unroll
-  for (int q = 0; q < kChunk / kGroup; ++q) {
-    before[q] = x;
-    if (kFull || kGroup * (q + 1) <= steps)
-      x = advance_group(a, x, *reinterpret_cast<const float4*>(tokens + kGroup * q));
-  }
-#pragma unroll
-  for (int q = kChunk / kGroup - 1; q >= 0; --q) {
-    if (!kFull && kGroup * q >= steps) continue;
-    const float4 v = *reinterpret_cast<const float4*>(tokens + kGroup * q);
-    const float4 g = *reinterpret_cast<const float4*>(gradients + kGroup * q);
-    adjoint.read_out(before[q], g);
-    const float2 pulled = pull_back(U, g);
-    if (kFull || kGroup * (q + 1) <= steps)
-      adjoint.group(a, before[q], v, pulled, dv + kGroup * q);
-    else
-      adjoint.tokens(a.of[0], before[q], v, steps - kGroup * q, pulled, dv + kGroup * q);
-  }
 }
 
 // Step 1: the carry alone.
@@ -207,7 +96,8 @@ class WalkBack {
   }
 
  private:
-  static constexpr int kOwn = kChunk / kMinParts;  // most tokens that reduce_parts leaves here
+  static constexpr int kOwn =
+      kChunk / kMinAdjointParts;  // most tokens that reduce_parts leaves here
 
   [[nodiscard]] __device__ int weight(int c) const { return kWeights + kPerChannel * c; }
   [[nodiscard]] __device__ int dU(int c, int j) const { return weight(c) + 1 + j; }
@@ -263,11 +153,10 @@ class WalkBack {
     for (int i = 0; i < s_.per_part; ++i) {
       const Slot slot(s_, place_, i);
       const Powers a(columns_.at(kMultiplier, i));
-      // d(a^k) contributes k conj(a^{k-1}).
-      float2 da = columns_.at(kDPowers, i);
+      float2 dpowers[kGroup];
 #pragma unroll
-      for (int k = 1; k < kGroup; ++k)
-        da = multiply_conj_add(columns_.at(kDPowers + k, i), scaled(k + 1, a.of[k - 1]), da);
+      for (int k = 0; k < kGroup; ++k) dpowers[k] = columns_.at(kDPowers + k, i);
+      float2 da = fold_powers(a, dpowers);
       for (int c = 0; c < s_.channels; ++c) {
         const float2 dW = weight_gradient(i, c, a, da);
         store_pair(partial + (1 + c) * 2 * s_.plane, s_, slot, dW);
@@ -287,26 +176,15 @@ class WalkBack {
       dtaps(c, k) = {sum_parts(own.x, s_.parts), sum_parts(own.y, s_.parts)};
     }
   }
-  // dW of one channel, from U_j = W a^{j+1} and K_d = Re(W a^d); what they add to da.
+  // dW of one channel; adds to da.
   __device__ float2 weight_gradient(int i, int c, const Powers& a, float2& da) const {
     const float2 low = dtaps(c, 0);
     const float2 high = dtaps(c, 1);
     const float dK[kGroup] = {low.x, low.y, high.x, high.y};
-    float2 dW{dK[0], 0.0F};
-    float2 inner = columns_.at(dU(c, 0), i);  // da / conj(W)
-    inner.x += dK[1];
+    float2 gradients[kGroup];
 #pragma unroll
-    for (int k = 0; k < kGroup; ++k) {
-      float2 gradient = columns_.at(dU(c, k), i);  // by W a^{k+1}
-      if (k + 1 < kGroup) gradient.x += dK[k + 1];
-      dW = multiply_conj_add(gradient, a.of[k], dW);
-      if (k > 0) inner = multiply_conj_add(gradient, scaled(k + 1, a.of[k - 1]), inner);
-    }
-    da = multiply_conj_add(inner, columns_.at(weight(c), i), da);
-    return dW;
-  }
-  [[nodiscard]] static __device__ float2 scaled(int factor, float2 value) {
-    return {static_cast<float>(factor) * value.x, static_cast<float>(factor) * value.y};
+    for (int k = 0; k < kGroup; ++k) gradients[k] = columns_.at(dU(c, k), i);
+    return fold_weight(a, columns_.at(weight(c), i), gradients, dK, da);
   }
 
   // Gradients of one channel; every lane of a group has the gradient of the group's output.
@@ -554,13 +432,45 @@ void launch(Context& ctx, const BackwardArgs<T>& args, std::size_t shared) {
   LRNN_CUDA_CHECK_LAUNCH();
 }
 
+// Steps 1 and 2.
+template <class T, class LaunchEnds>
+void make_carries(Context& ctx, BackwardArgs<T>& args, Tensor& carries, LaunchEnds&& launch_ends) {
+  const Sizes& s = args.sizes;
+  if (s.segments == 1) return;
+  Tensor ends = ctx.empty(s.segment_states(), DType::float32);
+  carries = ctx.empty(s.segment_states(), DType::float32);
+  args.ends = ends.view().data<float>();
+  launch_ends();
+  launch_carry(ctx,
+               {s, true, args.a, args.a_low, args.ends, nullptr, carries.view().data<float>()});
+  args.carries = carries.view().data<float>();
+}
+
+template <class T>
+void backward_in_registers(Context& ctx, BackwardArgs<T> args) {
+  const auto blocks = static_cast<unsigned>(args.sizes.rows() * args.sizes.tiles);
+  const cudaStream_t stream = ctx.stream().handle;
+  visit_parts<kMinAdjointParts>(args.sizes.parts, [&]<int kParts>() {
+    Tensor carries;
+    make_carries(ctx, args, carries, [&] {
+      lane_carry_back_kernel<T, kParts><<<blocks, kThreads, 0, stream>>>(args);
+      LRNN_CUDA_CHECK_LAUNCH();
+    });
+    constexpr std::size_t kShared = OwnWalkBack<T, kParts>::kShared;
+    allow_shared(lane_walk_back_kernel<T, kParts>, kShared);
+    lane_walk_back_kernel<T, kParts><<<blocks, kThreads, kShared, stream>>>(args);
+    LRNN_CUDA_CHECK_LAUNCH();
+  });
+}
+
 template <class T>
 void backward(Context& ctx, BackwardArgs<T> args) {
   const Sizes& s = args.sizes;
+  if (s.in_registers) return backward_in_registers(ctx, args);
   args.values = column_values(s);
   std::size_t shared =
       2 * s.tile_bytes() + static_cast<std::size_t>(args.values * kThreads) * sizeof(float2);
-  Tensor columns, sums, ends, carries;
+  Tensor columns, sums, carries;
   if (shared > kSharedLimit) {
     shared = 2 * s.tile_bytes();
     columns = ctx.empty(Shape{s.rows() * s.tiles, args.values, kThreads, 2}, DType::float32);
@@ -574,15 +484,7 @@ void backward(Context& ctx, BackwardArgs<T> args) {
       args.dv_sums = sums.view().data<float>();
     }
   }
-  if (s.segments > 1) {
-    ends = ctx.empty(s.segment_states(), DType::float32);
-    carries = ctx.empty(s.segment_states(), DType::float32);
-    args.ends = ends.view().data<float>();
-    launch<T, true>(ctx, args, shared);
-    launch_carry(ctx,
-                 {s, true, args.a, args.a_low, args.ends, nullptr, carries.view().data<float>()});
-    args.carries = carries.view().data<float>();
-  }
+  make_carries(ctx, args, carries, [&] { launch<T, true>(ctx, args, shared); });
   launch<T, false>(ctx, args, shared);
 }
 
@@ -591,7 +493,7 @@ void backward(Context& ctx, BackwardArgs<T> args) {
 
 void lane_scan_backward(Context& ctx, const LaneScanBackward& a) {
   using namespace lane;  // NOLINT(google-build-using-namespace)
-  const Sizes s(detail::LaneScanSizes(a.a, a.W, a.v), kMinParts, false);
+  const Sizes s(detail::LaneScanSizes(a.a, a.W, a.v), kMinAdjointParts, false);
   Tensor partial = ctx.empty({s.rows(), 1 + s.channels, 2, s.lanes, s.substates}, DType::float32);
   Tensor partial_skip;
   if (a.dskip) partial_skip = ctx.empty({s.rows(), s.channels, s.lanes}, DType::float32);
