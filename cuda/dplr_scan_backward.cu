@@ -74,7 +74,7 @@ class WalkBack {
         s_(args.sizes),
         p_(place),
         history_(history + threadIdx.x),
-        products_(products + threadIdx.x / kLanes * kHalf),
+        products_(products + threadIdx.x / kLanes * kPitch),
         tokens_(tokens + threadIdx.x / kLanes * kPitch),
         m_(load_transition<kLanes, kPer>(args.parameters, s_, place)),
         b_(load_planes<kLanes, kPer>(args.parameters.b, s_, place)),
@@ -102,14 +102,25 @@ class WalkBack {
     const int left = p_.left(t, kChunk);
     const float* const states =
         left > 0 ? a_.chunk_states + (p_.batch * s_.chunks + t / kChunk) * 2 * s_.plane : nullptr;
+    if (__all_sync(kAll, left == kChunk))
+      walk_halves<true>(t, kChunk, states);
+    else
+      walk_halves<false>(t, left, states);
+  }
+
+  // kFull: all tokens are valid, in all groups of the warp. Without branches the sums of one token
+  // fill the time in which the reduction of the next one is waited for.
+  template <bool kFull>
+  __device__ __forceinline__ void walk_halves(int t, int left, const float* states) {
 #pragma unroll 1
     for (int half = 1; half >= 0; --half) {
       Pairs<kPer> x = load_planes<kLanes, kPer>(states, s_, p_);
       if (half == 1) {
 #pragma unroll 4
-        for (int j = 0; j < kHalf; ++j) advance<kLanes>(m_, b_, token(j).x, j < left, x);
+        for (int j = 0; j < kHalf; ++j)
+          products_[j] = advance<kLanes>(m_, b_, token(j).x, kFull || j < left, x);
       }
-      walk_half(t, left, half * kHalf, x);
+      walk_half<kFull>(t, left, half * kHalf, x);
     }
   }
 
@@ -134,14 +145,23 @@ class WalkBack {
     return tokens_[j];
   }
 
-  // The half of a chunk that begins at its token `first`, which x enters.
+  // The half of a chunk that begins at its token `first`, which x enters. The products of the first
+  // half are known from the walk to the second one.
+  template <bool kFull>
   __device__ __forceinline__ void walk_half(int t, int left, int first, Pairs<kPer>& x) {
-    __syncwarp();  // the group has read the products of the half before
+    if (first == 0) {
 #pragma unroll 4
-    for (int j = 0; j < kHalf; ++j) {
-#pragma unroll
-      for (int i = 0; i < kPer; ++i) history_[(j * kPer + i) * kThreads] = x.v[i];
-      products_[j] = advance<kLanes>(m_, b_, token(first + j).x, first + j < left, x);
+      for (int j = 0; j < kHalf; ++j) {
+        keep(j, x);
+        advance_by(m_, b_, token(j).x, products_[j], kFull || j < left, x);
+      }
+    } else {
+#pragma unroll 4
+      for (int j = 0; j < kHalf; ++j) {
+        keep(j, x);
+        products_[first + j] =
+            advance<kLanes>(m_, b_, token(first + j).x, kFull || first + j < left, x);
+      }
     }
 #pragma unroll 1
     for (int four = kHalf - 4; four >= 0; four -= 4) {
@@ -149,7 +169,8 @@ class WalkBack {
 #pragma unroll
       for (int j = 3; j >= 0; --j) {
         const float2 own = token(first + four + j);
-        du[j] = walk_token(four + j, first + four + j < left, own.x, 2.0F * own.y, x);
+        du[j] = walk_token(four + j, products_[first + four + j], kFull || first + four + j < left,
+                           own.x, 2.0F * own.y, x);
       }
       const float sum = transposed_sum_of_four<kLanes>(du, p_.lane);
       const int at = first + four + p_.lane % 4;
@@ -159,9 +180,15 @@ class WalkBack {
     }
   }
 
+  __device__ __forceinline__ void keep(int j, const Pairs<kPer>& x) const {
+#pragma unroll
+    for (int i = 0; i < kPer; ++i) history_[(j * kPer + i) * kThreads] = x.v[i];
+  }
+
   // x is x_t on entry and x_{t-1} on return. Returns this lane's part of du. Past the last valid
   // token u and g are 0 and the states equal, but the adjoint must neither move nor be counted.
-  __device__ __forceinline__ float walk_token(int j, bool valid, float u, float g, Pairs<kPer>& x) {
+  __device__ __forceinline__ float walk_token(int j, float product, bool valid, float u, float g,
+                                              Pairs<kPer>& x) {
     Pairs<kPer> before;
 #pragma unroll
     for (int i = 0; i < kPer; ++i) before.v[i] = history_[(j * kPer + i) * kThreads];
@@ -169,7 +196,6 @@ class WalkBack {
     const float back = adjoint_product<kLanes>(m_, q_);
     float du = 0.0F;
     if (valid) {
-      const float product = products_[j];
 #pragma unroll
       for (int i = 0; i < kPer; ++i) {
         const float2 q = q_.v[i];
@@ -208,7 +234,7 @@ class WalkBack {
   const Sizes& s_;
   const Place<kLanes> p_;  // by value: fewer registers
   float2* history_;        // of this thread, [kHalf, kPer] at distance kThreads
-  float* products_;        // of this group, [kHalf]: <k, x_{t-1}>, which all its lanes write
+  float* products_;        // of this group, [kChunk]: <k, x_{t-1}>, which all its lanes write
   float2* tokens_;         // of this group, (u, g) [kChunk]
   Transition<kPer> m_;
   Pairs<kPer> b_;
@@ -229,7 +255,7 @@ __global__ __launch_bounds__(kThreads, kLanes == 8
                                            : 4) void dplr_scan_backward_kernel(BackwardArgs<T> a) {
   __shared__ float2 history[kHalf * kPer * kThreads];
   __shared__ float2 tokens[kThreads / kLanes * kPitch];
-  __shared__ float products[kHalf * kThreads / kLanes];
+  __shared__ float products[kThreads / kLanes * kPitch];
   const Place<kLanes> p(a.sizes, a.lengths, {0, a.sizes.segments});
   WalkBack<T, kLanes, kPer>(a, p, history, tokens, products).run();
 }

@@ -301,11 +301,11 @@ __device__ __forceinline__ Transition<kPer> load_transition(const Parameters& a,
           load_planes<kLanes, kPer>(a.k, s, p)};
 }
 
-/// x_t from x_{t-1}; returns <k, x_{t-1}>. The state is added last: one rounding of its size.
-template <int kLanes, int kPer>
-__device__ __forceinline__ float advance(const Transition<kPer>& m, const Pairs<kPer>& b, float u,
-                                         bool valid, Pairs<kPer>& x) {
-  const float product = 2.0F * group_sum<kLanes>(partial_product(m.k, x));
+/// x_t from x_{t-1}, given product = <k, x_{t-1}>. The state is added last: one rounding of its
+/// size.
+template <int kPer>
+__device__ __forceinline__ void advance_by(const Transition<kPer>& m, const Pairs<kPer>& b, float u,
+                                           float product, bool valid, Pairs<kPer>& x) {
 #pragma unroll
   for (int i = 0; i < kPer; ++i) {
     const float2 x0 = x.v[i];
@@ -315,6 +315,13 @@ __device__ __forceinline__ float advance(const Transition<kPer>& m, const Pairs<
     im = fmaf(m.e.v[i].x, x0.y, fmaf(m.e.v[i].y, x0.x, im));
     if (valid) x.v[i] = {x0.x + re, x0.y + im};
   }
+}
+/// x_t from x_{t-1}; returns <k, x_{t-1}>.
+template <int kLanes, int kPer>
+__device__ __forceinline__ float advance(const Transition<kPer>& m, const Pairs<kPer>& b, float u,
+                                         bool valid, Pairs<kPer>& x) {
+  const float product = 2.0F * group_sum<kLanes>(partial_product(m.k, x));
+  advance_by(m, b, u, product, valid, x);
   return product;
 }
 
