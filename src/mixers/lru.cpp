@@ -65,6 +65,7 @@ struct Lru::Saved final : MixerSaved {
   Tensor x_storage;  // owner of x, if there are lengths
   Tensor B;          // [2, N, H] in the dtype of x
   Tensor C;          // [H, 2, N] in the dtype of x
+  Tensor v;  // [B, L, 2, N] drive before gamma, unless it is larger than x: then computed again
   Tensor chunk_states;
   detail::DiagonalRecurrence recurrence;
 };
@@ -144,9 +145,10 @@ std::unique_ptr<MixerSaved> Lru::do_forward(Context& ctx, const MixerForward& ar
     saved->chunk_states =
         ctx.empty({batch, diagonal_scan_chunks(seqlen), 2, dstate_}, accumulate_dtype(dtype));
   Tensor states = ctx.empty({batch, seqlen, 2, dstate_}, dtype);
+  Tensor v = drive(ctx, *saved);
   diagonal_scan_forward(ctx, {.multiplier = saved->recurrence.multiplier(),
                               .gamma = saved->recurrence.gamma,
-                              .v = drive(ctx, *saved),
+                              .v = v,
                               .lengths = args.lengths,
                               .state_in = detail::DiagonalState::of(args.state_in),
                               .x = states,
@@ -158,6 +160,7 @@ std::unique_ptr<MixerSaved> Lru::do_forward(Context& ctx, const MixerForward& ar
                        .y = args.y,
                        .accumulate = true});
   if (!keep_for_backward) return nullptr;
+  if (v.view().numel() <= saved->x.numel()) saved->v = std::move(v);
   return saved;
 }
 
@@ -168,7 +171,10 @@ void Lru::do_backward(Context& ctx, const MixerSaved& base, const MixerBackward&
   const std::int64_t width = 2 * dstate_;
   const DType dtype = args.dy.dtype();
   const Shape rows = {batch, seqlen, width};
-  Tensor v = drive(ctx, saved);
+  Tensor again;
+  if (!saved.v) again = drive(ctx, saved);
+  const TensorView v = saved.v ? saved.v : again;
+  Tensor dv = ctx.empty(v.shape(), dtype);
   Tensor states = ctx.empty(v.shape(), dtype);
   Tensor dstates = ctx.empty(v.shape(), dtype);
   const TensorView C = saved.C.view().reshape({d_model(), width});
@@ -181,7 +187,7 @@ void Lru::do_backward(Context& ctx, const MixerSaved& base, const MixerBackward&
        .chunk_states = saved.chunk_states,
        .lengths = saved.lengths,
        .dstate_out = detail::DiagonalState::of(args.dstate_out),
-       .dv = v,
+       .dv = dv,
        .x = states,
        .dstate_in = detail::DiagonalState::of(args.dstate_in)},
       {.A_re = nu_log_.grad, .A_im = theta_log_.grad, .gamma_log = gamma_log_.grad});
@@ -197,7 +203,7 @@ void Lru::do_backward(Context& ctx, const MixerSaved& base, const MixerBackward&
   sum_columns(ctx, {.a = args.dy, .b = saved.x, .out = D_.grad});
   scale_columns(ctx, {.src = args.dy, .scale = D_.value, .dst = args.dx});
   Tensor dB = ctx.zeros({2, dstate_, d_model()}, accumulate_dtype(dtype));
-  linear_backward(ctx, {.dy = v.view().reshape(rows),
+  linear_backward(ctx, {.dy = dv.view().reshape(rows),
                         .x = saved.x,
                         .weight = saved.B.view().reshape({width, d_model()}),
                         .dx = args.dx,

@@ -60,6 +60,7 @@ struct S5::Saved final : MixerSaved {
   TensorView D;      // [H, H] in the dtype of x
   Tensor D_storage;
   Tensor C;  // [H, 2, N] in the dtype of x
+  Tensor v;  // [B, L, N] drive before gamma, unless it is larger than x: then computed again
   Tensor chunk_states;
   detail::DiagonalRecurrence recurrence;
 };
@@ -137,9 +138,10 @@ std::unique_ptr<MixerSaved> S5::do_forward(Context& ctx, const MixerForward& arg
     saved->chunk_states =
         ctx.empty({batch, diagonal_scan_chunks(seqlen), 2, dstate_}, accumulate_dtype(dtype));
   Tensor states = ctx.empty({batch, seqlen, 2, dstate_}, dtype);
+  Tensor v = drive(ctx, *saved);
   diagonal_scan_forward(ctx, {.multiplier = saved->recurrence.multiplier(),
                               .gamma = saved->recurrence.gamma,
-                              .v = drive(ctx, *saved),
+                              .v = v,
                               .lengths = args.lengths,
                               .state_in = detail::DiagonalState::of(args.state_in),
                               .x = states,
@@ -152,6 +154,7 @@ std::unique_ptr<MixerSaved> S5::do_forward(Context& ctx, const MixerForward& arg
                        .y = args.y,
                        .accumulate = true});
   if (!keep_for_backward) return nullptr;
+  if (v.view().numel() <= saved->x.numel()) saved->v = std::move(v);
   return saved;
 }
 
@@ -161,7 +164,10 @@ void S5::do_backward(Context& ctx, const MixerSaved& base, const MixerBackward& 
   const std::int64_t seqlen = args.dy.dim(1);
   const DType dtype = args.dy.dtype();
   const Shape rows = {batch, seqlen, 2 * dstate_};
-  Tensor v = drive(ctx, saved);
+  Tensor again;
+  if (!saved.v) again = drive(ctx, saved);
+  const TensorView v = saved.v ? saved.v : again;
+  Tensor dv = ctx.empty(v.shape(), dtype);
   Tensor states = ctx.empty({batch, seqlen, 2, dstate_}, dtype);
   Tensor dstates = ctx.empty({batch, seqlen, 2, dstate_}, dtype);
   linear_backward(ctx, {.dy = args.dy,
@@ -178,7 +184,7 @@ void S5::do_backward(Context& ctx, const MixerSaved& base, const MixerBackward& 
        .chunk_states = saved.chunk_states,
        .lengths = saved.lengths,
        .dstate_out = detail::DiagonalState::of(args.dstate_out),
-       .dv = v,
+       .dv = dv,
        .x = states,
        .dtau = dtau,
        .dstate_in = detail::DiagonalState::of(args.dstate_in)},
@@ -197,7 +203,7 @@ void S5::do_backward(Context& ctx, const MixerSaved& base, const MixerBackward& 
   // The roles of u D above, exchanged: dy D^T, and dD = u^T dy.
   linear_forward(ctx, {.x = args.dy, .weight = saved.D, .y = args.dx});
   linear_backward(ctx, {.dy = saved.x, .x = args.dy, .dweight = D_.grad});
-  linear_backward(ctx, {.dy = v,
+  linear_backward(ctx, {.dy = dv,
                         .x = saved.x,
                         .weight = saved.B,
                         .dx = args.dx,
