@@ -12,7 +12,10 @@ void activation_forward(Context&, const ActivationForward& a) {
     visit_activation(a.kind, [&]<Activation kind>() {
 #pragma omp parallel for
       for (std::int64_t r = 0; r < x.count; ++r)
-        for (std::int64_t c = 0; c < x.width; ++c) y[r][c] = activate<kind>(x[r][c]);
+        for (std::int64_t c = 0; c < x.width; ++c) {
+          const T once = activate<kind>(x[r][c]);
+          y[r][c] = a.twice ? activate<kind>(once) : once;
+        }
     });
   });
 }
@@ -25,8 +28,11 @@ void activation_backward(Context&, const ActivationBackward& a) {
     visit_activation(a.kind, [&]<Activation kind>() {
 #pragma omp parallel for
       for (std::int64_t r = 0; r < x.count; ++r)
-        for (std::int64_t c = 0; c < x.width; ++c)
-          dx[r][c] = dy[r][c] * activation_derivative<kind>(x[r][c]);
+        for (std::int64_t c = 0; c < x.width; ++c) {
+          T d = dy[r][c];
+          if (a.twice) d *= activation_derivative<kind>(activate<kind>(x[r][c]));
+          dx[r][c] = d * activation_derivative<kind>(x[r][c]);
+        }
     });
   });
 }

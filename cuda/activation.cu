@@ -7,7 +7,7 @@
 namespace lrnn::cuda {
 namespace {
 
-template <class T, Activation kind, int N>
+template <class T, Activation kind, bool kTwice, int N>
 struct Forward {
   DeviceRows<const T> x;
   DeviceRows<T> y;
@@ -15,12 +15,15 @@ struct Forward {
     float v[N];
     load_vec<T, N>(x.row(r) + c, v);
 #pragma unroll
-    for (int i = 0; i < N; ++i) v[i] = activate<kind>(v[i]);
+    for (int i = 0; i < N; ++i) {
+      v[i] = activate<kind>(v[i]);
+      if constexpr (kTwice) v[i] = activate<kind>(v[i]);
+    }
     store_vec<T, N>(y.row(r) + c, v);
   }
 };
 
-template <class T, Activation kind, int N>
+template <class T, Activation kind, bool kTwice, int N>
 struct Backward {
   DeviceRows<const T> dy, x;
   DeviceRows<T> dx;
@@ -30,10 +33,24 @@ struct Backward {
     load_vec<T, N>(dy.row(r) + c, d);
     load_vec<T, N>(x.row(r) + c, v);
 #pragma unroll
-    for (int i = 0; i < N; ++i) d[i] *= activation_derivative<kind>(v[i]);
+    for (int i = 0; i < N; ++i) {
+      if constexpr (kTwice) d[i] *= activation_derivative<kind>(activate<kind>(v[i]));
+      d[i] *= activation_derivative<kind>(v[i]);
+    }
     store_vec<T, N>(dx.row(r) + c, d);
   }
 };
+
+// Calls f.operator()<kind, twice>().
+template <class F>
+void visit_repeated(Activation kind, bool twice, F&& f) {
+  visit_activation(kind, [&]<Activation kKind>() {
+    if (twice)
+      f.template operator()<kKind, true>();
+    else
+      f.template operator()<kKind, false>();
+  });
+}
 
 }  // namespace
 
@@ -46,11 +63,12 @@ void activation_forward(Context& ctx, const ActivationForward& a) {
     const std::int64_t width = a.x.dim(-1);
     const bool vectors = allows_vectors(x.data, width, x.stride, wide) &&
                          allows_vectors(y.data, width, y.stride, wide);
-    visit_activation(a.kind, [&]<Activation kind>() {
+    visit_repeated(a.kind, a.twice, [&]<Activation kind, bool kTwice>() {
       if (vectors)
-        for_each_vector<wide>(ctx.stream().handle, rows, width, Forward<T, kind, wide>{x, y});
+        for_each_vector<wide>(ctx.stream().handle, rows, width,
+                              Forward<T, kind, kTwice, wide>{x, y});
       else
-        for_each_vector<1>(ctx.stream().handle, rows, width, Forward<T, kind, 1>{x, y});
+        for_each_vector<1>(ctx.stream().handle, rows, width, Forward<T, kind, kTwice, 1>{x, y});
     });
   });
 }
@@ -66,11 +84,13 @@ void activation_backward(Context& ctx, const ActivationBackward& a) {
     const bool vectors = allows_vectors(x.data, width, x.stride, wide) &&
                          allows_vectors(dy.data, width, dy.stride, wide) &&
                          allows_vectors(dx.data, width, dx.stride, wide);
-    visit_activation(a.kind, [&]<Activation kind>() {
+    visit_repeated(a.kind, a.twice, [&]<Activation kind, bool kTwice>() {
       if (vectors)
-        for_each_vector<wide>(ctx.stream().handle, rows, width, Backward<T, kind, wide>{dy, x, dx});
+        for_each_vector<wide>(ctx.stream().handle, rows, width,
+                              Backward<T, kind, kTwice, wide>{dy, x, dx});
       else
-        for_each_vector<1>(ctx.stream().handle, rows, width, Backward<T, kind, 1>{dy, x, dx});
+        for_each_vector<1>(ctx.stream().handle, rows, width,
+                           Backward<T, kind, kTwice, 1>{dy, x, dx});
     });
   });
 }

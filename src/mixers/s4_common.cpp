@@ -230,34 +230,36 @@ template S4Head::S4Head(const StateSpaceConfig<true>&, std::int64_t, const Param
 
 // [B, L, width] each.
 struct S4Head::Values {
-  Tensor first;   // GELU(s)
+  Tensor first;   // GELU(s), if there is a gate
   Tensor gated;   // what the gate multiplies, if there is an output_gate
   Tensor gate;    // input_gate(u)
-  Tensor inner;   // v
+  Tensor inner;   // v, if there is a gate
   Tensor second;  // GELU(v)
 
   [[nodiscard]] const Tensor& before_gate() const { return gated ? gated : first; }
-  [[nodiscard]] const Tensor& v() const { return inner ? inner : first; }
 };
 
 S4Head::Values S4Head::values(Context& ctx, TensorView u, TensorView s) const {
   Values x;
+  if (!input_gate_) {
+    x.second = ctx.empty(s.shape(), s.dtype());
+    activation_forward(ctx, {.kind = Activation::Gelu, .x = s, .y = x.second, .twice = true});
+    return x;
+  }
   x.first = ctx.empty(s.shape(), s.dtype());
   activation_forward(ctx, {.kind = Activation::Gelu, .x = s, .y = x.first});
-  if (input_gate_) {
-    const Shape shape = {u.dim(0), u.dim(1), input_gate_->out_features()};
-    if (output_gate_) {
-      x.gated = ctx.empty(shape, s.dtype());
-      output_gate_->forward(ctx, x.first, x.gated);
-    }
-    x.gate = ctx.empty(shape, s.dtype());
-    x.inner = ctx.empty(shape, s.dtype());
-    input_gate_->forward(ctx, u, x.gate);
-    gated_activation_forward(
-        ctx, {.kind = Activation::Gelu, .value = x.before_gate(), .gate = x.gate, .y = x.inner});
+  const Shape shape = {u.dim(0), u.dim(1), input_gate_->out_features()};
+  if (output_gate_) {
+    x.gated = ctx.empty(shape, s.dtype());
+    output_gate_->forward(ctx, x.first, x.gated);
   }
-  x.second = ctx.empty(x.v().shape(), s.dtype());
-  activation_forward(ctx, {.kind = Activation::Gelu, .x = x.v(), .y = x.second});
+  x.gate = ctx.empty(shape, s.dtype());
+  x.inner = ctx.empty(shape, s.dtype());
+  input_gate_->forward(ctx, u, x.gate);
+  gated_activation_forward(
+      ctx, {.kind = Activation::Gelu, .value = x.before_gate(), .gate = x.gate, .y = x.inner});
+  x.second = ctx.empty(shape, s.dtype());
+  activation_forward(ctx, {.kind = Activation::Gelu, .x = x.inner, .y = x.second});
   return x;
 }
 
@@ -280,9 +282,10 @@ void S4Head::backward(Context& ctx, TensorView u, TensorView s, TensorView dy, M
   } else {
     ctx.copy(d, dy);
   }
-  activation_backward(ctx, {.kind = Activation::Gelu, .dy = d, .x = x.v(), .dx = d});
   if (!input_gate_)
-    return activation_backward(ctx, {.kind = Activation::Gelu, .dy = d, .x = s, .dx = ds});
+    return activation_backward(
+        ctx, {.kind = Activation::Gelu, .dy = d, .x = s, .dx = ds, .twice = true});
+  activation_backward(ctx, {.kind = Activation::Gelu, .dy = d, .x = x.inner, .dx = d});
   Tensor dgated = ctx.empty(d.shape(), d.dtype());
   Tensor dgate = ctx.empty(d.shape(), d.dtype());
   gated_activation_backward(ctx, {.kind = Activation::Gelu,

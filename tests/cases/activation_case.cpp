@@ -23,18 +23,19 @@ const char* name_of(Activation kind) {
 
 // Columns [margin, margin + width) of x and y; the rest of y and of dx is 0.
 OpCase activation_case(Activation kind, std::int64_t rows, std::int64_t width,
-                       std::int64_t margin = 0) {
+                       std::int64_t margin = 0, bool twice = false) {
   const Shape shape = {rows, width + margin};
   const auto columns = [=](Tensor& t) { return t.view().slice(1, margin, width); };
   return {
-      .name = detail::concat("activation/", name_of(kind), "/T:", rows, "/C:", width,
-                             margin > 0 ? detail::concat("/margin:", margin) : ""),
+      .name = detail::concat("activation/", name_of(kind), twice ? "_twice" : "", "/T:", rows,
+                             "/C:", width, margin > 0 ? detail::concat("/margin:", margin) : ""),
       .inputs = {{.name = "x", .shape = shape, .low = -6, .high = 6}},
       .outputs = {{.name = "y", .shape = shape}},
       .forward =
           [=](Context& ctx, Tensors& t) {
             ctx.zero(t["y"]);
-            activation_forward(ctx, {.kind = kind, .x = columns(t["x"]), .y = columns(t["y"])});
+            activation_forward(
+                ctx, {.kind = kind, .x = columns(t["x"]), .y = columns(t["y"]), .twice = twice});
           },
       .backward =
           [=](Context& ctx, Tensors& t) {
@@ -42,7 +43,8 @@ OpCase activation_case(Activation kind, std::int64_t rows, std::int64_t width,
             activation_backward(ctx, {.kind = kind,
                                       .dy = columns(t["dy"]),
                                       .x = columns(t["x"]),
-                                      .dx = columns(t["dx"])});
+                                      .dx = columns(t["dx"]),
+                                      .twice = twice});
           },
   };
 }
@@ -56,6 +58,8 @@ std::vector<OpCase> cases() {
     all.push_back(activation_case(kind, 5, 16));
     all.push_back(activation_case(kind, 3, 8, 8));  // aligned column slices
     all.push_back(activation_case(kind, 3, 8, 3));  // unaligned column slices
+    all.push_back(activation_case(kind, 3, 7, 0, true));
+    all.push_back(activation_case(kind, 3, 8, 8, true));
   }
   return all;
 }

@@ -4,6 +4,7 @@
 ///   softplus(v) = log(1 + e^v), as max(v, 0) + log1p(exp(-|v|))
 ///   identity(v) = v
 ///
+/// y = f(x) and dx = dy f'(x), or both of f twice in one pass: y = f(f(x)), dx = dy f'(f(x)) f'(x).
 /// Rows may be column slices of wider tensors.
 #pragma once
 
@@ -17,12 +18,14 @@ struct ActivationForward {
   Activation kind;
   TensorView x;         ///< [..., C]
   MutableTensorView y;  ///< [..., C]; may be x
+  bool twice = false;
 };
 struct ActivationBackward {
   Activation kind;
   TensorView dy;         ///< [..., C]
   TensorView x;          ///< [..., C]
   MutableTensorView dx;  ///< [..., C], overwritten; may be dy
+  bool twice = false;
 };
 
 /// @throws ShapeError, DTypeError, DeviceError
