@@ -122,4 +122,9 @@ void sum_columns(Context&, const SumColumns& a) {
   });
 }
 
+void scale_columns_backward(Context& ctx, const ScaleColumnsBackward& a) {
+  cpu::sum_columns(ctx, {.a = a.dy, .b = a.x, .out = a.dscale});  // before dx, which may be dy
+  cpu::scale_columns(ctx, {.src = a.dy, .scale = a.scale, .dst = a.dx});
+}
+
 }  // namespace lrnn::cpu

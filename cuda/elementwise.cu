@@ -139,23 +139,64 @@ __global__ __launch_bounds__(kSumThreads) void fold_partials_kernel(const float*
   out[static_cast<std::int64_t>(blockIdx.y) * width + c] = sum;
 }
 
-template <class T>
-void sum_columns_of(Context& ctx, const SumColumns& a) {
+constexpr int kBackLanes = 32;
+constexpr int kBackParts = kSumThreads / kBackLanes;
+
+// Block (i, j) owns rows [j kSumRows, ...) and kBackLanes vectors of columns: a warp walks every
+// kBackParts-th row. dx may be dy.
+template <class T, int N>
+__global__ __launch_bounds__(kSumThreads) void scale_columns_backward_kernel(
+    DeviceRows<const T> dy, DeviceRows<const T> x, const float* __restrict__ scale,
+    DeviceRows<T> dx, std::int64_t rows, int width, float* __restrict__ partial) {
+  static_assert(kBackLanes * N <= kSumThreads, "one thread per column adds up the parts");
+  __shared__ float sums[kBackParts][kBackLanes * N];
+  const int lane = static_cast<int>(threadIdx.x) % kBackLanes;
+  const int part = static_cast<int>(threadIdx.x) / kBackLanes;
+  const int begin = static_cast<int>(blockIdx.x) * kBackLanes * N;
+  const int c = begin + lane * N;
+  const std::int64_t first = static_cast<std::int64_t>(blockIdx.y) * kSumRows;
+  const std::int64_t last = min(rows, first + kSumRows);
+  float sum[N] = {};
+  if (c < width) {
+    float factor[N];
+#pragma unroll
+    for (int i = 0; i < N; ++i) factor[i] = scale[c + i];
+    for (std::int64_t r = first + part; r < last; r += kBackParts) {
+      float d[N];
+      float v[N];
+      load_vec<T, N>(dy.row(r) + c, d);
+      load_vec<T, N>(x.row(r) + c, v);
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        sum[i] = fmaf(d[i], v[i], sum[i]);
+        d[i] *= factor[i];
+      }
+      store_vec<T, N>(dx.row(r) + c, d);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < N; ++i) sums[part][lane * N + i] = sum[i];
+  __syncthreads();
+  const int i = static_cast<int>(threadIdx.x);
+  if (i >= kBackLanes * N || begin + i >= width) return;
+  float total = sums[0][i];
+  for (int p = 1; p < kBackParts; ++p) total += sums[p][i];
+  partial[static_cast<std::int64_t>(blockIdx.y) * width + begin + i] = total;
+}
+
+// out += column sums over `rows` rows. make_partials(first, rows, partial) launches the first stage
+// for some of them, which writes a row of sums per kSumRows rows. Rows beyond the limit of the grid
+// are summed in further launches, in order.
+template <class MakePartials>
+void add_column_sums(Context& ctx, std::int64_t rows, int width, float* out,
+                     MakePartials&& make_partials) {
   const cudaStream_t stream = ctx.stream().handle;
-  const auto width = static_cast<int>(a.a.dim(-1));
-  const auto blocks_x = static_cast<unsigned>((width + kSumColumns - 1) / kSumColumns);
   constexpr std::int64_t kMaxGridY = 32768;
-  const auto A = device_rows<T>(a.a);
-  const auto B = a.b ? device_rows<T>(a.b) : DeviceRows<const T>{nullptr, 0};
-  // Rows beyond the limit of the grid are summed in further launches, in order.
-  for (std::int64_t done = 0, rows = detail::row_count(a.a); done < rows;) {
+  for (std::int64_t done = 0; done < rows;) {
     const std::int64_t now = std::min(rows - done, kMaxGridY * kSumRows);
     std::int64_t count = (now + kSumRows - 1) / kSumRows;
     Tensor partial = ctx.empty({count, width}, DType::float32);
-    sum_columns_kernel<T><<<dim3(blocks_x, static_cast<unsigned>(count)), kSumThreads, 0, stream>>>(
-        {A.data + done * A.stride, A.stride},
-        {B.data != nullptr ? B.data + done * B.stride : nullptr, B.stride}, now, width,
-        partial.view().data<float>());
+    make_partials(done, now, partial.view().data<float>());
     LRNN_CUDA_CHECK_LAUNCH();
     if (count > 4 * kSumRows) {
       const std::int64_t folded = (count + kSumRows - 1) / kSumRows;
@@ -171,10 +212,50 @@ void sum_columns_of(Context& ctx, const SumColumns& a) {
     const auto blocks = static_cast<unsigned>(
         (static_cast<std::int64_t>(width) * 32 + kSumThreads - 1) / kSumThreads);
     add_partials_kernel<<<blocks, kSumThreads, 0, stream>>>(partial.view().data<float>(), count,
-                                                            width, a.out.data<float>());
+                                                            width, out);
     LRNN_CUDA_CHECK_LAUNCH();
     done += now;
   }
+}
+
+// The blocks of a first stage with `columns` columns each.
+dim3 partial_blocks(std::int64_t rows, int width, int columns) {
+  return {static_cast<unsigned>((width + columns - 1) / columns),
+          static_cast<unsigned>((rows + kSumRows - 1) / kSumRows)};
+}
+template <class T>
+DeviceRows<T> rows_from(DeviceRows<T> rows, std::int64_t first) {
+  return {rows.data == nullptr ? nullptr : rows.data + first * rows.stride, rows.stride};
+}
+
+template <class T>
+void sum_columns_of(Context& ctx, const SumColumns& a) {
+  const auto width = static_cast<int>(a.a.dim(-1));
+  const auto A = device_rows<T>(a.a);
+  const auto B = a.b ? device_rows<T>(a.b) : DeviceRows<const T>{nullptr, 0};
+  add_column_sums(
+      ctx, detail::row_count(a.a), width, a.out.data<float>(),
+      [&](std::int64_t first, std::int64_t rows, float* partial) {
+        sum_columns_kernel<T>
+            <<<partial_blocks(rows, width, kSumColumns), kSumThreads, 0, ctx.stream().handle>>>(
+                rows_from(A, first), rows_from(B, first), rows, width, partial);
+      });
+}
+
+template <class T, int N>
+void scale_columns_backward_of(Context& ctx, const ScaleColumnsBackward& a) {
+  const auto width = static_cast<int>(a.dy.dim(-1));
+  const auto dy = device_rows<T>(a.dy);
+  const auto x = device_rows<T>(a.x);
+  const auto dx = device_rows<T>(a.dx);
+  add_column_sums(
+      ctx, detail::row_count(a.dy), width, a.dscale.data<float>(),
+      [&](std::int64_t first, std::int64_t rows, float* partial) {
+        scale_columns_backward_kernel<T, N>
+            <<<partial_blocks(rows, width, kBackLanes * N), kSumThreads, 0, ctx.stream().handle>>>(
+                rows_from(dy, first), rows_from(x, first), a.scale.data<float>(),
+                rows_from(dx, first), rows, width, partial);
+      });
 }
 
 }  // namespace
@@ -237,6 +318,21 @@ void scale_columns(Context& ctx, const ScaleColumns& a) {
       for_each_vector<wide>(stream, rows, width, ScaleVector<T, wide>{s, scale, d});
     else
       for_each_vector<1>(stream, rows, width, ScaleVector<T, 1>{s, scale, d});
+  });
+}
+
+void scale_columns_backward(Context& ctx, const ScaleColumnsBackward& a) {
+  visit_float("scale_columns_backward", a.dy.dtype(), [&]<class T>() {
+    constexpr int wide = kWide<T>;
+    const std::int64_t width = a.dy.dim(-1);
+    const auto vectors = [&](const auto& rows) {
+      return allows_vectors(rows.data, width, rows.stride, wide);
+    };
+    if (vectors(device_rows<T>(a.dy)) && vectors(device_rows<T>(a.x)) &&
+        vectors(device_rows<T>(a.dx)))
+      scale_columns_backward_of<T, wide>(ctx, a);
+    else
+      scale_columns_backward_of<T, 1>(ctx, a);
   });
 }
 

@@ -200,8 +200,8 @@ void Lru::do_backward(Context& ctx, const MixerSaved& base, const MixerBackward&
       ctx,
       {.product = ComplexProduct::ReadOut, .dweight = dC, .dre = C_re_.grad, .dim = C_im_.grad});
 
-  sum_columns(ctx, {.a = args.dy, .b = saved.x, .out = D_.grad});
-  scale_columns(ctx, {.src = args.dy, .scale = D_.value, .dst = args.dx});
+  scale_columns_backward(
+      ctx, {.dy = args.dy, .x = saved.x, .scale = D_.value, .dx = args.dx, .dscale = D_.grad});
   Tensor dB = ctx.zeros({2, dstate_, d_model()}, accumulate_dtype(dtype));
   linear_backward(ctx, {.dy = dv.view().reshape(rows),
                         .x = saved.x,

@@ -53,6 +53,20 @@ void scale_columns(Context& ctx, const ScaleColumns& a) {
   LRNN_DISPATCH(scale_columns, ctx, a);
 }
 
+void scale_columns_backward(Context& ctx, const ScaleColumnsBackward& a) {
+  constexpr const char* op = "scale_columns_backward";
+  LRNN_CHECK(a.dy && a.dy.rank() >= 1, ShapeError, op, ": dy is required");
+  const DType dtype = a.dy.dtype();
+  const Shape columns = {a.dy.dim(-1)};
+  detail::check_rows(op, "dy", ctx, a.dy, a.dy.shape(), dtype);
+  detail::check_rows(op, "x", ctx, a.x, a.dy.shape(), dtype);
+  detail::check_operand(op, "scale", ctx, a.scale, columns, accumulate_dtype(dtype));
+  detail::check_rows(op, "dx", ctx, a.dx, a.dy.shape(), dtype);
+  detail::check_operand(op, "dscale", ctx, a.dscale, columns, accumulate_dtype(dtype));
+  if (a.dy.numel() == 0) return;
+  LRNN_DISPATCH(scale_columns_backward, ctx, a);
+}
+
 void sum_columns(Context& ctx, const SumColumns& a) {
   constexpr const char* op = "sum_columns";
   LRNN_CHECK(a.a && a.a.rank() >= 1, ShapeError, op, ": a is required");

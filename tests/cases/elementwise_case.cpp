@@ -66,9 +66,10 @@ OpCase fill_and_add_case(const Sizes& z) {
   };
 }
 
-OpCase scale_columns_case(const Sizes& z) {
+// `apart`: backward by scale_columns and sum_columns.
+OpCase scale_columns_case(const Sizes& z, bool apart = false) {
   return {
-      .name = detail::concat("scale_columns", z.suffix()),
+      .name = detail::concat(apart ? "scale_columns_apart" : "scale_columns", z.suffix()),
       .inputs = {{.name = "x", .shape = z.shape()}},
       .params = {{.name = "scale", .shape = {z.width}, .storage = Storage::Accumulate}},
       .outputs = {{.name = "y", .shape = z.shape()}},
@@ -79,8 +80,14 @@ OpCase scale_columns_case(const Sizes& z) {
                 ctx, {.src = z.columns(t["x"]), .scale = t["scale"], .dst = z.columns(t["y"])});
           },
       .backward =
-          [z](Context& ctx, Tensors& t) {
+          [z, apart](Context& ctx, Tensors& t) {
             ctx.zero(t["dx"]);
+            if (!apart)
+              return scale_columns_backward(ctx, {.dy = z.columns(t["dy"]),
+                                                  .x = z.columns(t["x"]),
+                                                  .scale = t["scale"],
+                                                  .dx = z.columns(t["dx"]),
+                                                  .dscale = t["dscale"]});
             scale_columns(
                 ctx, {.src = z.columns(t["dy"]), .scale = t["scale"], .dst = z.columns(t["dx"])});
             sum_columns(ctx, {.a = z.columns(t["dy"]), .b = z.columns(t["x"]), .out = t["dscale"]});
@@ -143,6 +150,7 @@ std::vector<OpCase> cases() {
     all.push_back(cast_case(z, wide, narrow));
     all.push_back(fill_and_add_case(z));
     all.push_back(scale_columns_case(z));
+    all.push_back(scale_columns_case(z, true));
     all.push_back(sum_columns_case(z));
   }
   for (const Sizes& z : {Sizes{1030, 3}, Sizes{2100, 40}}) {  // more than one partial sum

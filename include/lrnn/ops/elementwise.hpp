@@ -31,6 +31,15 @@ struct ScaleColumns {
   TensorView scale;       ///< [C], float32 (float64)
   MutableTensorView dst;  ///< [..., C]; may be src
 };
+/// Of y = x * scale per column: dx[..., c] = dy[..., c] * scale[c] and
+/// dscale[c] += sum over rows of dy[..., c] * x[..., c], in one pass. Sums as in SumColumns.
+struct ScaleColumnsBackward {
+  TensorView dy;             ///< [..., C]
+  TensorView x;              ///< [..., C]
+  TensorView scale;          ///< [C], float32 (float64)
+  MutableTensorView dx;      ///< [..., C], overwritten; may be dy
+  MutableTensorView dscale;  ///< [C], float32 (float64), accumulated into
+};
 /// Column sums of products: out[c] += sum over rows of a[..., c] * b[..., c] (b absent: of a).
 /// Fixed-order, float32 (float64) sums.
 struct SumColumns {
@@ -45,6 +54,7 @@ void add_to(Context& ctx, const AddTo& args);
 void fill(Context& ctx, const Fill& args);
 void mask_padding(Context& ctx, const MaskPadding& args);
 void scale_columns(Context& ctx, const ScaleColumns& args);
+void scale_columns_backward(Context& ctx, const ScaleColumnsBackward& args);
 void sum_columns(Context& ctx, const SumColumns& args);
 
 // Backends. Unchecked: call the functions above.
@@ -54,6 +64,7 @@ void add_to(Context& ctx, const AddTo& args);
 void fill(Context& ctx, const Fill& args);
 void mask_padding(Context& ctx, const MaskPadding& args);
 void scale_columns(Context& ctx, const ScaleColumns& args);
+void scale_columns_backward(Context& ctx, const ScaleColumnsBackward& args);
 void sum_columns(Context& ctx, const SumColumns& args);
 }  // namespace cpu
 namespace cuda {
@@ -62,6 +73,7 @@ void add_to(Context& ctx, const AddTo& args);
 void fill(Context& ctx, const Fill& args);
 void mask_padding(Context& ctx, const MaskPadding& args);
 void scale_columns(Context& ctx, const ScaleColumns& args);
+void scale_columns_backward(Context& ctx, const ScaleColumnsBackward& args);
 void sum_columns(Context& ctx, const SumColumns& args);
 }  // namespace cuda
 
