@@ -26,15 +26,29 @@ __device__ __forceinline__ float block_sum(float v, float* slots) {
   return sum;
 }
 
-/// out[c] += sum over rows of partial[row, c], for every column c < width.
+/// Rows of partial sums and where their sum goes: out[c] += sum over rows of partial[row, c], for
+/// every column c < width.
+struct Partials {
+  const float* partial = nullptr;
+  std::int64_t width = 0;
+  float* out = nullptr;
+
+  [[nodiscard]] unsigned blocks() const { return static_cast<unsigned>((width + 31) / 32); }
+};
+
+/// Both sums have the same number of rows.
 ///
 /// A block owns 32 columns. Thread (x, y) adds rows y, y + 32, ... of column x; the 32 sums of a
 /// column are then added in order.
-
-static __global__ __launch_bounds__(1024) void fold_partials_kernel(
-    const float* __restrict__ partial, int rows, std::int64_t width, float* __restrict__ out) {
+static __global__ __launch_bounds__(1024) void fold_partials_kernel(Partials first, Partials second,
+                                                                    unsigned first_blocks,
+                                                                    int rows) {
   __shared__ float sums[32][33];
-  const std::int64_t column = static_cast<std::int64_t>(blockIdx.x) * 32 + threadIdx.x;
+  const bool is_first = blockIdx.x < first_blocks;
+  const unsigned block = is_first ? blockIdx.x : blockIdx.x - first_blocks;
+  const float* const partial = is_first ? first.partial : second.partial;
+  const std::int64_t width = is_first ? first.width : second.width;
+  const std::int64_t column = static_cast<std::int64_t>(block) * 32 + threadIdx.x;
   float sum = 0.0F;
   if (column < width) {
 #pragma unroll 4
@@ -46,14 +60,20 @@ static __global__ __launch_bounds__(1024) void fold_partials_kernel(
   if (threadIdx.y != 0 || column >= width) return;
   sum = 0.0F;
   for (int y = 0; y < 32; ++y) sum += sums[y][threadIdx.x];
-  out[column] += sum;
+  (is_first ? first.out : second.out)[column] += sum;
+}
+
+/// One launch for two sums of the same rows, say of a weight and of its bias.
+inline void fold_partials(cudaStream_t stream, int rows, const Partials& first,
+                          const Partials& second = {}) {
+  fold_partials_kernel<<<first.blocks() + second.blocks(), dim3(32, 32), 0, stream>>>(
+      first, second, first.blocks(), rows);
+  LRNN_CUDA_CHECK_LAUNCH();
 }
 
 inline void fold_partials(cudaStream_t stream, const float* partial, int rows, std::int64_t width,
                           float* out) {
-  fold_partials_kernel<<<static_cast<unsigned>((width + 31) / 32), dim3(32, 32), 0, stream>>>(
-      partial, rows, width, out);
-  LRNN_CUDA_CHECK_LAUNCH();
+  fold_partials(stream, rows, {partial, width, out});
 }
 
 }  // namespace lrnn::cuda
