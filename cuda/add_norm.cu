@@ -22,7 +22,7 @@ namespace {
 constexpr int kWarpRowThreads = 256;
 constexpr int kStridedThreads = 256;
 constexpr int kMaxBlockThreads = 512;
-constexpr int kBackwardThreads = 132 * 640;  // of a grid: enough rows in flight, few partial sums
+constexpr int kResidentThreads = 640;  // of a multiprocessor in backward: enough rows in flight
 
 /// A tensor stored in T or in float32; absent if null.
 template <class T>
@@ -141,6 +141,23 @@ template <bool kBlockRow>
 __device__ __forceinline__ float row_sum(float v, float* slots) {
   if constexpr (kBlockRow) return block_sum(v, slots);
   return warp_sum(v);
+}
+
+/// Both such sums, or the first alone, behind one barrier. Every warp adds what the warps found by
+/// the same butterfly, which takes fewer registers than a loop.
+template <bool kBlockRow, bool kBoth>
+__device__ __forceinline__ float2 row_sums(float2 v, float2* slots) {
+  v.x = warp_sum(v.x);
+  if constexpr (kBoth) v.y = warp_sum(v.y);
+  if constexpr (kBlockRow) {
+    const unsigned lane = threadIdx.x % 32;
+    if (lane == 0) slots[threadIdx.x / 32] = v;
+    __syncthreads();
+    v = lane < blockDim.x / 32 ? slots[lane] : float2{0.0F, 0.0F};
+    v.x = warp_sum(v.x);
+    if constexpr (kBoth) v.y = warp_sum(v.y);
+  }
+  return v;
 }
 
 /// The place of a thread: its lane among `lanes` that share a row, and the row of the group.
@@ -291,12 +308,20 @@ __device__ __forceinline__ void store_partial(const float (&sum)[kCount][kN], in
   }
 }
 
+/// Registers must allow the blocks of a multiprocessor: LayerNorm with 16 columns per thread, say
+/// two blocks of 320 threads at 5120 columns, takes more than 96 if it may, and then runs alone.
+template <bool kBlockRow, int kColumns>
+constexpr int kBackwardThreads = !kBlockRow      ? kWarpRowThreads
+                                 : kColumns == 8 ? 2 * kMaxBlockThreads
+                                                 : kResidentThreads;
+
 /// kLayer keeps the sums of LayerNorm out of the registers of RMSNorm. Where registers allow two
 /// blocks per SM even so, what arrives through residual_out is loaded before the sums of the row
 /// are known.
 template <class T, int kN, int kCount, bool kBlockRow, bool kLayer>
-__global__ __launch_bounds__(kRowThreads<kBlockRow>) void backward_kernel(Backward<T> a) {
-  __shared__ float slots[4][32];
+__global__ __launch_bounds__(kBackwardThreads<kBlockRow, kN * kCount>) void backward_kernel(
+    Backward<T> a) {
+  __shared__ float2 slots[2][32];
   __shared__ float shared[kBlockRow ? 1 : 32 * kN * kCount];
   const Place<kBlockRow> p;
   constexpr bool kEarly = kN * kCount <= 8;
@@ -304,16 +329,15 @@ __global__ __launch_bounds__(kRowThreads<kBlockRow>) void backward_kernel(Backwa
   const float inverse_width = 1.0F / static_cast<float>(width);
   float dweight[kCount][kN] = {};
   float dbias[kLayer ? kCount : 1][kN] = {};
-  int parity = 0;  // alternate slots, so that one barrier per sum suffices
-  for (std::int64_t row = p.row; row < a.rows; row += p.row_step, parity ^= 2) {
+  int parity = 0;  // alternate slots, so that one barrier per row suffices
+  for (std::int64_t row = p.row; row < a.rows; row += p.row_step, parity ^= 1) {
     const std::int64_t base = row * a.width;
     const float rstd = a.rstd[row];
     const float mean = kLayer ? a.mean[row] : 0.0F;
     float n[kCount][kN];
     float g[kCount][kN];
     float other[kEarly ? kCount : 1][kN];
-    float sum_ng = 0.0F;
-    float sum_g = 0.0F;
+    float2 sums{0.0F, 0.0F};  // of n g and of g
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
       const int column = p.template column<kN>(j);
@@ -327,13 +351,13 @@ __global__ __launch_bounds__(kRowThreads<kBlockRow>) void backward_kernel(Backwa
         dweight[j][k] = fmaf(g[j][k], n[j][k], dweight[j][k]);
         if constexpr (kLayer) dbias[j][k] += g[j][k];
         g[j][k] *= w[k];
-        sum_ng = fmaf(g[j][k], n[j][k], sum_ng);
-        sum_g += g[j][k];
+        sums.x = fmaf(g[j][k], n[j][k], sums.x);
+        if constexpr (kLayer) sums.y += g[j][k];
       }
     }
-    const float mean_ng = row_sum<kBlockRow>(sum_ng, slots[parity]) * inverse_width;
-    const float mean_g =
-        kLayer ? row_sum<kBlockRow>(sum_g, slots[parity + 1]) * inverse_width : 0.0F;
+    sums = row_sums<kBlockRow, kLayer>(sums, slots[parity]);
+    const float mean_ng = sums.x * inverse_width;
+    const float mean_g = kLayer ? sums.y * inverse_width : 0.0F;
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
       const int column = p.template column<kN>(j);
@@ -402,6 +426,13 @@ Layout layout_of(std::int64_t width, std::int64_t widest_of_warp) {
   const int count = width <= 8 * kMaxBlockThreads ? 1 : 2;
   const std::int64_t threads = (width + 8 * count - 1) / (8 * count);
   return {count, true, static_cast<unsigned>((threads + 31) / 32 * 32)};
+}
+
+/// Blocks of backward per multiprocessor; registers allow 1024 threads with 8 columns each, fewer
+/// with 16.
+std::int64_t resident_blocks(int count, std::int64_t threads) {
+  if (count == 1) return (kResidentThreads + threads - 1) / threads;
+  return std::max<std::int64_t>(1, kResidentThreads / threads);
 }
 
 /// Calls f.operator()<columns per access, accesses, block per row>().
@@ -479,8 +510,9 @@ void backward(Context& ctx, const AddNormBackward& a) {
   const Layout l = layout_of(width, 256);
   constexpr int warps = kWarpRowThreads / 32;
   const std::int64_t shares = registers && !l.block_row ? (rows + warps - 1) / warps : rows;
-  const auto blocks =
-      std::min<std::int64_t>(shares, kBackwardThreads / (registers ? l.threads : kStridedThreads));
+  const std::int64_t threads = registers ? l.threads : kStridedThreads;
+  // For 132 multiprocessors; the sums must not depend on the device.
+  const std::int64_t blocks = std::min(shares, 132 * resident_blocks(l.count, threads));
   Tensor dweight = ctx.empty({blocks, width}, DType::float32);
   Tensor dbias = a.dbias ? ctx.empty({blocks, width}, DType::float32) : Tensor();
   float* const dweight_data = dweight.view().data<float>();
@@ -515,9 +547,10 @@ void backward(Context& ctx, const AddNormBackward& a) {
   else
     run.template operator()<2 * unit, true>();
   LRNN_CUDA_CHECK_LAUNCH();
-  fold_partials(stream, dweight_data, static_cast<int>(blocks), width, a.dweight.data<float>());
-  if (a.dbias)
-    fold_partials(stream, dbias_data, static_cast<int>(blocks), width, a.dbias.data<float>());
+  const Partials weight_sums = {dweight_data, width, a.dweight.data<float>()};
+  const Partials bias_sums =
+      a.dbias ? Partials{dbias_data, width, a.dbias.data<float>()} : Partials{};
+  fold_partials(stream, static_cast<int>(blocks), weight_sums, bias_sums);
 }
 
 }  // namespace
