@@ -3,10 +3,13 @@
 ///   layer/<mixer>/<sizes>/{forward,train}/{float32,tf32,bfloat16}
 ///   scale/<mixer>/<sizes>/train/bfloat16
 ///   lm/<model>/{train,optimizer,prefill,decode}/<sizes>/bfloat16
+///   lm_head/<sizes>/bfloat16
 ///
 /// Layers: events around the pass, 128 MiB written before each iteration (cold L2). Models: no
-/// flush. `peak_MB` is what the pass allocates beside parameters, gradients and input.
+/// flush. `peak_MB` is what the pass allocates beside parameters, gradients and input. `of_gemm`:
+/// the share of the rate of a product of 8192^3 measured in the same run.
 #include <algorithm>
+#include <cmath>
 #include <functional>
 #include <iostream>
 #include <memory>
@@ -14,6 +17,7 @@
 #include <benchmark/benchmark.h>
 
 #include "lrnn/lrnn.hpp"
+#include "lrnn/ops/linear.hpp"
 
 #include "core/runtime.hpp"
 
@@ -361,6 +365,70 @@ void register_models(const std::vector<LanguageModel>& models) {
   }
 }
 
+// FLOP per second of a bfloat16 product of n^3, measured once per run.
+double gemm_rate(Context& ctx, std::int64_t n = 8192) {
+  static const double rate = [&] {
+    const Tensor x = random_tensor(ctx, {n, n}, DType::bfloat16);
+    const Tensor weight = random_tensor(ctx, {n, n}, DType::bfloat16);
+    Tensor y = ctx.empty({n, n}, DType::bfloat16);
+    const auto watch = ctx.runtime().make_stopwatch();
+    std::vector<double> ms;
+    for (int i = 0; i < 13; ++i) {
+      watch->start();
+      linear_forward(ctx, {.x = x, .weight = weight, .y = y});
+      watch->stop();
+      if (i >= 3) ms.push_back(watch->milliseconds());
+    }
+    return 2.0 * std::pow(static_cast<double>(n), 3) / (summarise(ms).median_ms * 1e-3);
+  }();
+  return rate;
+}
+
+// Loss and gradients of a model without layers, one recorded pass: the head with cross-entropy in
+// chunks. The look-up of the embedding, the last norm and their gradients are in the time.
+void lm_head(benchmark::State& state, std::int64_t tokens, std::int64_t d_model,
+             std::int64_t vocab) {
+  kept_model().reset();
+  Context ctx = Context::cuda();
+  LRNNLMHeadModel model(ctx, {.d_model = d_model,
+                              .d_state = 16,
+                              .n_layer = 0,
+                              .vocab_size = vocab,
+                              .mixer_types = {},
+                              .dtype = DType::bfloat16});
+  const Tensor ids = random_ids(ctx, {1, tokens}, vocab);
+  const Tensor targets = random_ids(ctx, {1, tokens}, vocab);
+  model.parameters().enable_grad(ctx);
+  model.parameters().zero_grad(ctx);
+  CachingResource pool(std::make_unique<StatisticsResource>(ctx.memory()));
+  StatisticsResource memory(pool);
+  const auto work = [&] {
+    const Context::MemoryScope scope(ctx, memory);
+    static_cast<void>(model.loss_and_backward(ctx, ids, targets, {.validate = false}));
+  };
+  work();  // leaves in the pool the blocks that the recording needs
+  Graph graph = Graph::capture(ctx, work);
+  for (int i = 0; i < 3; ++i) graph.launch();
+  const auto ms = timed(state, ctx, [&] { graph.launch(); });
+  report_tokens(state, ms, tokens);
+  // Logits, gradient of the weight, gradient of the input.
+  const double flops = 3.0 * 2.0 * static_cast<double>(tokens * d_model * vocab);
+  state.counters["of_gemm"] = flops / (summarise(ms).median_ms * 1e-3) / gemm_rate(ctx);
+  state.counters["peak_MB"] = static_cast<double>(memory.stats().peak_bytes_in_use) / 1e6;
+}
+
+void register_lm_head() {
+  constexpr std::int64_t kTokens = 16384;
+  constexpr std::int64_t kWidth = 768;
+  constexpr std::int64_t kVocab = 50280;
+  benchmark::RegisterBenchmark(
+      detail::concat("lm_head/T:", kTokens, "/H:", kWidth, "/V:", kVocab, "/bfloat16").c_str(),
+      [](benchmark::State& s) { lm_head(s, kTokens, kWidth, kVocab); })
+      ->UseManualTime()
+      ->Iterations(30)
+      ->Unit(benchmark::kMillisecond);
+}
+
 }  // namespace
 }  // namespace lrnn
 
@@ -373,6 +441,7 @@ int main(int argc, char** argv) {
   lrnn::register_layers();
   lrnn::register_scaling();
   lrnn::register_models(models);
+  lrnn::register_lm_head();
   benchmark::Initialize(&argc, argv);
   if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 2;
   benchmark::RunSpecifiedBenchmarks();
