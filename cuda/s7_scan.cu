@@ -15,6 +15,7 @@ namespace lrnn::cuda {
 namespace {
 
 using s7::Chunks;
+using s7::kAhead;
 using s7::kChunk;
 using s7::kThreads;
 
@@ -47,6 +48,19 @@ struct Place {
   }
 };
 
+// Multipliers and drives of kAhead steps from t; behind the valid ones such that the state stays.
+__device__ __forceinline__ void load_steps(const Place& p, int t, const float* A,
+                                           const float* drive, int dstate, float (&a)[kAhead],
+                                           float (&b)[kAhead]) {
+#pragma unroll
+  for (int k = 0; k < kAhead; ++k) {
+    const bool valid = t + k < p.steps;
+    const std::int64_t at = p.first + static_cast<std::int64_t>(t + k) * dstate;
+    a[k] = valid ? s7::multiplier(A[at]) : 1.0F;
+    b[k] = valid ? drive[at] : 0.0F;
+  }
+}
+
 __global__ __launch_bounds__(kThreads) void chunk_ends_kernel(Chunks c, const float* __restrict__ A,
                                                               const float* __restrict__ drive,
                                                               float2* __restrict__ ends) {
@@ -55,11 +69,15 @@ __global__ __launch_bounds__(kThreads) void chunk_ends_kernel(Chunks c, const fl
   const Place p(c, i);
   float product = 1.0F;
   float state = 0.0F;
-  for (int t = 0; t < p.steps; ++t) {
-    const std::int64_t at = p.first + static_cast<std::int64_t>(t) * c.dstate;
-    const float a = s7::multiplier(A[at]);
-    product *= a;
-    state = fmaf(a, state, drive[at]);
+  for (int t = 0; t < p.steps; t += kAhead) {
+    float a[kAhead];
+    float b[kAhead];
+    load_steps(p, t, A, drive, c.dstate, a, b);
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+      product *= a[k];
+      state = fmaf(a[k], state, b[k]);
+    }
   }
   ends[i] = {product, state};
 }
@@ -74,6 +92,7 @@ __global__ __launch_bounds__(kThreads) void carry_kernel(Chunks c,
   const int b = i / c.dstate;
   const int n = i % c.dstate;
   float state = state_in != nullptr ? state_in[i] : 0.0F;
+#pragma unroll kAhead
   for (int chunk = 0; chunk < c.chunks; ++chunk) {
     const std::int64_t at = (static_cast<std::int64_t>(b) * c.chunks + chunk) * c.dstate + n;
     before[at] = state;
@@ -91,10 +110,15 @@ __global__ __launch_bounds__(kThreads) void replay_kernel(Chunks c, const float*
   float state = before[i];
   const std::int64_t end =
       min(c.seqlen - static_cast<std::int64_t>(p.chunk) * kChunk, std::int64_t{kChunk});
-  for (int t = 0; t < end; ++t) {
-    const std::int64_t at = p.first + static_cast<std::int64_t>(t) * c.dstate;
-    if (t < p.steps) state = fmaf(s7::multiplier(A[at]), state, s[at]);
-    s[at] = state;
+  for (int t = 0; t < end; t += kAhead) {
+    float a[kAhead];
+    float b[kAhead];
+    load_steps(p, t, A, s, c.dstate, a, b);
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+      state = fmaf(a[k], state, b[k]);
+      if (t + k < end) s[p.first + static_cast<std::int64_t>(t + k) * c.dstate] = state;
+    }
   }
   if (state_out != nullptr && p.chunk + 1 == c.chunks)
     state_out[static_cast<std::int64_t>(p.b) * c.dstate + p.n] = state;

@@ -16,6 +16,7 @@ namespace lrnn::cuda {
 namespace {
 
 using s7::Chunks;
+using s7::kAhead;
 using s7::kChunk;
 using s7::kThreads;
 
@@ -44,11 +45,21 @@ __global__ __launch_bounds__(kThreads) void reverse_ends_kernel(Chunks c,
   const Span span(c, b, chunk);
   float product = 1.0F;
   float carry = 0.0F;
-  for (int t = span.steps - 1; t >= 0; --t) {
-    const std::int64_t at = (b * c.seqlen + span.first + t) * c.dstate + n;
-    const float a = s7::multiplier(A[at]);
-    product *= a;
-    carry = a * (P[at] + carry);
+  const std::int64_t base = (b * c.seqlen + span.first) * c.dstate + n;
+  for (int last = span.steps - 1; last >= 0; last -= kAhead) {
+    float a[kAhead];
+    float gradient[kAhead];
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+      const std::int64_t at = base + static_cast<std::int64_t>(last - k) * c.dstate;
+      a[k] = last >= k ? s7::multiplier(A[at]) : 1.0F;
+      gradient[k] = last >= k ? P[at] : 0.0F;
+    }
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+      product *= a[k];
+      carry = a[k] * (gradient[k] + carry);
+    }
   }
   ends[i] = {product, carry};
 }
@@ -62,6 +73,7 @@ __global__ __launch_bounds__(kThreads) void reverse_carry_kernel(
   const int b = i / c.dstate;
   const int n = i % c.dstate;
   float carry = dstate_out != nullptr ? dstate_out[i] : 0.0F;
+#pragma unroll kAhead
   for (int chunk = c.chunks - 1; chunk >= 0; --chunk) {
     const std::int64_t at = (static_cast<std::int64_t>(b) * c.chunks + chunk) * c.dstate + n;
     entering[at] = carry;
@@ -90,18 +102,32 @@ __global__ __launch_bounds__(kThreads) void reverse_replay_kernel(
   }
   float carry = entering[i];
   const std::int64_t row = static_cast<std::int64_t>(b) * c.dstate + n;
-  for (int t = span.steps - 1; t >= 0; --t) {
-    const std::int64_t at = base + static_cast<std::int64_t>(t) * c.dstate;
-    float before = 0.0F;
-    if (span.first + t > 0)
-      before = s[at - c.dstate];
-    else if (state_in != nullptr)
-      before = state_in[row];
-    const float square = fmaf(A[at], A[at], 0.5F);
-    const float gradient = g[at] + carry;
-    g[at] = gradient;
-    dA[at] = gradient * before * 2.0F * A[at] / (square * square);
-    carry = s7::multiplier(A[at]) * gradient;
+  for (int last = span.steps - 1; last >= 0; last -= kAhead) {
+    float A_t[kAhead];
+    float before[kAhead];
+    float from_output[kAhead];
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+      const std::int64_t at = base + static_cast<std::int64_t>(last - k) * c.dstate;
+      const bool valid = last >= k;
+      A_t[k] = valid ? A[at] : 0.0F;
+      from_output[k] = valid ? g[at] : 0.0F;
+      before[k] = 0.0F;
+      if (valid && span.first + last > k)
+        before[k] = s[at - c.dstate];
+      else if (valid && state_in != nullptr)
+        before[k] = state_in[row];
+    }
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+      if (last < k) break;
+      const std::int64_t at = base + static_cast<std::int64_t>(last - k) * c.dstate;
+      const float square = fmaf(A_t[k], A_t[k], 0.5F);
+      const float gradient = from_output[k] + carry;
+      g[at] = gradient;
+      dA[at] = gradient * before[k] * 2.0F * A_t[k] / (square * square);
+      carry = s7::multiplier(A_t[k]) * gradient;
+    }
   }
   if (dstate_in != nullptr && chunk == 0) dstate_in[row] = carry;
 }

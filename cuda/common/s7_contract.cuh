@@ -206,8 +206,11 @@ __device__ inline float multiplier(float A) {
   return 1.0F - 1.0F / fmaf(A, A, 0.5F);
 }
 
-/// Time steps of one chunk of the scans, which run one thread per (batch, chunk, state).
-constexpr int kChunk = 256;
+/// Time steps of one chunk of the scans, which run one thread per (batch, chunk, state): short,
+/// since a thread waits for its loads, and there are few threads.
+constexpr int kChunk = 64;
+/// Steps whose operands a thread asks for at once.
+constexpr int kAhead = 8;
 
 struct Chunks {
   int batch, chunks, dstate;
