@@ -180,7 +180,7 @@ void forward(Context& ctx, const S7ScanForward& a) {
            kThreads, 0, stream>>>(pA.view().data<T>(), a.base.data<float>(), A, count, N);
     LRNN_CUDA_CHECK_LAUNCH();
   }
-  const std::int64_t tile = std::min(tokens, s7::tile_tokens(dim * dstate, sizeof(T)));
+  const std::int64_t tile = std::min(tokens, s7::tile_tokens(dim, dstate, sizeof(T)));
   Tensor P = ctx.empty({tile, dim * dstate}, dtype);
   const T* const x_data = a.x.data<T>();
   const T* const D_bias_data = D_bias.view().data<T>();

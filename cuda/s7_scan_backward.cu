@@ -185,7 +185,7 @@ class Backward {
         dstate_(a.A.dim(2)),
         tokens_(a.x.dim(0) * seqlen_),
         rows_{dim_, dstate_},
-        tile_(std::min(tokens_, s7::tile_tokens(dim_ * dstate_, sizeof(T)))),
+        tile_(std::min(tokens_, s7::tile_tokens(dim_, dstate_, sizeof(T)))),
         x_(a.x.reshape({tokens_, dim_})),
         P_(ctx.empty({tile_, dim_ * dstate_}, a.x.dtype())),
         g_(ctx.empty({tokens_, dstate_}, DType::float32)) {}

@@ -1,8 +1,9 @@
 /// Contractions of S7's projections, formed for a tile of tokens at a time by a GEMM.
 ///
-/// A tile is P [tokens, H N], columns (h, n), sized to stay in L2 between the GEMM that writes it
-/// and the contraction that reads it, so that HBM sees neither. What bounds these kernels is L2
-/// bandwidth; the GEMM beside each takes about H / 40 times as long at bfloat16.
+/// A tile is P [tokens, H N], columns (h, n). Where weights are few it stays in L2 between the GEMM
+/// that writes it and the contraction that reads it; where they are many it is larger, because
+/// every tile reads all of them. The contractions are bound by the bandwidth of that memory; the
+/// GEMM beside each takes about H / 40 times as long at bfloat16.
 #pragma once
 
 #include <algorithm>
@@ -13,11 +14,16 @@
 namespace lrnn::cuda::s7 {
 
 constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
 
-/// Tokens per tile: 24 MiB of projections, a constant so that sums do not depend on the device.
-inline std::int64_t tile_tokens(std::int64_t columns, std::size_t element) {
-  constexpr std::int64_t kTileBytes = std::int64_t{24} << 20;
-  const std::int64_t n = kTileBytes / (columns * static_cast<std::int64_t>(element));
+/// Tokens per tile, from the sizes alone so that sums do not depend on the device: 24 MiB of
+/// projections if these outnumber the weights by two to one, else up to 192 MiB.
+inline std::int64_t tile_tokens(std::int64_t dim, std::int64_t dstate, std::size_t element) {
+  constexpr std::int64_t kResidentBytes = std::int64_t{24} << 20;
+  constexpr std::int64_t kMostBytes = std::int64_t{192} << 20;
+  const std::int64_t token_bytes = dim * dstate * static_cast<std::int64_t>(element);
+  const std::int64_t resident = kResidentBytes / token_bytes;
+  const std::int64_t n = resident >= 2 * dim ? resident : kMostBytes / token_bytes;
   return std::clamp<std::int64_t>(n / 64 * 64, 64, 1 << 15);
 }
 
@@ -28,99 +34,162 @@ int vector_width(std::int64_t dstate) {
   return dstate % wide == 0 ? wide : 1;
 }
 
+/// kVec elements as they lie in memory: 1, or 16 bytes. Loads of several stay together in front of
+/// the arithmetic only if nothing is converted between them.
 template <class T, int kVec>
-__device__ void load_vector(const T* __restrict__ p, float (&out)[kVec]) {
-  if constexpr (kVec == 1) {
-    out[0] = to_float(p[0]);
-  } else {
-    const uint4 raw = *reinterpret_cast<const uint4*>(p);
-    const T* const values = reinterpret_cast<const T*>(&raw);
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) out[i] = to_float(values[i]);
+struct Raw {
+  uint4 bits = {};
+  __device__ __forceinline__ void load(const T* p) { bits = *reinterpret_cast<const uint4*>(p); }
+  __device__ __forceinline__ float operator[](int i) const {
+    constexpr int kPerWord = 4 / static_cast<int>(sizeof(T));
+    const int at = i / kPerWord;
+    const unsigned word = at == 0 ? bits.x : at == 1 ? bits.y : at == 2 ? bits.z : bits.w;
+    if constexpr (kPerWord == 1)
+      return __uint_as_float(word);
+    else
+      return __uint_as_float(i % 2 == 0 ? word << 16 : word & 0xFFFF0000U);
   }
-}
+};
+template <class T>
+struct Raw<T, 1> {
+  float value = 0.0F;
+  __device__ __forceinline__ void load(const T* p) { value = to_float(*p); }
+  __device__ __forceinline__ float operator[](int) const { return value; }
+};
+
+/// Channels that a group of lanes loads at once.
+constexpr int kRows = 4;
+
+/// Lanes of a warp that serve the states of one channel, a power of two, and warps that serve one
+/// token: enough for every lane to have several accesses in flight.
+struct Teams {
+  int lanes;
+  int warps;
+
+  Teams(int dim, int dstate, int vec) : lanes(1), warps(1) {
+    while (lanes < 32 && lanes * 2 * vec <= dstate) lanes *= 2;
+    constexpr std::int64_t kAccesses = 8;
+    const std::int64_t accesses = static_cast<std::int64_t>(dim) * dstate / (32 * vec);
+    while (warps < kWarps && warps * 2 * kAccesses <= accesses) warps *= 2;
+  }
+  [[nodiscard]] unsigned blocks(std::int64_t tokens) const {
+    const std::int64_t per_block = kWarps / warps;
+    return static_cast<unsigned>((tokens + per_block - 1) / per_block);
+  }
+};
+
+/// Where a thread stands: `member` is its warp in the team that serves `token`.
+struct Seat {
+  int lane, member;
+  std::int64_t token;
+
+  __device__ explicit Seat(int team_warps)
+      : lane(static_cast<int>(threadIdx.x) % 32),
+        member(static_cast<int>(threadIdx.x) / 32 % team_warps),
+        token(static_cast<std::int64_t>(blockIdx.x) * (kWarps / team_warps) +
+              static_cast<int>(threadIdx.x) / 32 / team_warps) {}
+};
 
 /// out[t, n] = sum_h w[t, h] P[t, h, n] (+ bias[t, n]).
 ///
-/// One block per token. Threads form groups; a group walks every groups-th channel, a thread owns
-/// kVec neighbouring states; the partial sums of the groups are added in order.
+/// The groups of lanes of a team walk the channels in turn, a lane owns kVec neighbouring states.
+/// Groups of a warp add by butterfly, the warps of a team in order.
 template <class T, int kVec>
 __global__ __launch_bounds__(kThreads) void contract_channels_kernel(
     const T* __restrict__ P, const T* __restrict__ w, const T* __restrict__ bias,
-    std::int64_t bias_stride, float* __restrict__ out, int dim, int dstate) {
-  __shared__ float partial[kThreads * kVec];
-  const auto token = static_cast<std::int64_t>(blockIdx.x);
-  const int vectors = dstate / kVec;
-  const int lanes = min(vectors, kThreads);
-  const int groups = kThreads / lanes;
-  const int lane = static_cast<int>(threadIdx.x) % lanes;
-  const int group = static_cast<int>(threadIdx.x) / lanes;
-  const T* const row = P + token * dim * dstate;
-  const T* const weights = w + token * dim;
-  for (int first = 0; first < vectors; first += lanes) {
-    const int column = (first + lane) * kVec;
-    const bool active = group < groups && first + lane < vectors;
-    if (active) {
-      float sum[kVec] = {};
-      for (int h = group; h < dim; h += groups) {
-        float p[kVec];
-        load_vector<T, kVec>(row + static_cast<std::int64_t>(h) * dstate + column, p);
-        const float weight = to_float(weights[h]);
+    std::int64_t bias_stride, float* __restrict__ out, std::int64_t tokens, int dim, int dstate,
+    Teams team) {
+  __shared__ float partial[kWarps][32 * kVec];
+  const Seat at(team.warps);
+  const int step = team.warps * (32 / team.lanes);
+  const bool exists = at.token < tokens;
+  const T* const row = P + at.token * dim * dstate;
+  const T* const weights = w + at.token * dim;
+  const int groups = 32 / team.lanes;
+  const int lane = at.lane % team.lanes;
+  for (int first = 0; first < dstate; first += team.lanes * kVec) {
+    const int column = first + lane * kVec;
+    float sum[kVec] = {};
+    if (exists && column < dstate) {
+      for (int begin = at.member * groups + at.lane / team.lanes; begin < dim;
+           begin += kRows * step) {
+        Raw<T, kVec> p[kRows];
+        Raw<T, 1> weight[kRows];
 #pragma unroll
-        for (int i = 0; i < kVec; ++i) sum[i] = fmaf(weight, p[i], sum[i]);
+        for (int r = 0; r < kRows; ++r) {
+          const int h = begin + r * step;
+          if (h >= dim) continue;
+          p[r].load(row + static_cast<std::int64_t>(h) * dstate + column);
+          weight[r].load(weights + h);
+        }
+#pragma unroll
+        for (int r = 0; r < kRows; ++r)
+#pragma unroll
+          for (int i = 0; i < kVec; ++i) sum[i] = fmaf(weight[r][0], p[r][i], sum[i]);
       }
+    }
+    for (int offset = team.lanes; offset < 32; offset *= 2)
 #pragma unroll
-      for (int i = 0; i < kVec; ++i) partial[(group * lanes + lane) * kVec + i] = sum[i];
-    }
+      for (int i = 0; i < kVec; ++i) sum[i] += __shfl_xor_sync(0xFFFFFFFFU, sum[i], offset);
+    if (at.lane < team.lanes)
+#pragma unroll
+      for (int i = 0; i < kVec; ++i) partial[threadIdx.x / 32][i * 32 + lane] = sum[i];
     __syncthreads();
-    for (int c = static_cast<int>(threadIdx.x); c < lanes * kVec; c += kThreads) {
-      const int n = first * kVec + c;
-      if (n >= dstate) continue;
-      float total = bias != nullptr ? to_float(bias[token * bias_stride + n]) : 0.0F;
-      for (int g = 0; g < groups; ++g) total += partial[g * lanes * kVec + c];
-      out[token * dstate + n] = total;
-    }
+    if (at.member == 0 && exists && at.lane < team.lanes && column < dstate)
+#pragma unroll
+      for (int i = 0; i < kVec; ++i) {
+        const int n = column + i;
+        float total = bias != nullptr ? to_float(bias[at.token * bias_stride + n]) : 0.0F;
+        for (int m = 0; m < team.warps; ++m) total += partial[threadIdx.x / 32 + m][i * 32 + lane];
+        out[at.token * dstate + n] = total;
+      }
     __syncthreads();
   }
 }
 
 /// out[t, h] = add[t, h] + skip[t, h] x[t, h] + sum_n P[t, h, n] w[t, n], and 0 at padding.
 ///
-/// One block per token. A power of two of neighbouring lanes serves one channel; they add by
-/// butterfly.
+/// The groups of lanes of a team serve one channel each; their lanes add by butterfly.
 template <class T, int kVec>
 __global__ __launch_bounds__(kThreads) void contract_states_kernel(
     const T* __restrict__ P, const float* __restrict__ w, const T* __restrict__ skip,
     std::int64_t skip_stride, const T* __restrict__ x, const T* add,
     const std::int32_t* __restrict__ lengths, std::int64_t first_token, std::int64_t seqlen, T* out,
-    int dim, int dstate, int lanes) {
-  extern __shared__ float weights[];  // [dstate]
-  const auto token = static_cast<std::int64_t>(blockIdx.x);
-  for (int n = static_cast<int>(threadIdx.x); n < dstate; n += kThreads)
-    weights[n] = w[token * dstate + n];
-  __syncthreads();
-  const std::int64_t position = first_token + token;
+    std::int64_t tokens, int dim, int dstate, Teams team) {
+  const Seat at(team.warps);
+  if (at.token >= tokens) return;
+  const std::int64_t position = first_token + at.token;
   const bool valid = lengths == nullptr || position % seqlen < lengths[position / seqlen];
-  const int lane = static_cast<int>(threadIdx.x) % lanes;
-  const int per_pass = kThreads / lanes;
-  const int passes = (dim + per_pass - 1) / per_pass;  // uniform, for the shuffles
-  for (int pass = 0; pass < passes; ++pass) {
-    const int h = pass * per_pass + static_cast<int>(threadIdx.x) / lanes;
-    float sum = 0.0F;
-    if (h < dim) {
-      const T* const row = P + (token * dim + h) * dstate;
-      for (int column = lane * kVec; column < dstate; column += lanes * kVec) {
-        float p[kVec];
-        load_vector<T, kVec>(row + column, p);
+  const float* const weights = w + at.token * dstate;
+  const int groups = 32 / team.lanes;
+  const int lane = at.lane % team.lanes;
+  const int step = team.warps * groups;
+  // The bound is that of the first group, so that all lanes reach the shuffles.
+  for (int begin = at.member * groups; begin < dim; begin += kRows * step) {
+    const int channel = begin + at.lane / team.lanes;
+    float sum[kRows] = {};
+    for (int column = lane * kVec; column < dstate; column += team.lanes * kVec) {
+      float weight[kVec];
 #pragma unroll
-        for (int i = 0; i < kVec; ++i) sum = fmaf(p[i], weights[column + i], sum);
-      }
+      for (int i = 0; i < kVec; ++i) weight[i] = weights[column + i];
+      Raw<T, kVec> p[kRows];
+#pragma unroll
+      for (int r = 0; r < kRows; ++r)
+        if (channel + r * step < dim)
+          p[r].load(P + (at.token * dim + channel + r * step) * dstate + column);
+#pragma unroll
+      for (int r = 0; r < kRows; ++r)
+#pragma unroll
+        for (int i = 0; i < kVec; ++i) sum[r] = fmaf(p[r][i], weight[i], sum[r]);
     }
-    for (int offset = lanes / 2; offset > 0; offset /= 2)
-      sum += __shfl_xor_sync(0xFFFFFFFFU, sum, offset);
-    if (h < dim && lane == 0) {
-      const std::int64_t i = token * dim + h;
-      float total = fmaf(to_float(skip[token * skip_stride + h]), to_float(x[i]), sum);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      for (int offset = team.lanes / 2; offset > 0; offset /= 2)
+        sum[r] += __shfl_xor_sync(0xFFFFFFFFU, sum[r], offset);
+      const int h = channel + r * step;
+      if (h >= dim || lane != r % team.lanes) continue;
+      const std::int64_t i = at.token * dim + h;
+      float total = fmaf(to_float(skip[at.token * skip_stride + h]), to_float(x[i]), sum[r]);
       if (add != nullptr) total += to_float(add[i]);
       out[i] = from_float<T>(valid ? total : 0.0F);
     }
@@ -147,15 +216,18 @@ __global__ __launch_bounds__(kThreads) void outer_kernel(const T* __restrict__ u
 template <class T>
 void contract_channels(cudaStream_t stream, std::int64_t tokens, const T* P, const T* w,
                        const T* bias, std::int64_t bias_stride, float* out, int dim, int dstate) {
-  const auto blocks = static_cast<unsigned>(tokens);
   constexpr int wide = 16 / static_cast<int>(sizeof(T));
-  if (vector_width<T>(dstate) == wide)
-    contract_channels_kernel<T, wide>
-        <<<blocks, kThreads, 0, stream>>>(P, w, bias, bias_stride, out, dim, dstate);
+  const int vec = vector_width<T>(dstate);
+  const Teams team(dim, dstate, vec);
+  const auto launch = [&](auto kernel) {
+    kernel<<<team.blocks(tokens), kThreads, 0, stream>>>(P, w, bias, bias_stride, out, tokens, dim,
+                                                         dstate, team);
+    LRNN_CUDA_CHECK_LAUNCH();
+  };
+  if (vec == wide)
+    launch(contract_channels_kernel<T, wide>);
   else
-    contract_channels_kernel<T, 1>
-        <<<blocks, kThreads, 0, stream>>>(P, w, bias, bias_stride, out, dim, dstate);
-  LRNN_CUDA_CHECK_LAUNCH();
+    launch(contract_channels_kernel<T, 1>);
 }
 
 /// Operands of contract_states that do not depend on the tile.
@@ -168,19 +240,13 @@ template <class T>
 void contract_states(cudaStream_t stream, std::int64_t first_token, std::int64_t tokens, const T* P,
                      const float* w, const T* skip, std::int64_t skip_stride, const T* x,
                      const T* add, Padding padding, T* out, int dim, int dstate) {
-  const auto blocks = static_cast<unsigned>(tokens);
   constexpr int wide = 16 / static_cast<int>(sizeof(T));
   const int vec = vector_width<T>(dstate);
-  int lanes = 1;
-  while (lanes < 32 && lanes * 2 * vec <= dstate) lanes *= 2;
-  const std::size_t shared = static_cast<std::size_t>(dstate) * sizeof(float);
+  const Teams team(dim, dstate, vec);
   const auto launch = [&](auto kernel) {
-    if (shared > 48 * 1024)
-      LRNN_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                           static_cast<int>(shared)));
-    kernel<<<blocks, kThreads, shared, stream>>>(P, w, skip, skip_stride, x, add, padding.lengths,
-                                                 first_token, padding.seqlen, out, dim, dstate,
-                                                 lanes);
+    kernel<<<team.blocks(tokens), kThreads, 0, stream>>>(
+        P, w, skip, skip_stride, x, add, padding.lengths, first_token, padding.seqlen, out, tokens,
+        dim, dstate, team);
     LRNN_CUDA_CHECK_LAUNCH();
   };
   if (vec == wide)

@@ -86,6 +86,8 @@ const RegisterOpCases kRegister({
     s7_scan_case({2, 65, 3, 2}),   // one past a tile of tokens
     s7_scan_case({1, 300, 2, 3}),  // more than one chunk of the scan
     s7_scan_case({2, 270, 2, 3, true}),
+    s7_scan_case({1, 20, 16, 8}),  // 16-byte accesses
+    s7_scan_case({2, 9, 24, 8, true}),
 });
 
 }  // namespace
