@@ -205,7 +205,7 @@ void forward(Context& ctx, const S7ScanForward& a) {
         {.x = x.slice(0, t, count), .weight = rows.C(a.weight), .y = P.view().slice(0, 0, count)});
     s7::contract_states<T>(stream, t, count, P.view().data<T>(), s + t * dstate,
                            D_bias_data + t * (dim + dstate), dim + dstate, x_data + t * dim,
-                           nullptr, {lengths, seqlen}, y.data<T>() + t * dim, H, N);
+                           {lengths, seqlen}, y.data<T>() + t * dim, H, N);
   }
 }
 

@@ -147,15 +147,15 @@ __global__ __launch_bounds__(kThreads) void contract_channels_kernel(
   }
 }
 
-/// out[t, h] = add[t, h] + skip[t, h] x[t, h] + sum_n P[t, h, n] w[t, n], and 0 at padding.
+/// out[t, h] = skip[t, h] x[t, h] + sum_n P[t, h, n] w[t, n], and 0 at padding.
 ///
 /// The groups of lanes of a team serve one channel each; their lanes add by butterfly.
 template <class T, int kVec>
 __global__ __launch_bounds__(kThreads) void contract_states_kernel(
     const T* __restrict__ P, const float* __restrict__ w, const T* __restrict__ skip,
-    std::int64_t skip_stride, const T* __restrict__ x, const T* add,
-    const std::int32_t* __restrict__ lengths, std::int64_t first_token, std::int64_t seqlen, T* out,
-    std::int64_t tokens, int dim, int dstate, Teams team) {
+    std::int64_t skip_stride, const T* __restrict__ x, const std::int32_t* __restrict__ lengths,
+    std::int64_t first_token, std::int64_t seqlen, T* __restrict__ out, std::int64_t tokens,
+    int dim, int dstate, Teams team) {
   const Seat at(team.warps);
   if (at.token >= tokens) return;
   const std::int64_t position = first_token + at.token;
@@ -189,28 +189,10 @@ __global__ __launch_bounds__(kThreads) void contract_states_kernel(
       const int h = channel + r * step;
       if (h >= dim || lane != r % team.lanes) continue;
       const std::int64_t i = at.token * dim + h;
-      float total = fmaf(to_float(skip[at.token * skip_stride + h]), to_float(x[i]), sum[r]);
-      if (add != nullptr) total += to_float(add[i]);
+      const float total = fmaf(to_float(skip[at.token * skip_stride + h]), to_float(x[i]), sum[r]);
       out[i] = from_float<T>(valid ? total : 0.0F);
     }
   }
-}
-
-/// out[t, h, n] = u[t, h] v[t, n]. One block per token.
-template <class T>
-__global__ __launch_bounds__(kThreads) void outer_kernel(const T* __restrict__ u,
-                                                         const float* __restrict__ v,
-                                                         T* __restrict__ out, int dim, int dstate) {
-  extern __shared__ float states[];  // [dstate]
-  const auto token = static_cast<std::int64_t>(blockIdx.x);
-  for (int n = static_cast<int>(threadIdx.x); n < dstate; n += kThreads)
-    states[n] = v[token * dstate + n];
-  __syncthreads();
-  T* const row = out + token * dim * dstate;
-  const T* const channels = u + token * dim;
-  const int count = dim * dstate;
-  for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads)
-    row[i] = from_float<T>(to_float(channels[i / dstate]) * states[i % dstate]);
 }
 
 template <class T>
@@ -239,32 +221,20 @@ struct Padding {
 template <class T>
 void contract_states(cudaStream_t stream, std::int64_t first_token, std::int64_t tokens, const T* P,
                      const float* w, const T* skip, std::int64_t skip_stride, const T* x,
-                     const T* add, Padding padding, T* out, int dim, int dstate) {
+                     Padding padding, T* out, int dim, int dstate) {
   constexpr int wide = 16 / static_cast<int>(sizeof(T));
   const int vec = vector_width<T>(dstate);
   const Teams team(dim, dstate, vec);
   const auto launch = [&](auto kernel) {
     kernel<<<team.blocks(tokens), kThreads, 0, stream>>>(
-        P, w, skip, skip_stride, x, add, padding.lengths, first_token, padding.seqlen, out, tokens,
-        dim, dstate, team);
+        P, w, skip, skip_stride, x, padding.lengths, first_token, padding.seqlen, out, tokens, dim,
+        dstate, team);
     LRNN_CUDA_CHECK_LAUNCH();
   };
   if (vec == wide)
     launch(contract_states_kernel<T, wide>);
   else
     launch(contract_states_kernel<T, 1>);
-}
-
-template <class T>
-void outer(cudaStream_t stream, std::int64_t tokens, const T* u, const float* v, T* out, int dim,
-           int dstate) {
-  const std::size_t shared = static_cast<std::size_t>(dstate) * sizeof(float);
-  if (shared > 48 * 1024)
-    LRNN_CUDA_CHECK(cudaFuncSetAttribute(
-        outer_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
-  outer_kernel<T>
-      <<<static_cast<unsigned>(tokens), kThreads, shared, stream>>>(u, v, out, dim, dstate);
-  LRNN_CUDA_CHECK_LAUNCH();
 }
 
 /// a_t = 1 - 1 / (A_t^2 + 0.5).
