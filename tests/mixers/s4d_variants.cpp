@@ -15,6 +15,9 @@ MixerVariant variant(const char* name, const S4dConfig& config,
           .sizes = sizes,
           .chunk = kLaneScanChunk};
 }
+MixerVariant initialised(const char* name, StateSpaceInit init) {
+  return variant(name, {.init = init}, {{4, 4}, {6, 8}});
+}
 
 const RegisterMixerVariants kRegister({
     variant("defaults", {}),
@@ -24,6 +27,9 @@ const RegisterMixerVariants kRegister({
     variant("one_model", {.n_ssm = 1, .init = StateSpaceInit::Fourier}),
     variant("all_inits", {.init = StateSpaceInit::All, .dt_fast = true}, {{4, 4}, {8, 6}}),
     variant("diag_inv", {.init = StateSpaceInit::DiagInv, .deterministic = true}, {{3, 2}, {4, 6}}),
+    initialised("diag", StateSpaceInit::Diag),
+    initialised("diag_inv2", StateSpaceInit::DiagInv2),
+    initialised("diag_legs", StateSpaceInit::DiagLegs),
     variant("legt", {.rank = 2, .init = StateSpaceInit::Legt}),
     variant("untied_dt", {.init = StateSpaceInit::DiagLin,
                           .dt_tie = false,
@@ -35,6 +41,14 @@ const RegisterMixerVariants kRegister({
                            .dt_transform = LaneTransform::Sigmoid,
                            .real_transform = LaneTransform::Sigmoid,
                            .imag_transform = LaneTransform::Exp}),
+    variant("plain", {.B_clip = std::nullopt,
+                      .real_transform = LaneTransform::Relu,
+                      .imag_transform = LaneTransform::Relu,
+                      .l_max = 3}),
+    variant("plain_real",
+            {.real_transform = LaneTransform::Identity, .imag_transform = LaneTransform::Softplus}),
+    variant("relu_dt", {.dt_min = 0.1, .dt_max = 0.9, .dt_transform = LaneTransform::Relu}),
+    variant("plain_dt", {.dt_min = 0.1, .dt_max = 0.9, .dt_transform = LaneTransform::Identity}),
     variant("gate", {.channels = 2, .gate = 3}),
     variant("gate_of_channels", {.channels = 2, .gate = 2}),
     variant("no_final", {.final_act = std::nullopt}),
