@@ -22,8 +22,10 @@ class Golden : public ::testing::TestWithParam<std::string> {
  protected:
   static void verify(Context& ctx, DType dtype) {
     const auto r = verify_case(ctx, dtype, std::filesystem::path(LRNN_GOLDEN_DIR) / GetParam());
-    if (r.status == VerifyStatus::Unsupported) GTEST_SKIP() << r.reason;
-    EXPECT_NE(r.status, VerifyStatus::Failed) << r.reason;
+    if (r.status == VerifyStatus::Unsupported && ctx.device().is_cuda()) GTEST_SKIP() << r.reason;
+    // tests/golden/README.md tells why these are not compared, and no others.
+    const bool other_system = GetParam() == "s5_bilinear" || GetParam() == "s4_lmax_short";
+    EXPECT_EQ(r.status, other_system ? VerifyStatus::NotComparable : VerifyStatus::Ok) << r.reason;
     if (r.status == VerifyStatus::Ok) {
       EXPECT_LE(r.output_error, r.output_tolerance) << "nothing was compared";
     }

@@ -128,7 +128,7 @@ TEST(NineMixers, LearnText) {
   const TextData data = poem();
   LRNNLMHeadModel model(ctx, all_mixers(256), {.seed = 1});
   const TrainerConfig config{
-      .steps = 80,
+      .steps = 150,
       .batch_size = 4,
       .seqlen = 48,
       .schedule = {.kind = LrScheduleKind::Linear, .lr = 0.01, .warmup_steps = 5},
@@ -137,7 +137,7 @@ TEST(NineMixers, LearnText) {
   const double before = trainer.evaluate().bits_per_byte;
   EXPECT_NEAR(before, 8.0, 0.3);  // 256 tokens, about equally likely
   trainer.run();
-  // Knowing only how often each letter occurs takes 4.2 bits.
+  // Knowing only how often each letter occurs takes 4.3 bits.
   EXPECT_LT(trainer.evaluate().bits_per_byte, 3.0);
 }
 
