@@ -1,4 +1,4 @@
-/// `lrnn verify`: models against numbers recorded with lrnnx.
+/// `lrnn verify`: models against recorded numbers.
 #include "lrnn/models/verify.hpp"
 
 #include <algorithm>
@@ -82,9 +82,13 @@ int verify(const Options& options) {
 }  // namespace
 
 void add_verify(CLI::App& app, Run& run) {
-  auto* const command = app.add_subcommand("verify", "compare with numbers recorded with lrnnx");
+  auto* const command = app.add_subcommand("verify", "compare with recorded numbers");
   auto options = std::make_shared<Options>();
-  command->add_option("folders", options->folders, "recorded cases, or folders of them")
+  command
+      ->add_option(
+          "folders", options->folders,
+          "recorded cases of lrnnx, checkpoints with io.safetensors beside them, or folders "
+          "of such folders")
       ->required();
   command->add_option("--device", options->device, "auto, cpu, cuda or cuda:N")
       ->capture_default_str();

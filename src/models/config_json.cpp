@@ -11,8 +11,8 @@ namespace {
 
 using Json = nlohmann::ordered_json;
 using Keys = std::set<std::string>;
+using detail::kVersionKey;
 
-constexpr const char* kVersionKey = "lrnn_format_version";
 constexpr std::int64_t kVersion = 1;
 constexpr int kMaxDepth = 8;
 

@@ -53,9 +53,10 @@ void set_tolerances(DType dtype, const GoldenCase& golden, VerifyResult& result)
   }
 }
 
-// Why lrnnx's numbers for a mixer are those of another system, "" if they are not.
+// Why the numbers recorded for a mixer are those of another system, "" if they are not.
 std::string other_system(MixerType type, const MixerKwargs& kwargs, const GoldenCase& golden,
                          std::int64_t seqlen) {
+  if (!golden.by_lrnnx) return "";
   if (type == MixerType::S5 && mixer_option(type, kwargs, "discretization") == "\"bilinear\"" &&
       golden.correction.find("s5_bilinear") == std::string::npos)
     return "lrnnx's bilinear S5 has the signs flipped";
@@ -169,8 +170,18 @@ struct Recorded {
     return file.read_doubles(file.at(name));
   }
   [[nodiscard]] std::vector<std::int32_t> integers(const std::string& name) const {
-    const auto wide = file.read_integers(file.at(name));
-    return {wide.begin(), wide.end()};
+    std::vector<std::int32_t> out;
+    for (const std::int64_t value : file.read_integers(file.at(name))) {
+      LRNN_CHECK(value >= INT32_MIN && value <= INT32_MAX, IoError, file.path().string(), ": '",
+                 name, "': expected 32-bit integers, got ", value);
+      out.push_back(static_cast<std::int32_t>(value));
+    }
+    return out;
+  }
+  void check_shape(const std::string& name, const Shape& expected) const {
+    const Shape& got = file.at(name).shape;
+    LRNN_CHECK(got == expected, IoError, file.path().string(), ": '", name, "': expected ",
+               expected, ", got ", got);
   }
 
   SafetensorsFile file;
@@ -252,6 +263,33 @@ void s4_gradients_to_lrnnx(Context& ctx, ParameterStore& parameters, const std::
 
 // --- language models ---------------------------------------------------------------------------
 
+// What config.json of a checkpoint cannot say about the recording.
+void describe_recording(const std::filesystem::path& directory, GoldenCase& golden) {
+  const Recorded recorded(directory);
+  golden.event = recorded.file.find("integration_timesteps") != nullptr;
+  if (const auto* const entry = recorded.file.find("lengths"))
+    golden.lengths = recorded.file.read_integers(*entry);
+  switch (recorded.file.at("logits").dtype) {
+    case FileDType::F64:
+      golden.compute_dtype = "float64";
+      break;
+    case FileDType::F32:
+      golden.compute_dtype = "float32";
+      break;
+    default:
+      golden.compute_dtype = "bfloat16";
+  }
+}
+
+LRNNLMHeadModel load_model(Context& ctx, DType dtype, const std::filesystem::path& directory,
+                           const GoldenCase& golden) {
+  if (golden.kind == "checkpoint")
+    return LRNNLMHeadModel::from_pretrained(ctx, directory, {.dtype = dtype});
+  LRNNLMHeadConfig config = config_from_json(golden.constructor, {.constructor_arguments = true});
+  config.dtype = dtype;
+  return LRNNLMHeadModel::from_safetensors(ctx, config, directory / "model.safetensors");
+}
+
 void verify_steps(Context& ctx, const LRNNLMHeadModel& model, const std::vector<std::int32_t>& ids,
                   const Doubles& tau, const Shape& shape, const Doubles& logits,
                   VerifyResult& result) {
@@ -273,11 +311,11 @@ void verify_steps(Context& ctx, const LRNNLMHeadModel& model, const std::vector<
 
 void verify_model(Context& ctx, DType dtype, const std::filesystem::path& directory,
                   const GoldenCase& golden, VerifyResult& result) {
-  LRNNLMHeadConfig config = config_from_json(golden.constructor, {.constructor_arguments = true});
-  config.dtype = dtype;
-  auto model = LRNNLMHeadModel::from_safetensors(ctx, config, directory / "model.safetensors");
+  auto model = load_model(ctx, dtype, directory, golden);
   const Recorded recorded(directory);
   const Shape shape = recorded.file.at("input_ids").shape;
+  LRNN_CHECK(shape.rank() == 2, IoError, recorded.file.path().string(),
+             ": 'input_ids': expected [B, L], got ", shape);
   const std::int64_t seqlen = shape[1];
   const auto ids = recorded.integers("input_ids");
   const Tensor input_ids = ctx.from_host<std::int32_t>(shape, ids);
@@ -311,6 +349,7 @@ void verify_model(Context& ctx, DType dtype, const std::filesystem::path& direct
     return;
   }
   const std::int64_t vocab_size = model.config().vocab_size;
+  recorded.check_shape("logits", {shape[0], seqlen, vocab_size});
   result.output_error =
       relative_error(valid_part(own, lengths, seqlen, vocab_size),
                      valid_part(recorded.doubles("logits"), lengths, seqlen, vocab_size));
@@ -321,8 +360,8 @@ void verify_model(Context& ctx, DType dtype, const std::filesystem::path& direct
         std::max(result.output_error, relative_error(last, recorded.doubles("logits_last")));
     options.num_last_tokens = 0;
   }
-  // lrnnx counts padded positions in the loss.
-  if (!lengths.empty()) return;
+  // lrnnx counts padded positions in the loss; a checkpoint may come with logits alone.
+  if (!lengths.empty() || recorded.file.find("targets") == nullptr) return;
   const Tensor targets = ctx.from_host<std::int32_t>(shape, recorded.integers("targets"));
   const Tensor loss = model.loss_and_backward(ctx, input_ids, targets, options);
   result.loss_error = relative_error(ctx.to_host_as_double(loss), recorded.doubles("loss"));
@@ -415,7 +454,8 @@ const char* name_of(VerifyStatus status) {
 }
 
 VerifyResult verify_case(Context& ctx, DType dtype, const std::filesystem::path& directory) {
-  const GoldenCase golden = detail::read_golden_case(directory);
+  GoldenCase golden = detail::read_golden_case(directory);
+  if (golden.kind == "checkpoint") describe_recording(directory, golden);
   VerifyResult result;
   result.name = golden.name;
   set_tolerances(dtype, golden, result);

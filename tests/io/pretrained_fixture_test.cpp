@@ -3,11 +3,13 @@
 #include <algorithm>
 #include <cmath>
 #include <filesystem>
+#include <unistd.h>
 
 #include <gtest/gtest.h>
 
 #include "lrnn/io/safetensors.hpp"
 #include "lrnn/models/lm_head_model.hpp"
+#include "lrnn/models/verify.hpp"
 
 namespace lrnn {
 namespace {
@@ -54,6 +56,89 @@ TEST_P(PretrainedFixture, CudaLogitsAreThoseOfTheOtherLibrary) {
   if (Context::cuda_device_count() == 0) GTEST_SKIP() << "no CUDA device";
   Context ctx = Context::cuda();
   EXPECT_LE(difference(ctx, DType::float32), 1e-5);
+}
+
+TEST_P(PretrainedFixture, VerifyComparesLogitsAndSteps) {
+  Context ctx = Context::cpu();
+  const fs::path folder = fs::path(LRNN_FIXTURE_DIR) / "pretrained" / GetParam();
+  const VerifyResult r = verify_case(ctx, DType::float64, folder);
+  EXPECT_EQ(r.name, GetParam());
+  EXPECT_EQ(r.status, VerifyStatus::Ok) << r.reason;
+  EXPECT_LE(r.output_error, 1e-12);
+  EXPECT_LE(r.step_error, 1e-12);
+  EXPECT_EQ(r.output_tolerance, 1e-9);
+}
+
+// Copies of a fixture with another recording.
+class VerifyFolder : public ::testing::Test {
+ protected:
+  VerifyFolder()
+      : folder_(fs::temp_directory_path() / ("lrnn_verify_" + std::to_string(::getpid()))) {
+    const fs::path source = fs::path(LRNN_FIXTURE_DIR) / "pretrained" / "mamba_ssm_default";
+    fs::create_directories(folder_);
+    for (const char* name : {"config.json", "model.safetensors"})
+      fs::copy_file(source / name, folder_ / name, fs::copy_options::overwrite_existing);
+    const auto io = SafetensorsFile::open(source / "io.safetensors");
+    ids_ = io.read_integers(io.at("input_ids"));
+    logits_ = io.read_doubles(io.at("logits"));
+  }
+  ~VerifyFolder() override { fs::remove_all(folder_); }
+
+  // The sizes of the fixture: B 2, L 9, V 37.
+  [[nodiscard]] SafetensorsItem ids() const { return safetensors_item("input_ids", {2, 9}, ids_); }
+  [[nodiscard]] SafetensorsItem logits() const {
+    return safetensors_item("logits", {2, 9, 37}, logits_);
+  }
+  VerifyResult verify(std::vector<SafetensorsItem> items) {
+    write_safetensors(folder_ / "io.safetensors", std::move(items));
+    return verify_case(ctx_, DType::float64, folder_);
+  }
+
+  Context ctx_ = Context::cpu();
+  fs::path folder_;
+  std::vector<std::int64_t> ids_;
+  std::vector<double> logits_;
+};
+
+TEST_F(VerifyFolder, FailsWhereOneLogitDiffers) {
+  EXPECT_EQ(verify({ids(), logits()}).status, VerifyStatus::Ok);
+  logits_[5] += 1e-7;
+  const VerifyResult r = verify({ids(), logits()});
+  EXPECT_EQ(r.status, VerifyStatus::Failed);
+  EXPECT_NE(r.reason.find("output"), std::string::npos) << r.reason;
+}
+
+TEST_F(VerifyFolder, TheTypeOfTheLogitsSetsTheTolerance) {
+  const std::vector<float> narrow(logits_.begin(), logits_.end());
+  const VerifyResult r = verify({ids(), safetensors_item("logits", {2, 9, 37}, narrow)});
+  EXPECT_EQ(r.status, VerifyStatus::Ok) << r.reason;
+  EXPECT_EQ(r.output_tolerance, 1e-4);
+  EXPECT_LE(r.output_error, 6e-8);  // half a unit in the last place of the recording
+  EXPECT_GT(r.output_error, 0);
+}
+
+TEST_F(VerifyFolder, LogitsBeyondALengthAreNotCompared) {
+  // Causal: what comes later changes nothing before the length.
+  const auto lengths = safetensors_item<std::int64_t>("lengths", {2}, {9, 4});
+  for (std::size_t i = std::size_t{9 + 4} * 37; i < logits_.size(); ++i) logits_[i] = -1;
+  EXPECT_EQ(verify({ids(), logits(), lengths}).status, VerifyStatus::Ok);
+  logits_[(9 + 3) * 37] = -1;
+  EXPECT_EQ(verify({ids(), logits(), lengths}).status, VerifyStatus::Failed);
+}
+
+TEST_F(VerifyFolder, RecordingsThatDoNotFitAreTypedErrors) {
+  EXPECT_THROW((void)verify({ids()}), IoError);
+  EXPECT_THROW((void)verify({logits()}), IoError);
+  EXPECT_THROW((void)verify({safetensors_item("input_ids", {18}, ids_), logits()}), IoError);
+  EXPECT_THROW((void)verify({ids(), safetensors_item("logits", {2, 37, 9}, logits_)}), IoError);
+  auto wide = ids_;
+  wide[3] += std::int64_t{1} << 32;
+  EXPECT_THROW((void)verify({safetensors_item("input_ids", {2, 9}, wide), logits()}), IoError);
+  auto unknown = ids_;
+  unknown[3] = 37;
+  const VerifyResult r = verify({safetensors_item("input_ids", {2, 9}, unknown), logits()});
+  EXPECT_EQ(r.status, VerifyStatus::Failed);
+  EXPECT_NE(r.reason.find("37"), std::string::npos) << r.reason;
 }
 
 std::string folder_name(const ::testing::TestParamInfo<std::string>& info) {

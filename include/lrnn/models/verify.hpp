@@ -1,7 +1,12 @@
-/// Comparison with recorded numbers of lrnnx.
+/// Comparison with recorded numbers.
 ///
-/// A case is a folder with config.json, model.safetensors and io.safetensors:
-/// tests/golden/README.md describes them.
+/// A case is a folder with config.json and io.safetensors, either
+///   recorded with lrnnx   model.safetensors beside them; tests/golden/README.md describes them
+///   a checkpoint          of any kind that from_pretrained reads, by any program. io.safetensors
+///                         holds input_ids [B, L] and the logits [B, L, V] that the program
+///                         computed; optionally integration_timesteps [B, L] and lengths [B]
+///                         (logits beyond a length are not compared), and targets [B, L], loss []
+///                         and grad.<parameter>. Tolerances follow the dtype of `logits`.
 #pragma once
 
 #include <filesystem>
