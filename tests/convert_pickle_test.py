@@ -309,7 +309,8 @@ class Refusals(ConvertTest):
         storage = Storage("Float", "0", bytes(16), 4)
         for offset, shape, strides, word in (
                 (0, (5,), (1,), "element 4"), (1, (4,), (1,), "element 4"),
-                (4, (), (), "element 4"), (0, (2, 2), (3, 1), "element 4"), (0, (2,), (1 << 62,), "element"),
+                (4, (), (), "element 4"), (0, (2, 2), (3, 1), "element 4"),
+                (0, (2,), (1 << 62,), "element"),
                 (-1, (4,), (1,), "from 0 on"), (0, (-4,), (1,), "from 0 on"),
                 (3, (4,), (-1,), "from 0 on"), (0, (True,), (1,), "from 0 on"),
                 (0, (1.0,), (1,), "from 0 on"), (0, (4,), (1, 1), "2 strides"),

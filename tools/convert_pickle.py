@@ -212,8 +212,8 @@ def interpret(program):
         raise Refused(f"the pickle is damaged: {error}") from None
 
 
-# What zipfile raises for damaged archives. NotImplementedError is a RuntimeError, UnicodeDecodeError
-# a ValueError.
+# What zipfile raises for damaged archives. NotImplementedError is a RuntimeError, and
+# UnicodeDecodeError a ValueError.
 ZIP_ERRORS = (zipfile.BadZipFile, EOFError, OSError, OverflowError, RuntimeError, ValueError,
               struct.error)
 
