@@ -11,6 +11,7 @@ namespace lrnn {
 namespace {
 
 constexpr const char* kOp = "generate";
+constexpr std::int64_t kMaxSamples = std::int64_t{1} << 20;
 
 // Measures what a recording needs from its arena, which never reuses a block.
 class CountingResource final : public MemoryResource {
@@ -42,6 +43,16 @@ Tensor prompt_as_int32(Context& ctx, TensorView prompt) {
   return ctx.from_host<std::int32_t>(prompt.shape(), ids);
 }
 
+// [B, ...] to [B count, ...], every row `count` times.
+Tensor repeated_rows(Context& ctx, TensorView x, std::int64_t count) {
+  const std::int64_t rows = x.dim(0) * count;
+  const std::int64_t width = x.numel() / x.dim(0);
+  Tensor out = ctx.empty({rows, width}, x.dtype());
+  for (std::int64_t r = 0; r < rows; ++r)
+    ctx.copy(out.view().slice(0, r, 1), x.reshape({x.dim(0), width}).slice(0, r / count, 1));
+  return out;
+}
+
 // One generation: the tokens just drawn, and everything the next draw depends on.
 class Generation {
  public:
@@ -51,30 +62,32 @@ class Generation {
         model_(model),
         options_(options),
         prompt_(prompt_as_int32(ctx, prompt)),
+        rows_(prompt.dim(0) * options.num_samples),
         owned_cache_(options.cache != nullptr
                          ? std::optional<InferenceCache>()
                          : model.allocate_inference_cache(
                                ctx, {.batch_size = prompt.dim(0),
                                      .max_seqlen = prompt.dim(1) + options.max_new_tokens})),
         cache_(options.cache != nullptr ? *options.cache : *owned_cache_),
-        token_(ctx.empty({prompt.dim(0), 1}, DType::int32)),
-        counters_(ctx.zeros({prompt.dim(0)}, DType::int64)),
-        drawn_(ctx.empty({options.max_new_tokens, prompt.dim(0)}, DType::int32)),
-        own_tokens_(static_cast<std::size_t>(prompt.dim(0))),
-        ended_(static_cast<std::size_t>(prompt.dim(0)), false) {
+        token_(ctx.empty({rows_, 1}, DType::int32)),
+        counters_(ctx.zeros({rows_}, DType::int64)),
+        drawn_(ctx.empty({options.max_new_tokens, rows_}, DType::int32)),
+        own_tokens_(static_cast<std::size_t>(rows_)),
+        ended_(static_cast<std::size_t>(rows_), false) {
     cache_.check_room(kOp, prompt.dim(1) + options.max_new_tokens - 1);
     if (options.repetition_penalty == 1.0) return;
     const std::int64_t vocab_size = model.config().vocab_size;
     seen_ = ctx.zeros({batch(), seen_words(vocab_size)}, DType::int32);
     mark_seen(
         ctx, {.ids = prompt_, .vocab_size = vocab_size, .seen = seen_, .lengths = options.lengths});
+    if (options.num_samples > 1) seen_ = repeated_rows(ctx, seen_, options.num_samples);
   }
 
   Tensor run() {
     prefill();
     for (count_ = 0; count_ < options_.max_new_tokens;) {
       if (count_ > 0) next();
-      ctx_.copy(drawn_.view().slice(0, count_, 1).reshape({batch(), 1}), token_);
+      ctx_.copy(drawn_.view().slice(0, count_, 1).reshape({rows_, 1}), token_);
       ++count_;
       if (!wants_more()) break;
     }
@@ -99,7 +112,20 @@ class Generation {
                        {.last_valid_token = true, .lengths = options_.lengths, .cache = &cache_})
               .logits;
     }
+    if (options_.num_samples > 1) {
+      copy_states_to_samples();
+      const Tensor of_samples = repeated_rows(ctx_, logits, options_.num_samples);
+      return draw(of_samples.view().reshape({rows_, 1, logits.dim(2)}));
+    }
     draw(logits);
+  }
+
+  void copy_states_to_samples() {
+    auto wide = model_.allocate_inference_cache(
+        ctx_, {.batch_size = rows_, .max_seqlen = cache_.max_seqlen()});
+    for (std::int64_t r = 0; r < rows_; ++r)
+      wide.copy_sequence(ctx_, r, cache_, r / options_.num_samples);
+    *owned_cache_ = std::move(wide);
   }
 
   [[nodiscard]] Tensor columns(std::int64_t begin, std::int64_t length) {
@@ -187,30 +213,32 @@ class Generation {
     const auto prompt = ctx_.to_host<std::int32_t>(prompt_);
     const auto drawn = ctx_.to_host<std::int32_t>(drawn_);
     const auto seqlen = static_cast<std::size_t>(prompt_.dim(1));
-    const auto rows = static_cast<std::size_t>(batch());
+    const auto rows = static_cast<std::size_t>(rows_);
+    const auto samples = static_cast<std::size_t>(options_.num_samples);
     std::vector<std::int32_t> out;
     std::vector<std::int64_t> lengths;
     for (std::size_t b = 0; b < rows; ++b) {
-      const auto begin = prompt.begin() + static_cast<std::ptrdiff_t>(b * seqlen);
+      const auto begin = prompt.begin() + static_cast<std::ptrdiff_t>(b / samples * seqlen);
       out.insert(out.end(), begin, begin + static_cast<std::ptrdiff_t>(seqlen));
       lengths.push_back(may_end() ? static_cast<std::int64_t>(own_tokens_[b].size()) : count_);
       for (std::int64_t i = 0; i < count_; ++i)
         out.push_back(i < lengths[b] ? drawn[static_cast<std::size_t>(i) * rows + b] : pad_token());
     }
     if (options_.generated_lengths != nullptr) *options_.generated_lengths = lengths;
-    return ctx_.from_host<std::int32_t>({batch(), prompt_.dim(1) + count_}, out);
+    return ctx_.from_host<std::int32_t>({rows_, prompt_.dim(1) + count_}, out);
   }
 
   Context& ctx_;
   const LRNNLMHeadModel& model_;
   const GenerateOptions& options_;
   Tensor prompt_;
+  std::int64_t rows_;  // sequences: prompts times samples
   std::optional<InferenceCache> owned_cache_;
   InferenceCache& cache_;
-  Tensor token_;                                       // [B, 1] drawn last
-  Tensor counters_;                                    // [B] random numbers used
-  Tensor seen_;                                        // [B, words] tokens that occurred
-  Tensor drawn_;                                       // [n, B]
+  Tensor token_;                                       // [rows, 1] drawn last
+  Tensor counters_;                                    // [rows] random numbers used
+  Tensor seen_;                                        // [rows, words] tokens that occurred
+  Tensor drawn_;                                       // [n, rows]
   std::vector<std::vector<std::int32_t>> own_tokens_;  // drawn by each sequence until it ended
   std::vector<bool> ended_;
   std::int64_t count_ = 0;
@@ -231,6 +259,9 @@ Tensor generate(Context& ctx, const LRNNLMHeadModel& model, TensorView prompt,
              ": prompt: expected [B, L], got ", prompt.shape());
   LRNN_CHECK(options.max_new_tokens >= 0, InvalidArgument, kOp,
              ": max_new_tokens: expected >= 0, got ", options.max_new_tokens);
+  // The bound keeps the product of all counts far from 2^63.
+  LRNN_CHECK(options.num_samples >= 1 && options.num_samples <= kMaxSamples, InvalidArgument, kOp,
+             ": num_samples: expected 1..", kMaxSamples, ", got ", options.num_samples);
   LRNN_CHECK(options.prefill_chunk >= 0, InvalidArgument, kOp,
              ": prefill_chunk: expected >= 0, got ", options.prefill_chunk);
   for (const auto& stop : options.stop_sequences)
@@ -239,10 +270,14 @@ Tensor generate(Context& ctx, const LRNNLMHeadModel& model, TensorView prompt,
   LRNN_CHECK(options.cache == nullptr || options.cache->batch_size() == prompt.dim(0),
              InvalidArgument, kOp, ": cache: expected batch ", prompt.dim(0), ", got ",
              options.cache == nullptr ? 0 : options.cache->batch_size());
+  LRNN_CHECK(options.cache == nullptr || options.num_samples == 1, InvalidArgument, kOp,
+             ": num_samples: expected 1 with a cache, got ", options.num_samples);
   if (options.max_new_tokens == 0) {
+    const std::int64_t rows = prompt.dim(0) * options.num_samples;
     if (options.generated_lengths != nullptr)
-      options.generated_lengths->assign(static_cast<std::size_t>(prompt.dim(0)), 0);
-    return prompt_as_int32(ctx, prompt);
+      options.generated_lengths->assign(static_cast<std::size_t>(rows), 0);
+    const Tensor ids = prompt_as_int32(ctx, prompt);
+    return repeated_rows(ctx, ids, options.num_samples);
   }
   return Generation(ctx, model, prompt, options).run();
 }

@@ -1,6 +1,7 @@
 #include "lrnn/generation/generate.hpp"
 
 #include <algorithm>
+#include <set>
 
 #include <gtest/gtest.h>
 
@@ -80,6 +81,43 @@ TEST_F(Generate, PaddedPromptsContinueLikePromptsOnTheirOwn) {
   const Tokens second = run(matrix(1, {1, 5, 9, 2}), {.max_new_tokens = 5});
   EXPECT_TRUE(std::equal(first.begin() + 2, first.end(), padded.begin() + 4));
   EXPECT_TRUE(std::equal(second.begin() + 4, second.end(), padded.begin() + 13));
+}
+
+TEST_F(Generate, SamplesAreThoseOfThePromptGivenSeveralTimes) {
+  // Two prompts of 2 and 4 tokens, three samples of each.
+  const Tensor prompts = matrix(2, {3, 1, 0, 0, 1, 5, 9, 2});
+  const Tensor lengths = ctx_.from_host<std::int32_t>({2}, Tokens{2, 4});
+  const Tensor repeated = matrix(6, {3, 1, 0, 0, 3, 1, 0, 0, 3, 1, 0, 0,  //
+                                     1, 5, 9, 2, 1, 5, 9, 2, 1, 5, 9, 2});
+  const Tensor repeated_lengths = ctx_.from_host<std::int32_t>({6}, Tokens{2, 2, 2, 4, 4, 4});
+  GenerateOptions options{.max_new_tokens = 9,
+                          .temperature = 1.2,
+                          .top_k = 0,
+                          .repetition_penalty = 1.3,
+                          .seed = 5,
+                          .stop_sequences = {{7}, {8}, {9}},
+                          .pad_token = 30};
+  std::vector<std::int64_t> expected_counts;
+  options.lengths = repeated_lengths;
+  options.generated_lengths = &expected_counts;
+  const Tokens expected = run(repeated, options);
+  std::vector<std::int64_t> counts;
+  options.num_samples = 3;
+  options.lengths = lengths;
+  options.generated_lengths = &counts;
+  EXPECT_EQ(run(prompts, options), expected);
+  EXPECT_EQ(counts, expected_counts);
+  const std::size_t width = expected.size() / 6;
+  EXPECT_FALSE(std::equal(expected.begin() + 4, expected.begin() + static_cast<int>(width),
+                          expected.begin() + static_cast<int>(width) + 4));
+}
+
+TEST_F(Generate, SamplesOfNothingAreThePrompts) {
+  std::vector<std::int64_t> counts;
+  EXPECT_EQ(run(matrix(2, {3, 1, 4, 1}),
+                {.max_new_tokens = 0, .num_samples = 2, .generated_lengths = &counts}),
+            (Tokens{3, 1, 3, 1, 4, 1, 4, 1}));
+  EXPECT_EQ(counts, (std::vector<std::int64_t>{0, 0, 0, 0}));
 }
 
 TEST_F(Generate, TheSeedDeterminesWhatIsDrawn) {
@@ -181,6 +219,10 @@ TEST_F(Generate, PenaltyCountsThePrompt) {
 TEST_F(Generate, RefusesBadOptions) {
   const Tensor input = matrix(1, {3, 1, 4});
   EXPECT_THROW((void)run(input, {.max_new_tokens = -1}), InvalidArgument);
+  EXPECT_THROW((void)run(input, {.num_samples = 0}), InvalidArgument);
+  EXPECT_THROW((void)run(input, {.num_samples = INT64_MAX}), InvalidArgument);
+  auto cache = model_.allocate_inference_cache(ctx_, {.batch_size = 1, .max_seqlen = 30});
+  EXPECT_THROW((void)run(input, {.num_samples = 2, .cache = &cache}), InvalidArgument);
   EXPECT_THROW((void)run(input, {.prefill_chunk = -1}), InvalidArgument);
   EXPECT_THROW((void)run(input, {.temperature = -1}), InvalidArgument);
   EXPECT_THROW((void)run(input, {.top_p = 0}), InvalidArgument);
@@ -191,6 +233,93 @@ TEST_F(Generate, RefusesBadOptions) {
   EXPECT_THROW((void)generate(ctx_, model_, ctx_.zeros({1, 2}, DType::float32)), DTypeError);
   EXPECT_EQ(run(input, {.max_new_tokens = 0}), (Tokens{3, 1, 4}));
 }
+
+// Two layers of one mixer each.
+class GenerateMixer : public ::testing::TestWithParam<MixerType> {
+ protected:
+  static LRNNLMHeadModel model(Context& ctx) {
+    return {ctx,
+            {.d_model = 16,
+             .d_state = 4,
+             .n_layer = 2,
+             .vocab_size = 31,
+             .mixer_types = {GetParam(), GetParam()},
+             .mixer_kwargs = {.attn = {.num_heads = 2, .d_conv = 3, .rotary_emb_dim = 4}},
+             .initializer_cfg = {.initializer_range = 1.0},
+             .tie_embeddings = false},
+            {.seed = 13}};
+  }
+  static Tokens run(Context& ctx, const LRNNLMHeadModel& model, const Tokens& prompts,
+                    std::int64_t batch, const GenerateOptions& options) {
+    const auto width = static_cast<std::int64_t>(prompts.size()) / batch;
+    const Tensor input = ctx.from_host<std::int32_t>({batch, width}, prompts);
+    return ctx.to_host<std::int32_t>(generate(ctx, model, input, options));
+  }
+
+  // Lengths around the width of the convolutions; padding of ids that are not those before it.
+  static void padded_equals_alone(Context& ctx) {
+    const auto model = GenerateMixer::model(ctx);
+    const std::vector<Tokens> prompts{
+        {7}, {3, 1, 4}, {2, 7, 1, 8}, {1, 4, 1, 4, 2}, {9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3}};
+    const std::size_t width = prompts.back().size();
+    Tokens padded;
+    Tokens lengths;
+    for (const Tokens& prompt : prompts) {
+      padded.insert(padded.end(), prompt.begin(), prompt.end());
+      padded.insert(padded.end(), width - prompt.size(), 30);
+      lengths.push_back(static_cast<std::int32_t>(prompt.size()));
+    }
+    constexpr std::size_t kNew = 12;
+    const auto rows = static_cast<std::int64_t>(prompts.size());
+    const Tensor lengths_tensor = ctx.from_host<std::int32_t>({rows}, lengths);
+    const Tokens together =
+        run(ctx, model, padded, rows, {.max_new_tokens = kNew, .lengths = lengths_tensor});
+    std::set<Tokens> different;
+    for (std::size_t b = 0; b < prompts.size(); ++b) {
+      const Tokens alone = run(ctx, model, prompts[b], 1, {.max_new_tokens = kNew});
+      const auto begin = together.begin() + static_cast<int>(b * (width + kNew) + width);
+      const Tokens of_batch(begin, begin + kNew);
+      EXPECT_EQ(of_batch, Tokens(alone.end() - kNew, alone.end())) << "prompt " << b;
+      different.insert(of_batch);
+    }
+    EXPECT_GT(different.size(), 1U) << "the prompts make no difference";
+  }
+};
+
+TEST_P(GenerateMixer, PaddedPromptsContinueLikePromptsOnTheirOwn) {
+  Context ctx = Context::cpu();
+  padded_equals_alone(ctx);
+}
+
+TEST_P(GenerateMixer, CudaPaddedPromptsContinueLikePromptsOnTheirOwn) {
+  if (Context::cuda_device_count() == 0) GTEST_SKIP() << "no CUDA device";
+  Context ctx = Context::cuda();
+  padded_equals_alone(ctx);
+}
+
+TEST_P(GenerateMixer, CudaRecordedStepsGiveTheSameTokens) {
+  if (Context::cuda_device_count() == 0) GTEST_SKIP() << "no CUDA device";
+  Context ctx = Context::cuda();
+  const auto model = GenerateMixer::model(ctx);
+  const Tensor lengths = ctx.from_host<std::int32_t>({3}, Tokens{1, 3, 4});
+  GenerateOptions options{.max_new_tokens = 24,
+                          .num_samples = 2,
+                          .temperature = 0.9,
+                          .top_k = 8,
+                          .repetition_penalty = 1.1,
+                          .seed = 3,
+                          .lengths = lengths,
+                          .cuda_graph = false};
+  const Tokens prompts{3, 0, 0, 0, 1, 5, 9, 0, 2, 6, 5, 3};
+  const Tokens eager = run(ctx, model, prompts, 3, options);
+  options.cuda_graph = true;
+  EXPECT_EQ(run(ctx, model, prompts, 3, options), eager);
+}
+
+std::string type_name(const ::testing::TestParamInfo<MixerType>& info) {
+  return std::string(mixer_name(info.param));
+}
+INSTANTIATE_TEST_SUITE_P(All, GenerateMixer, ::testing::ValuesIn(all_mixer_types()), type_name);
 
 }  // namespace
 }  // namespace lrnn
