@@ -5,6 +5,7 @@ usage: docs_test.py SOURCE_ROOT [PROGRAM]
 - a C++ block is preceded by <!-- FILE -->, and its lines are consecutive lines of that file
 - a path in backticks exists
 - a test named Suite.Name in backticks exists
+- docs/api.md has a row for every argument and result of lrnnx's page, and each such row a test
 - given PROGRAM, the commands of the shell blocks run, one after the other, and succeed
 """
 import os
@@ -17,6 +18,19 @@ import textwrap
 
 ROOT = pathlib.Path(sys.argv[1])
 FOLDERS = ("include/", "src/", "cpu/", "cuda/", "tests/", "tools/", "bench/", "docs/")
+
+
+# What lrnnx's page on LRNNLMHeadModel names, by section of docs/api.md.
+PAGE = {
+    "Constructor": "d_model d_state n_layer vocab_size mixer_types d_intermediate mixer_kwargs "
+                   "mlp_cls norm_epsilon rms_norm fused_add_norm residual_in_fp32 tie_embeddings "
+                   "pad_vocab_size_multiple initializer_cfg device dtype",
+    "`forward`": "input_ids position_ids inference_params num_last_tokens integration_timesteps "
+                 "lengths **mixer_kwargs logits",
+    "`step`": "input_ids caches integration_timesteps logits",
+    "`allocate_inference_cache`": "batch_size max_seqlen dtype **kwargs",
+    "`save_pretrained`, `from_pretrained`": "model.save_pretrained from_pretrained",
+}
 
 
 def cpp_blocks(lines):
@@ -67,6 +81,35 @@ def errors(document, tests):
                 yield f"{name}:{number}: there is no test {code}"
 
 
+def page_rows(text):
+    """(section, cells) of every row of the tables that compare with lrnnx's page."""
+    section, compares = None, False
+    for line in text.split("\n"):
+        if line.startswith("## "):
+            section = line[3:]
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        if not cells:
+            compares = False
+        elif cells[0] == "page":
+            compares = True
+        elif compares and not cells[0].startswith("---"):
+            yield section, cells
+
+
+def api_errors(text):
+    rows = list(page_rows(text))
+    for section, names in PAGE.items():
+        for name in names.split():
+            if not any(row[0] == section and re.match(rf"`{re.escape(name)}\b", row[1][0])
+                       for row in rows):
+                yield f"docs/api.md: {section} has no row for {name}"
+    for section, cells in rows:
+        if len(cells) != 4:
+            yield f"docs/api.md: {section}: {len(cells)} cells in the row of {cells[0]}"
+        elif cells[0] and cells[1] != "none" and not cells[3]:
+            yield f"docs/api.md: {section}: the row of {cells[0]} has no test"
+
+
 def run_commands(document, program):
     """The first command that fails, with what it printed, or None."""
     blocks = re.findall(r"^```sh\n(.*?)^```", document.read_text(), re.MULTILINE | re.DOTALL)
@@ -74,7 +117,8 @@ def run_commands(document, program):
     with tempfile.TemporaryDirectory() as folder:
         work = pathlib.Path(folder)
         (work / "lrnn").symlink_to(program)
-        (work / "tests").symlink_to(ROOT / "tests")
+        for name in ("tests", "tools"):
+            (work / name).symlink_to(ROOT / name)
         (work / "text.txt").write_bytes((ROOT / "LICENSE").read_bytes() * 100)
         path = folder + os.pathsep + os.environ["PATH"]
         for command in commands:
@@ -94,6 +138,7 @@ def main():
     documents = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     tests = test_names()
     found = [error for document in documents for error in errors(document, tests)]
+    found += api_errors((ROOT / "docs" / "api.md").read_text())
     print("\n".join(found) or f"{len(documents)} documents agree with the tree")
     return 1 if found else 0
 

@@ -119,6 +119,15 @@ TEST(Context, ConvertsOnTheWayInAndOut) {
   EXPECT_THROW(static_cast<void>(ctx.from_host_as({3}, DType::float32, values)), ShapeError);
 }
 
+TEST(Context, IsThatOfTheDeviceAskedFor) {
+  EXPECT_TRUE(Context::cpu().device().is_cpu());
+  const int count = Context::cuda_device_count();
+  EXPECT_EQ(Context::best().device().is_cuda(), count > 0);
+  for (int i = 0; i < count; ++i) EXPECT_EQ(Context::cuda(i).device().index, i);
+  EXPECT_THROW(static_cast<void>(Context::cuda(count)), DeviceError);
+  EXPECT_THROW(static_cast<void>(Context::cuda(-1)), DeviceError);
+}
+
 TEST(BFloat16, RoundsToNearestEven) {
   EXPECT_EQ(to_float(to_bfloat16(1.0F + 0x1p-8F)), 1.0F);  // a tie goes to even
   EXPECT_EQ(to_float(to_bfloat16(1.0F + 3 * 0x1p-8F)), 1.0F + 0x1p-6F);

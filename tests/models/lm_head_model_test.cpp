@@ -371,6 +371,37 @@ TEST_F(Model, CachesAreClonedResetSavedAndLoaded) {
   EXPECT_EQ(logits(model, input, {.cache = &cache}), logits(model, input));
 }
 
+// Every tensor of the states of a model of all mixers.
+void expect_wide_states(Context& ctx, DType dtype, DType wide) {
+  LRNNLMHeadConfig config = small_config(all_mixer_types());
+  config.mixer_kwargs.attn.d_conv = 3;
+  const LRNNLMHeadModel model(ctx, config, {.dtype = dtype});
+  const auto cache = model.allocate_inference_cache(ctx, {.batch_size = 2, .max_seqlen = 5});
+  for (std::size_t i = 0; i < config.mixer_types.size(); ++i) {
+    int count = 0;
+    cache.state(i).visit([&](std::string_view name, MutableTensorView tensor) {
+      ++count;
+      DType expected = wide;
+      if (name == "keys" || name == "values") expected = dtype;
+      if (name == "positions") expected = DType::int32;
+      EXPECT_EQ(tensor.dtype(), expected) << mixer_name(config.mixer_types[i]) << ' ' << name;
+    });
+    EXPECT_GT(count, 0);
+  }
+}
+
+TEST_F(Model, StatesAreNeverNarrowerThanFloat32) {
+  expect_wide_states(ctx_, DType::float32, DType::float32);
+  expect_wide_states(ctx_, DType::float64, DType::float64);
+}
+
+TEST_F(Model, CudaStatesAreNeverNarrowerThanFloat32) {
+  if (Context::cuda_device_count() == 0) GTEST_SKIP() << "no CUDA device";
+  Context ctx = Context::cuda();
+  expect_wide_states(ctx, DType::float32, DType::float32);
+  expect_wide_states(ctx, DType::bfloat16, DType::float32);
+}
+
 TEST_F(Model, OnePrefixServesManyContinuations) {
   const auto model = make(small_config(all_mixer_types()));
   auto prefix = model.allocate_inference_cache(ctx_, {.batch_size = 2, .max_seqlen = 8});
