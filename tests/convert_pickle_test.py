@@ -2,9 +2,9 @@
 
 usage: convert_pickle_test.py SOURCE_ROOT
 
-Archives come from two sources: those that torch itself wrote (tests/fixtures/pretrained), held
-against the same tensors written by the safetensors library, and ones written here with Python's own
-pickler, whose values are held against index arithmetic.
+Archives come from two sources: those that torch itself wrote (tests/fixtures), held against the same
+tensors written by the safetensors library, and ones written here with Python's own pickler, whose
+values are held against index arithmetic.
 """
 import collections
 import contextlib
@@ -27,6 +27,7 @@ import zipfile
 
 ROOT = pathlib.Path(sys.argv[1]).resolve()
 PROGRAM = ROOT / "tools" / "convert_pickle.py"
+PICKLED = ROOT / "tests" / "fixtures" / "pickled"
 FIXTURES = ROOT / "tests" / "fixtures" / "pretrained"
 sys.dont_write_bytecode = True
 spec = importlib.util.spec_from_file_location("convert_pickle", PROGRAM)
@@ -144,8 +145,8 @@ class ConvertTest(unittest.TestCase):
 
 class Fixtures(ConvertTest):
     def test_tensors_are_those_that_the_safetensors_library_wrote(self):
-        folders = [path.parent for path in FIXTURES.glob("*/pytorch_model.bin")]
-        self.assertEqual({"lrnnx_hybrid", "mamba_ssm_default", "mamba_ssm_hybrid"},
+        folders = [PICKLED, *(path.parent for path in FIXTURES.glob("*/pytorch_model.bin"))]
+        self.assertEqual({"pickled", "lrnnx_hybrid", "mamba_ssm_default", "mamba_ssm_hybrid"},
                          {folder.name for folder in folders})
         for folder in folders:
             with self.subTest(folder.name):
