@@ -126,6 +126,32 @@ TEST_F(VerifyFolder, LogitsBeyondALengthAreNotCompared) {
   EXPECT_EQ(verify({ids(), logits(), lengths}).status, VerifyStatus::Failed);
 }
 
+TEST_F(VerifyFolder, RecordedTimestepsAreUsed) {
+  const LRNNLMHeadModel model(ctx_,
+                              {.d_model = 8,
+                               .d_state = 4,
+                               .n_layer = 2,
+                               .vocab_size = 37,
+                               .mixer_types = {MixerType::Mamba, MixerType::S5},
+                               .mixer_kwargs = {.s5 = {.event = true}},
+                               .initializer_cfg = {.initializer_range = 1.0}},
+                              {.dtype = DType::float64, .seed = 3});
+  model.save_pretrained(ctx_, folder_);
+  std::vector<double> tau;
+  for (int i = 0; i < 18; ++i) tau.push_back(0.25 * (1 + i % 7));
+  const Tensor timesteps = ctx_.from_host_as({2, 9}, DType::float64, tau);
+  const Tensor input = ctx_.from_host<std::int64_t>({2, 9}, ids_);
+  logits_ = ctx_.to_host_as_double(
+      model.forward(ctx_, input, {.integration_timesteps = timesteps}).logits);
+  const auto item = [&] { return safetensors_item("integration_timesteps", {2, 9}, tau); };
+  const VerifyResult r = verify({ids(), logits(), item()});
+  EXPECT_EQ(r.status, VerifyStatus::Ok) << r.reason;
+  EXPECT_LE(r.output_error, 1e-14);
+  EXPECT_LE(r.step_error, 1e-12);
+  tau[4] = 3;
+  EXPECT_EQ(verify({ids(), logits(), item()}).status, VerifyStatus::Failed);
+}
+
 TEST_F(VerifyFolder, RecordingsThatDoNotFitAreTypedErrors) {
   EXPECT_THROW((void)verify({ids()}), IoError);
   EXPECT_THROW((void)verify({logits()}), IoError);

@@ -4,9 +4,9 @@
 ///   recorded with lrnnx   model.safetensors beside them; tests/golden/README.md describes them
 ///   a checkpoint          of any kind that from_pretrained reads, by any program. io.safetensors
 ///                         holds input_ids [B, L] and the logits [B, L, V] that the program
-///                         computed; optionally integration_timesteps [B, L] and lengths [B]
-///                         (logits beyond a length are not compared), and targets [B, L], loss []
-///                         and grad.<parameter>. Tolerances follow the dtype of `logits`.
+///                         computed; optionally integration_timesteps [B, L], and lengths [B],
+///                         beyond which logits are not compared. The dtype of `logits` sets the
+///                         tolerance. Loss and gradients are not compared.
 #pragma once
 
 #include <filesystem>
