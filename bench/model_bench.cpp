@@ -1,14 +1,20 @@
-/// Times whole layers and language models on CUDA.
+/// Times whole layers and language models on CUDA, and decoding on the CPU.
 ///
 ///   layer/<mixer>/<sizes>/{forward,train}/{float32,tf32,bfloat16}
 ///   scale/<mixer>/<sizes>/train/bfloat16
 ///   lm/<model>/{train,optimizer,prefill,decode}/<sizes>/bfloat16
 ///   lm_head/<sizes>/bfloat16
+///   lm/mamba-130m/decode/B:1/{float32,bfloat16}/cpu
+///
+/// Decoding on the CPU reads every weight once a token. GB/s counts the bytes of the weights alone;
+/// of_read is its share of the rate at which the same threads add up 1 GiB, timed in the same row
+/// before and after it, of which the greater counts.
 ///
 /// Layers: events around the pass, 128 MiB written before each iteration (cold L2). Models: no
 /// flush. `peak_MB` is what the pass allocates beside parameters, gradients and input. `of_gemm`:
 /// the share of the rate of a product of 8192^3 measured in the same run.
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <functional>
 #include <iostream>
@@ -337,6 +343,68 @@ void decode(benchmark::State& state, const LanguageModel& m, std::int64_t batch)
   report_tokens(state, ms, batch);
 }
 
+// Bytes per second of a sum over 1 GiB.
+double read_rate() {
+  constexpr std::int64_t kFloats = std::int64_t{1} << 28;
+  constexpr std::int64_t kSums = 64;  // independent, so that additions do not wait
+  static const std::vector<float> buffer(static_cast<std::size_t>(kFloats), 1.0F);
+  const auto start = std::chrono::steady_clock::now();
+  float total = 0;
+#pragma omp parallel reduction(+ : total)
+  {
+    float sums[kSums] = {};
+#pragma omp for schedule(static)
+    for (std::int64_t i = 0; i < kFloats; i += kSums)
+#pragma omp simd
+      for (std::int64_t k = 0; k < kSums; ++k) sums[k] += buffer[static_cast<std::size_t>(i + k)];
+    for (const float sum : sums) total += sum;
+  }
+  benchmark::DoNotOptimize(total);
+  const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+  return 4.0 * static_cast<double>(kFloats) / seconds.count();
+}
+
+// Bytes that one token reads: all matrices, of the embedding one row unless it is the head as well.
+double weight_bytes(const LRNNLMHeadModel& model) {
+  double bytes = 0;
+  for (const Parameter& p : model.parameters())
+    if (model.config().tie_embeddings || p.name != "backbone.embedding.weight")
+      bytes += static_cast<double>(p.value.nbytes());
+  return bytes;
+}
+
+void decode_on_cpu(benchmark::State& state, LanguageModel m, DType dtype) {
+  Context ctx = Context::cpu();
+  m.config.dtype = dtype;
+  const LRNNLMHeadModel model(ctx, m.config);
+  auto cache = model.allocate_inference_cache(ctx, {.batch_size = 1, .max_seqlen = 1024});
+  Tensor ids = random_ids(ctx, {1, 1}, m.config.vocab_size);
+  const auto work = [&] {
+    const Tensor logits = model.step(ctx, ids, cache, {.validate = false}).logits;
+    const Tensor next = argmax(ctx, logits);
+    ctx.copy(ids, next);
+  };
+  double ceiling = read_rate();
+  for (int i = 0; i < 3; ++i) work();
+  const auto ms = timed(state, ctx, work);
+  for (int i = 0; i < 2; ++i) ceiling = std::max(ceiling, read_rate());
+  const double rate = weight_bytes(model) / (summarise(ms).median_ms * 1e-3);
+  report_tokens(state, ms, 1);
+  state.counters["GB/s"] = rate / 1e9;
+  state.counters["read_GB/s"] = ceiling / 1e9;
+  state.counters["of_read"] = rate / ceiling;
+}
+
+void register_cpu(const LanguageModel& m) {
+  for (const DType dtype : {DType::float32, DType::bfloat16})
+    benchmark::RegisterBenchmark(
+        detail::concat("lm/", m.name, "/decode/B:1/", dtype, "/cpu").c_str(),
+        [&m, dtype](benchmark::State& s) { decode_on_cpu(s, m, dtype); })
+        ->UseManualTime()
+        ->Iterations(20)
+        ->Unit(benchmark::kMillisecond);
+}
+
 void register_models(const std::vector<LanguageModel>& models) {
   for (const LanguageModel& m : models) {
     const std::string prefix = detail::concat("lm/", m.name);
@@ -434,14 +502,15 @@ void register_lm_head() {
 
 int main(int argc, char** argv) {
   const auto models = lrnn::language_models();
-  if (lrnn::Context::cuda_device_count() == 0) {
-    std::cerr << "model_bench: no CUDA device; its rows are sized for one\n";
-    return 0;
+  lrnn::register_cpu(models.front());
+  if (lrnn::Context::cuda_device_count() > 0) {
+    lrnn::register_layers();
+    lrnn::register_scaling();
+    lrnn::register_models(models);
+    lrnn::register_lm_head();
+  } else {
+    std::cerr << "model_bench: no CUDA device: decoding on the CPU alone\n";
   }
-  lrnn::register_layers();
-  lrnn::register_scaling();
-  lrnn::register_models(models);
-  lrnn::register_lm_head();
   benchmark::Initialize(&argc, argv);
   if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 2;
   benchmark::RunSpecifiedBenchmarks();

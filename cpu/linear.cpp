@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "common/rows.hpp"
+#include "linear_few_rows.hpp"
 
 namespace lrnn::cpu {
 namespace {
@@ -10,7 +11,8 @@ namespace {
 // Work items of fixed size, so that sums do not depend on the number of threads.
 constexpr std::int64_t kRowsPerItem = 128;
 constexpr std::int64_t kWeightRowsPerItem = 64;
-constexpr std::int64_t kFewRows = 8;  // below, the weight is what is read: split its rows
+constexpr std::int64_t kWidenedRowsPerItem = 128;
+constexpr int kFewRows = 8;  // up to here, reading the weight is what takes the time
 
 template <class T>
 using Dense = Eigen::Matrix<T, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
@@ -36,35 +38,66 @@ void for_each_item(std::int64_t total, std::int64_t size, F&& f) {
   for (std::int64_t i = 0; i < items; ++i) f(i * size, std::min(size, total - i * size));
 }
 
+// y, or what is added to it, from products with all rows of x.
 template <class T>
-void forward(const LinearForward& a) {
+struct Output {
+  Rows<T> y;
+  const T* bias;
+  bool accumulate;
+
+  explicit Output(const LinearForward& a)
+      : y(rows_of<T>(a.y)), bias(a.bias ? a.bias.data<T>() : nullptr), accumulate(a.accumulate) {}
+
+  // Column o of y.
+  void write(std::int64_t o, const T* products) const {
+    for (std::int64_t r = 0; r < y.count; ++r) {
+      T& out = y[r][o];
+      out = products[r] + (accumulate ? out : bias != nullptr ? bias[o] : T(0));
+    }
+  }
+  // Some rows of y by some columns.
+  template <class Part, class Products>
+  void write_block(Part&& out, std::int64_t first_column, const Products& products) const {
+    if (accumulate)
+      out.noalias() += products;
+    else
+      out.noalias() = products;
+    if (bias != nullptr)
+      out.rowwise() +=
+          Eigen::Map<const Eigen::Matrix<T, 1, Eigen::Dynamic>>(bias + first_column, out.cols());
+  }
+};
+
+template <class T>
+void many_rows(const LinearForward& a) {
   const auto x = rows_of<T>(a.x);
   const auto w = rows_of<T>(a.weight);
-  const auto y = rows_of<T>(a.y);
-  const T* const bias = a.bias ? a.bias.data<T>() : nullptr;
-  using RowMap = Eigen::Map<const Eigen::Matrix<T, 1, Eigen::Dynamic>>;
-  if (x.count <= kFewRows) {
-    for_each_item(w.count, kWeightRowsPerItem, [&](std::int64_t first, std::int64_t count) {
-      for (std::int64_t r = 0; r < x.count; ++r) {
-        Eigen::Map<Eigen::Matrix<T, Eigen::Dynamic, 1>> out(y[r] + first, count);
-        const Eigen::Map<const Eigen::Matrix<T, Eigen::Dynamic, 1>> in(x[r], x.width);
-        if (a.accumulate)
-          out.noalias() += block<T>(w, first, count) * in;
-        else
-          out.noalias() = block<T>(w, first, count) * in;
-        if (bias != nullptr) out += RowMap(bias + first, count).transpose();
-      }
-    });
-    return;
-  }
+  const Output<T> output(a);
   for_each_item(x.count, kRowsPerItem, [&](std::int64_t first, std::int64_t count) {
-    auto out = block<T>(y, first, count);
-    if (a.accumulate)
-      out.noalias() += block<T>(x, first, count) * block<T>(w, 0, w.count).transpose();
-    else
-      out.noalias() = block<T>(x, first, count) * block<T>(w, 0, w.count).transpose();
-    if (bias != nullptr) out.rowwise() += RowMap(bias, w.count);
+    output.write_block(block<T>(output.y, first, count), 0,
+                       block<T>(x, first, count) * block<T>(w, 0, w.count).transpose());
   });
+}
+
+// Each item widens some rows of the weight and multiplies all of x with them.
+void many_rows_bfloat16(const LinearForward& a) {
+  const auto x = rows_of<float>(a.x);
+  const auto w = rows_of<bfloat16>(a.weight);
+  const Output<float> output(a);
+  for_each_item(w.count, kWidenedRowsPerItem, [&](std::int64_t first, std::int64_t count) {
+    Dense<float> wide(count, w.width);
+    for (std::int64_t o = 0; o < count; ++o)
+      std::transform(w[first + o], w[first + o] + w.width, wide.row(o).data(), to_float);
+    output.write_block(block<float>(output.y, 0, x.count).middleCols(first, count), first,
+                       block<float>(x, 0, x.count) * wide.transpose());
+  });
+}
+
+template <class T, class W>
+void few_rows(const LinearForward& a) {
+  const Output<T> output(a);
+  for_each_dot<kFewRows>(rows_of<T>(a.x), rows_of<W>(a.weight),
+                         [&](std::int64_t o, const T* products) { output.write(o, products); });
 }
 
 template <class T>
@@ -106,7 +139,11 @@ void backward_bias(const LinearBackward& a) {
 }  // namespace
 
 void linear_forward(Context&, const LinearForward& a) {
-  visit_float("linear_forward", a.x.dtype(), [&]<class T>() { forward<T>(a); });
+  const bool few = detail::row_count(a.x) <= kFewRows;
+  if (a.weight.dtype() != a.x.dtype())  // float32 x
+    return few ? few_rows<float, bfloat16>(a) : many_rows_bfloat16(a);
+  visit_float("linear_forward", a.x.dtype(),
+              [&]<class T>() { few ? few_rows<T, T>(a) : many_rows<T>(a); });
 }
 
 void linear_backward(Context&, const LinearBackward& a) {

@@ -273,33 +273,42 @@ void forward(const SelectiveScanForward& a) {
     }
 }
 
+FloatScan float_scan(const Problem<float>& p) {
+  return {.u = p.u.data,
+          .dt = p.dt.data,
+          .z = p.z.data,
+          .B = p.B.data,
+          .C = p.C.data,
+          .y = nullptr,
+          .u_stride = p.u.stride,
+          .dt_stride = p.dt.stride,
+          .z_stride = p.z.stride,
+          .B_stride = p.B.stride,
+          .C_stride = p.C.stride,
+          .y_stride = 0,
+          .dt_bias = p.dt_bias,
+          .A_log = p.A_log,
+          .D = p.D,
+          .state_in = p.state_in,
+          .state_out = nullptr,
+          .chunk_states = nullptr,
+          .lengths = p.lengths,
+          .batch = p.batch,
+          .seqlen = p.seqlen,
+          .channels = p.channels,
+          .dstate = p.dstate,
+          .chunks = selective_scan_chunks(p.seqlen)};
+}
+
 void forward_float(const SelectiveScanForward& a) {
   const Problem<float> p(a.in);
   const auto y = rows_of<float>(a.y);
-  run_float_scan({.u = p.u.data,
-                  .dt = p.dt.data,
-                  .z = p.z.data,
-                  .B = p.B.data,
-                  .C = p.C.data,
-                  .y = y.data,
-                  .u_stride = p.u.stride,
-                  .dt_stride = p.dt.stride,
-                  .z_stride = p.z.stride,
-                  .B_stride = p.B.stride,
-                  .C_stride = p.C.stride,
-                  .y_stride = y.stride,
-                  .dt_bias = p.dt_bias,
-                  .A_log = p.A_log,
-                  .D = p.D,
-                  .state_in = p.state_in,
-                  .state_out = a.state_out ? a.state_out.data<float>() : nullptr,
-                  .chunk_states = a.chunk_states ? a.chunk_states.data<float>() : nullptr,
-                  .lengths = p.lengths,
-                  .batch = p.batch,
-                  .seqlen = p.seqlen,
-                  .channels = p.channels,
-                  .dstate = p.dstate,
-                  .chunks = selective_scan_chunks(p.seqlen)});
+  FloatScan scan = float_scan(p);
+  scan.y = y.data;
+  scan.y_stride = y.stride;
+  if (a.state_out) scan.state_out = a.state_out.data<float>();
+  if (a.chunk_states) scan.chunk_states = a.chunk_states.data<float>();
+  run_float_scan(scan);
 }
 
 /// Partial sums that several packs or sequences contribute to, added in a fixed order at the end.
@@ -308,11 +317,11 @@ struct Partials {
   std::int64_t groups;
   std::vector<T> dBC;      // [B, groups, L, 2 N]
   std::vector<T> dtau;     // [B, groups, L]
-  std::vector<T> dA;       // [B, E, N]
+  std::vector<T> dA;       // [B, E, N], of A_log
   std::vector<T> dvector;  // [B, 3, E]: dt_bias, D, dtA_bias
 
-  explicit Partials(const Problem<T>& p)
-      : groups((p.packs + kPacksPerGroup - 1) / kPacksPerGroup),
+  Partials(const Problem<T>& p, std::int64_t channels_per_group)
+      : groups((p.channels + channels_per_group - 1) / channels_per_group),
         dBC(static_cast<std::size_t>(p.batch * groups * p.seqlen * 2 * p.dstate)),
         dtau(p.tau != nullptr ? static_cast<std::size_t>(p.batch * groups * p.seqlen) : 0),
         dA(static_cast<std::size_t>(p.batch * p.channels * p.dstate)),
@@ -492,7 +501,7 @@ void reduce(const SelectiveScanBackward& a, const Problem<T>& p, const Partials<
 template <class T, Disc disc>
 void backward(const SelectiveScanBackward& a) {
   const Problem<T> p(a.in);
-  Partials<T> partials(p);
+  Partials<T> partials(p, kPacksPerGroup * kLanes<T>);
 #pragma omp parallel for collapse(2) schedule(dynamic)
   for (std::int64_t b = 0; b < p.batch; ++b)
     for (std::int64_t group = 0; group < partials.groups; ++group)
@@ -500,6 +509,38 @@ void backward(const SelectiveScanBackward& a) {
            pack < std::min(p.packs, (group + 1) * kPacksPerGroup); ++pack)
         BackwardPack<T, disc>(a, p, b, pack, partials, group).run();
   reduce<T>(a, p, partials);
+}
+
+void backward_float(const SelectiveScanBackward& a) {
+  const Problem<float> p(a.in);
+  Partials<float> partials(p, kFloatGroup);
+  const auto dy = rows_of<float>(a.dy);
+  const auto du = rows_of<float>(a.du);
+  const auto ddt = rows_of<float>(a.ddt);
+  const auto dz = a.dz ? rows_of<float>(a.dz) : Rows<float>{};
+  run_float_scan_backward({.in = float_scan(p),
+                           .dy = dy.data,
+                           .chunk_states = a.chunk_states.data<float>(),
+                           .dstate_out = a.dstate_out ? a.dstate_out.data<float>() : nullptr,
+                           .du = du.data,
+                           .ddt = ddt.data,
+                           .dz = dz.data,
+                           .dstate_in = a.dstate_in ? a.dstate_in.data<float>() : nullptr,
+                           .dy_stride = dy.stride,
+                           .du_stride = du.stride,
+                           .ddt_stride = ddt.stride,
+                           .dz_stride = dz.stride,
+                           .groups = partials.groups,
+                           .dBC = partials.dBC.data(),
+                           .dA_log = partials.dA.data(),
+                           .dvectors = partials.dvector.data()});
+  reduce<float>(a, p, partials);
+}
+
+// What selective_scan_float.hpp has kernels for.
+bool is_float_mamba(const SelectiveScanInputs& in) {
+  return in.u.dtype() == DType::float32 && in.discretization == Disc::Mamba &&
+         !in.integration_timesteps;
 }
 
 template <class F>
@@ -519,14 +560,13 @@ void visit_discretization(Disc disc, F&& f) {
 }  // namespace
 
 void selective_scan_forward(Context&, const SelectiveScanForward& a) {
-  if (a.in.u.dtype() == DType::float32 && a.in.discretization == Disc::Mamba &&
-      !a.in.integration_timesteps)
-    return forward_float(a);
+  if (is_float_mamba(a.in)) return forward_float(a);
   visit_float("selective_scan_forward", a.in.u.dtype(), [&]<class T>() {
     visit_discretization(a.in.discretization, [&]<Disc disc>() { forward<T, disc>(a); });
   });
 }
 void selective_scan_backward(Context&, const SelectiveScanBackward& a) {
+  if (is_float_mamba(a.in)) return backward_float(a);
   visit_float("selective_scan_backward", a.in.u.dtype(), [&]<class T>() {
     visit_discretization(a.in.discretization, [&]<Disc disc>() { backward<T, disc>(a); });
   });

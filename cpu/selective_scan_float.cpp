@@ -15,10 +15,12 @@
 #define LRNN_BEGIN_TARGET(isa) \
   LRNN_PRAGMA(clang attribute push(__attribute__((target(isa))), apply_to = function))
 #define LRNN_END_TARGET LRNN_PRAGMA(clang attribute pop)
+#define LRNN_UNROLL LRNN_PRAGMA(clang loop unroll(full))
 #else
 #define LRNN_PRAGMA(x) _Pragma(#x)
 #define LRNN_BEGIN_TARGET(isa) LRNN_PRAGMA(GCC push_options) LRNN_PRAGMA(GCC target(isa))
 #define LRNN_END_TARGET LRNN_PRAGMA(GCC pop_options)
+#define LRNN_UNROLL LRNN_PRAGMA(GCC unroll 8)
 #endif
 
 namespace lrnn::cpu {
@@ -26,10 +28,22 @@ namespace {
 
 constexpr int kFloatChannels = 16;  // of a work item: a cache line
 
+// Scratch comes in cache lines, so that no vector lies across two.
+struct alignas(64) Line {
+  float v[16];
+};
+// Between buffers that are read and one that is written at the same time: loads wait for a store
+// whose address is a multiple of 4 KiB away.
+constexpr std::int64_t kFloatSkew = 192;
+std::vector<Line> lines_of(std::int64_t floats) {
+  return std::vector<Line>(static_cast<std::size_t>((floats + 15) / 16));
+}
+
 #define LRNN_LANES 4
 #define LRNN_ISA baseline
 #define LRNN_MAX(a, b) ((a) > (b) ? (a) : (b))
 #include "selective_scan_float_kernel.hpp"
+#include "selective_scan_float_backward_kernel.hpp"
 #undef LRNN_LANES
 #undef LRNN_ISA
 #undef LRNN_MAX
@@ -40,6 +54,7 @@ LRNN_BEGIN_TARGET("avx2,fma")
 #define LRNN_ISA avx2
 #define LRNN_MAX(a, b) _mm256_max_ps(a, b)
 #include "selective_scan_float_kernel.hpp"
+#include "selective_scan_float_backward_kernel.hpp"
 #undef LRNN_LANES
 #undef LRNN_ISA
 #undef LRNN_MAX
@@ -49,33 +64,59 @@ LRNN_BEGIN_TARGET("avx512f,fma")
 #define LRNN_ISA avx512
 #define LRNN_MAX(a, b) _mm512_max_ps(a, b)
 #include "selective_scan_float_kernel.hpp"
+#include "selective_scan_float_backward_kernel.hpp"
 #undef LRNN_LANES
 #undef LRNN_ISA
 #undef LRNN_MAX
 LRNN_END_TARGET
 #endif
 
-using Run = void (*)(const FloatScan&, std::int64_t, std::int64_t, float*);
+struct Passes {
+  void (*forward)(const FloatScan&, std::int64_t, std::int64_t, float*);
+  void (*backward)(const FloatScanBackward&, std::int64_t, std::int64_t, float*);
+};
 
-Run run_of_machine() {
+const Passes& passes_of_machine() {
+  static const Passes passes = [] {
 #if LRNN_X86_TARGETS
-  if (__builtin_cpu_supports("avx512f")) return avx512::run;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::run;
+    if (__builtin_cpu_supports("avx512f")) return Passes{avx512::run, avx512::run_backward};
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+      return Passes{avx2::run, avx2::run_backward};
 #endif
-  return baseline::run;
+    return Passes{baseline::run, baseline::run_backward};
+  }();
+  return passes;
+}
+
+// Floats that the widest vectors take; see Work.
+std::int64_t backward_scratch(std::int64_t dstate) {
+  constexpr std::int64_t kVectors = (kSelectiveScanChunk + 1) + 3 * kSelectiveScanChunk;
+  return 3 * kFloatGroup * dstate + 2 * kFloatGroup + kVectors * dstate * kFloatChannels +
+         2 * kSelectiveScanChunk * kFloatChannels + kFloatSkew;
 }
 
 }  // namespace
 
 void run_float_scan(const FloatScan& p) {
-  static const Run run = run_of_machine();
+  const auto run = passes_of_machine().forward;
 #pragma omp parallel
   {
-    std::vector<float> scratch(static_cast<std::size_t>(2 * kFloatChannels * p.dstate));
+    std::vector<Line> scratch = lines_of(2 * kFloatChannels * p.dstate);
 #pragma omp for collapse(2) schedule(dynamic)
     for (std::int64_t b = 0; b < p.batch; ++b)
       for (std::int64_t first = 0; first < p.channels; first += kFloatChannels)
-        run(p, b, first, scratch.data());
+        run(p, b, first, scratch.front().v);
+  }
+}
+
+void run_float_scan_backward(const FloatScanBackward& p) {
+  const auto run = passes_of_machine().backward;
+#pragma omp parallel
+  {
+    std::vector<Line> scratch = lines_of(backward_scratch(p.in.dstate));
+#pragma omp for collapse(2) schedule(dynamic)
+    for (std::int64_t b = 0; b < p.in.batch; ++b)
+      for (std::int64_t group = 0; group < p.groups; ++group) run(p, b, group, scratch.front().v);
   }
 }
 

@@ -7,7 +7,8 @@ namespace LRNN_ISA {
 
 constexpr int kLanes = LRNN_LANES;
 constexpr int kVectors = kFloatChannels / kLanes;
-constexpr int kTokens = 4;  // pass through a state while it is in a register
+constexpr int kTokens = 4;                    // pass through a state while it is in a register
+constexpr std::int64_t kAhead = 4 * kTokens;  // tokens from a prefetch to its use
 
 using Vec = float __attribute__((vector_size(sizeof(float) * kLanes)));
 using Int = std::int32_t __attribute__((vector_size(sizeof(float) * kLanes)));
@@ -135,6 +136,14 @@ __attribute__((always_inline)) inline void run_tokens(const FloatScan& p, std::i
   }
 }
 
+// Rows are further apart than pages are long, so that the hardware fetches none ahead.
+inline void prefetch_rows(const float* p, std::int64_t stride, std::int64_t first, std::int64_t row,
+                          std::int64_t end) {
+  if (p == nullptr) return;
+  for (std::int64_t r = row; r < row + kTokens && r < end; ++r)
+    __builtin_prefetch(p + r * stride + first);
+}
+
 // States of `channels` channels, to [E, N].
 inline void write_states(const FloatScan& p, const float* h, std::int64_t channels, float* to) {
   for (std::int64_t i = 0; i < channels; ++i)
@@ -172,6 +181,11 @@ void run(const FloatScan& p, std::int64_t b, std::int64_t first, float* scratch)
     if (t >= length) {
       for (std::int64_t i = 0; i < channels; ++i) p.y[row * p.y_stride + first + i] = 0.0F;
     } else {
+      const std::int64_t end = (b + 1) * p.seqlen;
+      prefetch_rows(p.u, p.u_stride, first, row + kAhead, end);
+      prefetch_rows(p.dt, p.dt_stride, first, row + kAhead, end);
+      prefetch_rows(p.z, p.z_stride, first, row + kAhead, end);
+      prefetch_rows(p.y, p.y_stride, first, row + kAhead, end);
       for (int v = 0; v < kVectors && v * kLanes < channels; ++v) {
         const int at = v * kLanes;
         if (full)

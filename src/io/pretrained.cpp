@@ -68,17 +68,15 @@ LRNNLMHeadModel LRNNLMHeadModel::from_pretrained(Context& ctx, const fs::path& d
     LRNNLMHeadConfig config =
         config_from_json(text, {.mixer_kwargs = options.mixer_kwargs, .shapes = &shapes});
     if (options.dtype) config.dtype = options.dtype;
-    return LRNNLMHeadModel(std::move(config));
+    return LRNNLMHeadModel(ctx.device(), std::move(config));
   });
-  model.check_dtype(ctx);
   model.load(ctx, std::move(checkpoint));
   return model;
 }
 
 LRNNLMHeadModel LRNNLMHeadModel::from_safetensors(Context& ctx, LRNNLMHeadConfig config,
                                                   const fs::path& file) {
-  LRNNLMHeadModel model(std::move(config));
-  model.check_dtype(ctx);
+  LRNNLMHeadModel model(ctx.device(), std::move(config));
   model.load(ctx, detail::Checkpoint({file}));
   return model;
 }

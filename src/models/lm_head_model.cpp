@@ -144,14 +144,18 @@ struct LRNNLMHeadModel::Saved {
   AddNormOutput norm_f;
 };
 
-LRNNLMHeadModel::LRNNLMHeadModel(LRNNLMHeadConfig config)
+LRNNLMHeadModel::LRNNLMHeadModel(const Device& device, LRNNLMHeadConfig config)
     : config_(config.resolve()), parameters_(std::make_unique<ParameterStore>()) {
-  const DType dtype = config_.dtype.value_or(DType::float32);
-  config_.dtype = dtype;
+  if (!config_.dtype) config_.dtype = DType::float32;
+  check_dtype(device);
+  const bool narrow_storage = device.is_cpu() && dtype() == DType::bfloat16;
+  if (narrow_storage) parameters_->restrict_bfloat16_to_matrices();
+  activation_dtype_ = narrow_storage ? DType::float32 : dtype();
   const ParameterScope backbone(*parameters_, "backbone.");
   const Shape table{config_.padded_vocab_size(), config_.d_model};
   embedding_ = &(backbone / "embedding")
-                    .add("weight", table, init::normal(config_.initializer_cfg.initializer_range));
+                    .add("weight", table, init::normal(config_.initializer_cfg.initializer_range),
+                         {.matrix = true});
   const AddNorm::Options norm{.kind = config_.rms_norm ? NormKind::Rms : NormKind::Layer,
                               .eps = config_.norm_epsilon,
                               .fused = config_.fused_add_norm};
@@ -161,31 +165,30 @@ LRNNLMHeadModel::LRNNLMHeadModel(LRNNLMHeadConfig config)
                      .mixer_kwargs = config_.layer_kwargs(i),
                      .mixer_build = config_.mixer_build(),
                      .norm = norm,
-                     .residual_dtype = config_.residual_in_fp32 ? accumulate_dtype(dtype) : dtype,
+                     .residual_dtype =
+                         config_.residual_in_fp32 ? accumulate_dtype(dtype()) : activation_dtype_,
                      .mlp_cls = config_.mlp_cls,
                      .d_intermediate = config_.d_intermediate},
         backbone / "layers" / std::to_string(i));
   norm_f_.emplace(backbone / "norm_f", config_.d_model, norm);
   const double bound = 1.0 / std::sqrt(static_cast<double>(config_.d_model));
-  head_ =
-      config_.tie_embeddings
-          ? embedding_
-          : &ParameterScope(*parameters_, "lm_head.").add("weight", table, init::uniform(bound));
+  head_ = config_.tie_embeddings
+              ? embedding_
+              : &ParameterScope(*parameters_, "lm_head.")
+                     .add("weight", table, init::uniform(bound), {.matrix = true});
 }
 
 LRNNLMHeadModel::LRNNLMHeadModel(Context& ctx, LRNNLMHeadConfig config, const ModelOptions& options)
-    : LRNNLMHeadModel([&] {
+    : LRNNLMHeadModel(ctx.device(), [&] {
         config.dtype = options.dtype ? options.dtype : config.dtype;
         return std::move(config);
       }()) {
-  check_dtype(ctx);
   parameters_->materialize(ctx, dtype(), options.seed);
 }
 
-void LRNNLMHeadModel::check_dtype(const Context& ctx) const {
-  const DType other = ctx.device().is_cpu() ? DType::float64 : DType::bfloat16;
-  LRNN_CHECK(dtype() == DType::float32 || dtype() == other, ConfigError,
-             "dtype: expected float32 or ", other, " on ", ctx.device(), ", got ", dtype());
+void LRNNLMHeadModel::check_dtype(const Device& device) const {
+  LRNN_CHECK(device.is_cpu() || dtype() != DType::float64, ConfigError,
+             "dtype: expected float32 or bfloat16 on ", device, ", got ", dtype());
 }
 
 bool LRNNLMHeadModel::uses_integration_timesteps() const noexcept {
@@ -201,7 +204,8 @@ InferenceCache LRNNLMHeadModel::allocate_inference_cache(Context& ctx,
   std::vector<const Mixer*> mixers;
   for (const Block& block : blocks_) mixers.push_back(&block.mixer());
   return {
-      ctx, options.batch_size, options.max_seqlen, [mixers, options, dtype = dtype()](Context& on) {
+      ctx, options.batch_size, options.max_seqlen,
+      [mixers, options, dtype = activation_dtype_](Context& on) {
         InferenceCache::States states;
         for (const Mixer* mixer : mixers)
           states.push_back(mixer->make_state(on, options.batch_size, options.max_seqlen, dtype));
@@ -292,7 +296,7 @@ LRNNLMHeadModel::Inputs LRNNLMHeadModel::prepare_with_targets(Context& ctx, cons
 // --- forward and step --------------------------------------------------------------------------
 
 Tensor LRNNLMHeadModel::embed(Context& ctx, TensorView ids) const {
-  Tensor hidden = ctx.empty({ids.dim(0), ids.dim(1), config_.d_model}, dtype());
+  Tensor hidden = ctx.empty({ids.dim(0), ids.dim(1), config_.d_model}, activation_dtype_);
   embedding_forward(ctx, {.ids = ids, .weight = embedding_->value, .y = hidden});
   return hidden;
 }
@@ -320,7 +324,7 @@ EncoderOutput LRNNLMHeadModel::hidden_states(Context& ctx, const Inputs& inputs,
   TensorView residual = block_inputs.residual;
   if (keep) {
     saved->norm_f = norm_f_->forward(ctx, std::move(hidden), residual,
-                                     residual ? residual.dtype() : dtype(), true);
+                                     residual ? residual.dtype() : activation_dtype_, true);
     return {std::move(saved->norm_f.y), layer_outputs.take()};
   }
   const auto pick = [&](TensorView x) -> Tensor {
@@ -336,7 +340,7 @@ EncoderOutput LRNNLMHeadModel::hidden_states(Context& ctx, const Inputs& inputs,
 }
 
 Tensor LRNNLMHeadModel::head(Context& ctx, TensorView x) const {
-  Tensor logits = ctx.empty({x.dim(0), x.dim(1), config_.vocab_size}, dtype());
+  Tensor logits = ctx.empty({x.dim(0), x.dim(1), config_.vocab_size}, activation_dtype_);
   linear_forward(ctx,
                  {.x = x, .weight = head_->value.slice(0, 0, config_.vocab_size), .y = logits});
   return logits;
@@ -405,7 +409,7 @@ Tensor LRNNLMHeadModel::head_loss(Context& ctx, TensorView x, TensorView targets
   const TensorView flat_x = x.reshape({rows, config_.d_model});
   const TensorView weight = head_->value;
   Tensor losses = ctx.empty({rows}, wide);
-  Tensor logits = ctx.empty({std::min(rows, kLossChunkRows), pitch}, dtype());
+  Tensor logits = ctx.empty({std::min(rows, kLossChunkRows), pitch}, activation_dtype_);
   for (std::int64_t begin = 0; begin < rows; begin += kLossChunkRows) {
     const std::int64_t count = std::min(kLossChunkRows, rows - begin);
     const MutableTensorView z = logits.view().slice(0, 0, count).slice(1, 0, columns);
@@ -471,6 +475,7 @@ LRNNLMHeadModel::Encoding LRNNLMHeadModel::encode_for_backward(Context& ctx, Ten
   constexpr const char* op = "LRNNLMHeadModel::encode_for_backward";
   LRNN_CHECK(options.cache == nullptr && options.num_last_tokens == 0 && !options.last_valid_token,
              InvalidArgument, op, ": takes neither a cache nor a choice of positions");
+  parameters_->enable_grad(ctx);
   Encoding out;
   out.saved_ = std::make_shared<Saved>();
   out.saved_->inputs = prepare(ctx, op, input_ids, options);

@@ -11,7 +11,7 @@ Linear::Linear(const ParameterScope& scope, std::int64_t in_features, std::int64
   const double bound = 1.0 / std::sqrt(static_cast<double>(in_features));
   weight_ = &scope.add("weight", {out_features, in_features},
                        options.weight_init ? options.weight_init : init::uniform(bound),
-                       {.weight_decay = options.weight_decay});
+                       {.weight_decay = options.weight_decay, .matrix = true});
   if (options.bias)
     bias_ = &scope.add("bias", {out_features},
                        options.bias_init ? options.bias_init : init::constant(0.0),

@@ -88,7 +88,8 @@ void ParameterStore::materialize(Context& ctx, DType dtype, std::uint64_t seed,
   slabs_[0].dtype = dtype;
   if (islands) slabs_[1].dtype = DType::float32;
   for (Parameter& p : parameters_) {
-    p.slab = islands && p.options.keep_float32 ? 1 : 0;
+    const bool narrow = bfloat16_matrices_only_ ? p.options.matrix : !p.options.keep_float32;
+    p.slab = islands && !narrow ? 1 : 0;
     auto& slab = slabs_[static_cast<std::size_t>(p.slab)];
     p.offset = slab.numel;
     slab.numel += (p.shape.numel() + kAlignElements - 1) / kAlignElements * kAlignElements;
@@ -109,6 +110,9 @@ void ParameterStore::initialize(Context& ctx, Parameter& parameter, std::uint64_
 
 void ParameterStore::enable_grad(Context& ctx) {
   LRNN_CHECK(!slabs_.empty(), InternalError, "enable_grad() before materialize()");
+  LRNN_CHECK(
+      !bfloat16_matrices_only_, DTypeError,
+      "training: dtype: expected float32 or float64 on the CPU, got bfloat16 (inference only)");
   if (has_grad()) return;
   const Context::MemoryScope scope(ctx, *memory_);
   for (ParameterSlab& slab : slabs_)

@@ -41,6 +41,11 @@ void check_rank(const char* op, const char* operand, TensorView t, int rank) {
   LRNN_CHECK(t.rank() == rank, ShapeError, op, ": ", operand, ": expected rank ", rank, ", got ",
              t.shape());
 }
+DType weight_dtype(const Context& ctx, TensorView weight, DType dtype) {
+  const bool narrow =
+      ctx.device().is_cpu() && dtype == DType::float32 && weight.dtype() == DType::bfloat16;
+  return narrow ? DType::bfloat16 : dtype;
+}
 void check_lengths_operand(const char* op, const Context& ctx, TensorView lengths,
                            std::int64_t batch) {
   check_optional(op, "lengths", ctx, lengths, {batch}, DType::int32);

@@ -18,6 +18,9 @@ void check_rows(const char* op, const char* operand, const Context& ctx, TensorV
                 const Shape& shape, DType dtype);
 /// @throws ShapeError unless `t` has this rank.
 void check_rank(const char* op, const char* operand, TensorView t, int rank);
+/// The dtype that a matrix beside activations of `dtype` should have: theirs, or on the CPU that of
+/// a bfloat16 matrix beside float32.
+[[nodiscard]] DType weight_dtype(const Context& ctx, TensorView weight, DType dtype);
 /// `lengths` [batch] int32, absent or present. Values are the caller's duty: see check_lengths.
 void check_lengths_operand(const char* op, const Context& ctx, TensorView lengths,
                            std::int64_t batch);

@@ -18,8 +18,10 @@ void embedding_forward(Context& ctx, const EmbeddingForward& a) {
   LRNN_CHECK(a.ids, ShapeError, op, ": ids is required");
   detail::check_operand(op, "ids", ctx, a.ids, a.ids.shape(), DType::int32);
   detail::check_rank(op, "weight", a.weight, 2);
-  const DType dtype = a.weight.dtype();
-  detail::check_operand(op, "weight", ctx, a.weight, a.weight.shape(), dtype);
+  LRNN_CHECK(a.y, ShapeError, op, ": y is required");
+  const DType dtype = a.y.dtype();
+  detail::check_operand(op, "weight", ctx, a.weight, a.weight.shape(),
+                        detail::weight_dtype(ctx, a.weight, dtype));
   detail::check_operand(op, "y", ctx, a.y, with_last(a.ids, a.weight.dim(1)), dtype);
   if (a.y.numel() == 0) return;
   LRNN_DISPATCH(embedding_forward, ctx, a);

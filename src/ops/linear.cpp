@@ -19,7 +19,8 @@ void linear_forward(Context& ctx, const LinearForward& a) {
   const DType dtype = a.x.dtype();
   const std::int64_t out = a.weight.dim(0);
   detail::check_rows(op, "x", ctx, a.x, with_last(a.x.shape(), a.weight.dim(1)), dtype);
-  detail::check_rows(op, "weight", ctx, a.weight, a.weight.shape(), dtype);
+  detail::check_rows(op, "weight", ctx, a.weight, a.weight.shape(),
+                     detail::weight_dtype(ctx, a.weight, dtype));
   detail::check_optional(op, "bias", ctx, a.bias, {out}, dtype);
   detail::check_rows(op, "y", ctx, a.y, with_last(a.x.shape(), out), dtype);
   LRNN_CHECK(!(a.accumulate && a.bias), InvalidArgument, op,

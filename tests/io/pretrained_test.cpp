@@ -109,8 +109,19 @@ TEST_F(Pretrained, DTypeMayBeChosenOnLoading) {
   const auto a = logits(model);
   const auto b = logits(wide);
   for (std::size_t i = 0; i < a.size(); ++i) EXPECT_NEAR(a[i], b[i], 1e-6);
-  EXPECT_THROW((void)LRNNLMHeadModel::from_pretrained(ctx_, folder_, {.dtype = DType::bfloat16}),
-               ConfigError);
+}
+
+// A bfloat16 model on the CPU is stored and read with the values that it computes with.
+TEST_F(Pretrained, BFloat16WeightsComeBack) {
+  const LRNNLMHeadModel model(ctx_, config(), {.dtype = DType::bfloat16, .seed = 5});
+  model.save_pretrained(ctx_, folder_);
+  const auto again = LRNNLMHeadModel::from_pretrained(ctx_, folder_);
+  EXPECT_EQ(again.dtype(), DType::bfloat16);
+  EXPECT_EQ(logits(again), logits(model));
+  const LRNNLMHeadModel wide(ctx_, config(), {.seed = 5});
+  wide.save_pretrained(ctx_, folder_);
+  const auto rounded = LRNNLMHeadModel::from_pretrained(ctx_, folder_, {.dtype = DType::bfloat16});
+  EXPECT_EQ(logits(rounded), logits(model));
 }
 
 TEST_F(Pretrained, TiedHeadIsAcceptedWhenEqual) {

@@ -626,7 +626,78 @@ TEST_F(Model, RefusesBadOperands) {
            (void)trainable.loss_and_backward(ctx_, input, input, {.cache = &short_cache});
          }),
          {"cache"});
-  expect(error_of([&] { (void)make(small_config(), DType::bfloat16); }), {"dtype", "bfloat16"});
+}
+
+// Weights of a float32 model, rounded as the bfloat16 model stores them.
+void round_matrices(Context& ctx, LRNNLMHeadModel& model, const LRNNLMHeadModel& narrow) {
+  for (const Parameter& p : narrow.parameters())
+    ctx.write_from_host(model.parameters().at(p.name).value, ctx.to_host_as_double(p.value));
+}
+
+// Long enough for both products of a linear layer: that of few rows and that of many.
+TEST_F(Model, BFloat16OnTheCpuIsFloat32WithRoundedMatrices) {
+  for (const MixerType type : all_mixer_types()) {
+    LRNNLMHeadConfig config = small_config({type, Mamba});
+    config.mixer_kwargs.attn.num_heads = 2;
+    const auto narrow = make(config, DType::bfloat16);
+    auto wide = make(config, DType::float32);
+    EXPECT_EQ(narrow.dtype(), DType::bfloat16);
+    EXPECT_EQ(narrow.activation_dtype(), DType::float32);
+    const Tensor input = ids(2, 11);
+    const Doubles unrounded = logits(wide, input);
+    round_matrices(ctx_, wide, narrow);
+    const Doubles want = logits(wide, input);
+    const double scale = 1 + std::abs(*std::max_element(want.begin(), want.end()));
+    EXPECT_GT(max_difference(unrounded, want), 1e-4) << mixer_name(type);
+    EXPECT_LT(max_difference(logits(narrow, input), want), 2e-6 * scale) << mixer_name(type);
+    auto cache = narrow.allocate_inference_cache(ctx_, {.batch_size = 2, .max_seqlen = 11});
+    const auto prefix =
+        narrow.forward(ctx_, columns(input, 0, 9), {.num_last_tokens = 1, .cache = &cache}).logits;
+    EXPECT_EQ(prefix.dtype(), DType::float32);
+    EXPECT_LT(max_difference(ctx_.to_host_as_double(prefix), positions(want, 2, 11, 8, 1)),
+              2e-6 * scale)
+        << mixer_name(type);
+    for (std::int64_t t = 9; t < 11; ++t) {
+      const auto step = narrow.step(ctx_, columns(input, t, 1), cache).logits;
+      EXPECT_LT(max_difference(ctx_.to_host_as_double(step), positions(want, 2, 11, t, 1)),
+                2e-6 * scale)
+          << mixer_name(type);
+    }
+  }
+}
+
+TEST_F(Model, BFloat16OnTheCpuRoundsMatricesAlone) {
+  for (const bool tied : {true, false}) {
+    LRNNLMHeadConfig config = small_config({Mamba, Attn});
+    config.mixer_kwargs.attn.num_heads = 2;
+    config.tie_embeddings = tied;
+    const auto model = make(config, DType::bfloat16);
+    std::vector<std::string> narrow;
+    for (const Parameter& p : model.parameters())
+      if (p.value.dtype() == DType::bfloat16) narrow.push_back(p.name);
+    std::vector<std::string> want = {"backbone.embedding.weight"};
+    for (const char* name :
+         {"0.mixer.in_proj", "0.mixer.x_proj", "0.mixer.dt_proj", "0.mixer.out_proj", "0.mlp.fc1",
+          "0.mlp.fc2", "1.mixer.in_proj", "1.mixer.out_proj", "1.mlp.fc1", "1.mlp.fc2"})
+      want.push_back(detail::concat("backbone.layers.", name, ".weight"));
+    if (!tied) want.push_back("lm_head.weight");
+    EXPECT_EQ(narrow, want);
+  }
+}
+
+TEST_F(Model, BFloat16OnTheCpuIsNotTrained) {
+  auto model = make(small_config(), DType::bfloat16);
+  const Tensor input = ids(2, 4);
+  EXPECT_GT(ctx_.to_host_as_double(model.loss(ctx_, input, input)).front(), 0);
+  EXPECT_THROW((void)model.loss_and_backward(ctx_, input, input), DTypeError);
+  EXPECT_THROW((void)model.encode_for_backward(ctx_, input), DTypeError);
+  try {
+    model.parameters().enable_grad(ctx_);
+    ADD_FAILURE() << "accepted";
+  } catch (const DTypeError& e) {
+    for (const char* part : {"training", "dtype", "float32", "bfloat16"})
+      EXPECT_NE(std::string(e.what()).find(part), std::string::npos) << e.what();
+  }
 }
 
 TEST_F(Model, RotaryAttentionTakesPositions) {

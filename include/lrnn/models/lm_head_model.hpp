@@ -21,8 +21,10 @@ class Checkpoint;  // see src/io/checkpoint.hpp
 }
 
 struct ModelOptions {
-  /// float32 or bfloat16 on CUDA, float32 or float64 on the CPU. Default: that of the
-  /// configuration.
+  /// float32, bfloat16, or on the CPU float64. Default: that of the configuration. bfloat16 on the
+  /// CPU rounds the embedding, the head and the matrices of linear layers, once, as they are
+  /// stored; all else (biases, convolutions, norms, recurrences, activations, states) is float32.
+  /// Such a model serves inference: training is a DTypeError.
   std::optional<DType> dtype = {};
   std::uint64_t seed = 0;
 };
@@ -132,6 +134,8 @@ class LRNNLMHeadModel {
   /// With every default filled in.
   [[nodiscard]] const LRNNLMHeadConfig& config() const noexcept { return config_; }
   [[nodiscard]] DType dtype() const noexcept { return *config_.dtype; }
+  /// That of logits and hidden values: dtype(), but float32 for bfloat16 on the CPU.
+  [[nodiscard]] DType activation_dtype() const noexcept { return activation_dtype_; }
   [[nodiscard]] bool uses_integration_timesteps() const noexcept;
   [[nodiscard]] const Mixer& mixer(std::size_t layer) const { return blocks_.at(layer).mixer(); }
 
@@ -140,9 +144,9 @@ class LRNNLMHeadModel {
   struct Saved;
 
   /// Adds the parameters; materialize() is left to the caller.
-  explicit LRNNLMHeadModel(LRNNLMHeadConfig config);
-  /// @throws ConfigError if the device of `ctx` does not compute in the model's dtype
-  void check_dtype(const Context& ctx) const;
+  LRNNLMHeadModel(const Device& device, LRNNLMHeadConfig config);
+  /// @throws ConfigError if the device does not compute in the model's dtype
+  void check_dtype(const Device& device) const;
   void load(Context& ctx, detail::Checkpoint&& checkpoint);
 
   [[nodiscard]] Inputs prepare(Context& ctx, const char* op, TensorView input_ids,
@@ -164,6 +168,7 @@ class LRNNLMHeadModel {
                                  MutableTensorView dx) const;
 
   LRNNLMHeadConfig config_;
+  DType activation_dtype_ = DType::float32;
   std::unique_ptr<ParameterStore> parameters_;
   Parameter* embedding_ = nullptr;
   std::vector<Block> blocks_;

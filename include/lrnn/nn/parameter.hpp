@@ -17,6 +17,7 @@ namespace lrnn {
 struct ParameterOptions {
   bool weight_decay = true;   ///< false mirrors `_no_weight_decay` in lrnnx
   bool keep_float32 = false;  ///< float32 whatever the model dtype (A_log, D, dt bias, norms, ...)
+  bool matrix = false;        ///< read by linear_forward and embedding_forward alone
   float lr_scale = 1.0F;      ///< multiplies the optimizer learning rate
   bool optional_on_load = false;  ///< may be missing in a checkpoint; then initialised
 };
@@ -79,10 +80,14 @@ class ParameterStore {
   /// to be loaded. `dtype` is float32, bfloat16 or float64; keep_float32 parameters of a bfloat16
   /// model form a second block.
   void materialize(Context& ctx, DType dtype, std::uint64_t seed, bool initialize_values = true);
+  /// Before materialize(): bfloat16 there means the `matrix` parameters alone, and all others are
+  /// float32. So does a CPU model store its weights. Such a store serves inference only.
+  void restrict_bfloat16_to_matrices() noexcept { bfloat16_matrices_only_ = true; }
   /// Runs the initialiser of one parameter of a materialised store.
   static void initialize(Context& ctx, Parameter& parameter, std::uint64_t seed);
   /// Gradients come from the memory of the values, whatever MemoryScope is in force: they live as
   /// long as the store, not as long as whoever asks for them first.
+  /// @throws DTypeError if bfloat16 is restricted to matrices
   void enable_grad(Context& ctx);
   void zero_grad(Context& ctx);
   [[nodiscard]] bool has_grad() const noexcept;
@@ -92,6 +97,7 @@ class ParameterStore {
   std::deque<Parameter> parameters_;
   std::vector<ParameterSlab> slabs_;
   MemoryResource* memory_ = nullptr;
+  bool bfloat16_matrices_only_ = false;
 };
 
 /// A ParameterStore with a name prefix: `scope / "mixer"` names "mixer.*".

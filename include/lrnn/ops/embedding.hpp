@@ -13,7 +13,7 @@ namespace lrnn {
 struct EmbeddingForward {
   TensorView ids;       ///< [...] int32, each in [0, V)
   TensorView weight;    ///< [V, H]
-  MutableTensorView y;  ///< [..., H], dtype of weight
+  MutableTensorView y;  ///< [..., H], dtype of weight; on the CPU also float32 of bfloat16
 };
 struct EmbeddingBackward {
   TensorView ids;             ///< [...] int32

@@ -3,6 +3,8 @@
 ///   y = x W^T (+ bias)
 ///
 /// Gradients: dx = dy W, dW += dy^T x, dbias += sum over rows of dy.
+/// The CPU also multiplies float32 x with a bfloat16 weight: its elements are exact in float32, in
+/// which products and sums are taken, so that y is that of the widened weight.
 /// x, y, dy and dx may be column slices of wider tensors (one row stride).
 /// float32 products on CUDA use full float32 unless Context::allow_tf32().
 #pragma once
@@ -13,20 +15,20 @@ namespace lrnn {
 
 struct LinearForward {
   TensorView x;             ///< [..., I]
-  TensorView weight;        ///< [O, I], dtype of x
+  TensorView weight;        ///< [O, I], dtype of x; on the CPU also bfloat16 with float32 x
   TensorView bias = {};     ///< [O], dtype of x
   MutableTensorView y;      ///< [..., O], overwritten, or accumulated into if `accumulate`
   bool accumulate = false;  ///< y += instead of y =; not together with bias
 };
 
 struct LinearBackward {
-  TensorView dy;                       ///< [..., O]
-  TensorView x = {};                   ///< [..., I]; needed for dweight
-  TensorView weight = {};              ///< [O, I]; needed for dx
-  MutableTensorView dx = {};           ///< [..., I], overwritten, or accumulated into
-  MutableTensorView dweight = {};      ///< [O, I], float32 (float64), accumulated into
-  MutableTensorView dbias = {};        ///< [O], float32 (float64), accumulated into
-  bool accumulate_dx = false;          ///< dx += instead of dx =
+  TensorView dy;                   ///< [..., O]
+  TensorView x = {};               ///< [..., I]; needed for dweight
+  TensorView weight = {};          ///< [O, I]; needed for dx
+  MutableTensorView dx = {};       ///< [..., I], overwritten, or accumulated into
+  MutableTensorView dweight = {};  ///< [O, I], float32 (float64), accumulated into
+  MutableTensorView dbias = {};    ///< [O], float32 (float64), accumulated into
+  bool accumulate_dx = false;      ///< dx += instead of dx =
 };
 
 /// @throws ShapeError, DTypeError, DeviceError
