@@ -14,6 +14,7 @@ using Sources = Checkpoint::Sources;
 
 constexpr const char* kWeights = "model.safetensors";
 constexpr const char* kIndex = "model.safetensors.index.json";
+constexpr const char* kPickle = "pytorch_model.bin";
 constexpr const char* kAlias = "layer.kernel.";
 
 std::vector<fs::path> files_of_index(const fs::path& directory) {
@@ -144,6 +145,10 @@ Checkpoint Checkpoint::of_directory(const fs::path& directory) {
   std::error_code ignored;
   const bool sharded =
       !fs::exists(directory / kWeights, ignored) && fs::exists(directory / kIndex, ignored);
+  LRNN_CHECK(sharded || fs::exists(directory / kWeights, ignored) ||
+                 !fs::exists(directory / kPickle, ignored),
+             IoError, (directory / kWeights).string(), ": missing; ", kPickle,
+             " beside it is a pickle, which tools/convert_pickle.py rewrites");
   Checkpoint out(sharded ? files_of_index(directory) : std::vector{directory / kWeights});
   out.name_ = directory.string();
   return out;

@@ -314,6 +314,8 @@ TEST_F(Pretrained, DamagedFoldersAreTypedErrors) {
   expect_error({"model.safetensors", "bytes"});
   fs::remove(folder_ / "model.safetensors");
   expect_error({"model.safetensors", "cannot open"});
+  write("pytorch_model.bin", weights);
+  expect_error({"model.safetensors", "missing", "pytorch_model.bin", "tools/convert_pickle.py"});
   // A shape that does not fit is found before memory is asked for.
   write("model.safetensors", weights);
   std::string huge = text;
