@@ -120,9 +120,11 @@ def run_commands(document, program):
         for name in ("tests", "tools"):
             (work / name).symlink_to(ROOT / name)
         (work / "text.txt").write_bytes((ROOT / "LICENSE").read_bytes() * 100)
-        path = folder + os.pathsep + os.environ["PATH"]
+        # On models so small more threads only wait for one another.
+        environment = {"OMP_NUM_THREADS": "1", **os.environ,
+                       "PATH": folder + os.pathsep + os.environ["PATH"]}
         for command in commands:
-            done = subprocess.run(command, shell=True, cwd=work, env={**os.environ, "PATH": path},
+            done = subprocess.run(command, shell=True, cwd=work, env=environment,
                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
             if done.returncode != 0:
                 return f"{command}\nexit status {done.returncode}\n{done.stdout.decode(errors='replace')}"
