@@ -210,8 +210,8 @@ void Mamba::do_backward(Context& ctx, const MixerSaved& base, const MixerBackwar
 
   Tensor dxz = ctx.empty(saved.xz.shape(), dtype);
   Tensor dx_dbl = ctx.empty(saved.x_dbl.shape(), dtype);
-  Tensor du = ctx.empty(inner, dtype);
-  Tensor ddt = ctx.empty(inner, dtype);
+  Tensor& du = dy;  // in the place of what the scan reads last there
+  Tensor& ddt = dt;
   Tensor dtau;
   if (saved.integration_timesteps) dtau = ctx.empty({batch, seqlen}, accumulate_dtype(dtype));
   selective_scan_backward(

@@ -56,8 +56,8 @@ struct SelectiveScanBackward {
   TensorView dy;                                  ///< [B, L, E]
   TensorView chunk_states;                        ///< [B, chunks, E, N]
   TensorView dstate_out = {};                     ///< [B, E, N], float32 (float64); absent: 0
-  MutableTensorView du;                           ///< [B, L, E], overwritten
-  MutableTensorView ddt;                          ///< [B, L, E], overwritten
+  MutableTensorView du;                           ///< [B, L, E], overwritten; may be dy
+  MutableTensorView ddt;                          ///< [B, L, E], overwritten; may be in.dt
   MutableTensorView dB;                           ///< [B, L, N], overwritten; column slices
   MutableTensorView dC;                           ///< [B, L, N], overwritten; column slices
   MutableTensorView dz = {};                      ///< [B, L, E], overwritten; column slices
