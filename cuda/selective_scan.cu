@@ -102,9 +102,11 @@ struct Forward {
 
   __device__ void prepare(const Raw& raw, int first) const {
     static_assert(L::kThreads % L::kChannels == 0);
+    constexpr int kAtOnce = L::kThreads / L::kChannels;
 #pragma unroll 4
-    for (int j = static_cast<int>(threadIdx.x) / L::kChannels; j < kSteps;
-         j += L::kThreads / L::kChannels) {
+    for (int k = 0; k < (kSteps + kAtOnce - 1) / kAtOnce; ++k) {
+      const int j = static_cast<int>(threadIdx.x) / L::kChannels + k * kAtOnce;
+      if (kSteps % kAtOnce != 0 && j >= kSteps) break;
       const int t = first + j;
       const bool valid = t < at.length && t < at.stop;
       const float delta = valid ? softplus(to_float(raw.dt[j][column]) + bias) : 0.0F;

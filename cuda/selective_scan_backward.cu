@@ -191,9 +191,11 @@ struct Backward {
   }
 
   __device__ void prepare(int first, bool replay) {
+    constexpr int kAtOnce = kThreads / P::kChannels;
 #pragma unroll 2
-    for (int j = static_cast<int>(threadIdx.x) / P::kChannels; j < kSteps;
-         j += kThreads / P::kChannels) {
+    for (int k = 0; k < (kSteps + kAtOnce - 1) / kAtOnce; ++k) {
+      const int j = static_cast<int>(threadIdx.x) / P::kChannels + k * kAtOnce;
+      if (kSteps % kAtOnce != 0 && j >= kSteps) break;
       const int t = first + j;
       const bool valid = t < at.length && t < at.stop;
       const float delta = valid ? softplus(to_float(s.dt[j][column]) + column_bias) : 0.0F;

@@ -294,6 +294,21 @@ __device__ __forceinline__ void prefetch_to_l2(const void* p) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
 }
 
+/// Calls f(i) for i in [0, kCount), spread over the threads of a block. The number of turns is
+/// known at compile time: the kernels consist of many such loops, and their code has to stay in the
+/// instruction cache.
+template <int kCount, int kThreads, class F>
+__device__ __forceinline__ void for_items(F&& f) {
+  constexpr int kTurns = kCount / kThreads;
+  const auto thread = static_cast<int>(threadIdx.x);
+#pragma unroll
+  for (int k = 0; k < kTurns; ++k) f(thread + k * kThreads);
+  if constexpr (kCount % kThreads != 0) {
+    const int i = thread + kTurns * kThreads;
+    if (i < kCount) f(i);
+  }
+}
+
 /// Copies rows [row, row + kRows) and columns [column, column + kWidth) to shared memory. Rows from
 /// `rows` and columns from `columns` on are zero.
 template <int kRows, int kWidth, int kThreads, class T>
@@ -304,16 +319,17 @@ __device__ __forceinline__ void load_tile(T* tile, const DeviceRows<const T>& fr
   if constexpr (kWidth % kVec == 0) {
     if (wide) {
       constexpr int kPerRow = kWidth / kVec;
-      for (int i = static_cast<int>(threadIdx.x); i < kRows * kPerRow; i += kThreads) {
+      for_items<kRows * kPerRow, kThreads>([&](int i) {
         const int r = i / kPerRow;
         const int c = i % kPerRow * kVec;
         const bool exists = r < rows && column + c < columns;
         copy_16_bytes_async(tile + i * kVec, exists ? from.row(row + r) + column + c : from.data,
                             exists);
-      }
+      });
       return;
     }
   }
+#pragma unroll 1
   for (int i = static_cast<int>(threadIdx.x); i < kRows * kWidth; i += kThreads) {
     const int r = i / kWidth;
     const int c = i % kWidth;
@@ -331,16 +347,17 @@ __device__ __forceinline__ void store_tile(const T* tile, const DeviceRows<T>& t
   if constexpr (kWidth % kVec == 0) {
     if (wide) {
       constexpr int kPerRow = kWidth / kVec;
-      for (int i = static_cast<int>(threadIdx.x); i < kRows * kPerRow; i += kThreads) {
+      for_items<kRows * kPerRow, kThreads>([&](int i) {
         const int r = i / kPerRow;
         const int c = i % kPerRow * kVec;
-        if (r >= rows || column + c >= columns) continue;
+        if (r >= rows || column + c >= columns) return;
         *reinterpret_cast<uint4*>(to.row(row + r) + column + c) =
             r < valid ? *reinterpret_cast<const uint4*>(tile + i * kVec) : make_uint4(0, 0, 0, 0);
-      }
+      });
       return;
     }
   }
+#pragma unroll 1
   for (int i = static_cast<int>(threadIdx.x); i < kRows * kWidth; i += kThreads) {
     const int r = i / kWidth;
     const int c = i % kWidth;
@@ -356,21 +373,21 @@ __device__ __forceinline__ void prefetch_tile(const DeviceRows<const T>& from, s
   constexpr int kPerRow =
       (kWidth * static_cast<int>(sizeof(T)) + 127) / 128;  // lines, if rows are aligned
   constexpr int kStep = 128 / static_cast<int>(sizeof(T));
-  for (int i = static_cast<int>(threadIdx.x); i < kRows * kPerRow; i += kThreads) {
+  for_items<kRows * kPerRow, kThreads>([&](int i) {
     const int c = column + i % kPerRow * kStep;
     if (c < columns) prefetch_to_l2(from.row(row + i / kPerRow) + c);
-  }
+  });
 }
 
 /// float copy of a tile of T.
 template <int kCount, int kThreads, class T>
 __device__ __forceinline__ void widen_tile(const T* tile, float* out) {
   static_assert(kCount % 4 == 0);
-  for (int i = 4 * static_cast<int>(threadIdx.x); i < kCount; i += 4 * kThreads) {
+  for_items<kCount / 4, kThreads>([&](int i) {
     float v[4];
-    load_vec<T, 4>(tile + i, v);
-    write_shared<4>(out + i, v);
-  }
+    load_vec<T, 4>(tile + 4 * i, v);
+    write_shared<4>(out + 4 * i, v);
+  });
 }
 
 /// a(alpha, A) and k(delta, A) of any discretization.
