@@ -147,8 +147,8 @@ TEST_F(Model, GradientsAccumulate) {
 
 TEST_F(Model, LossOfManyRowsIsTheMeanOfItsParts) {
   auto model = make(small_config());
-  const Tensor input = ids(2, 700);
-  const Tensor targets = ids(2, 700, 2);
+  const Tensor input = ids(2, 1100);
+  const Tensor targets = ids(2, 1100, 2);
   const double whole = ctx_.to_host_as_double(model.loss_and_backward(ctx_, input, targets))[0];
   const Doubles grad = ctx_.to_host_as_double(model.parameters().at("backbone.norm_f.weight").grad);
   EXPECT_EQ(ctx_.to_host_as_double(model.loss(ctx_, input, targets))[0], whole);
