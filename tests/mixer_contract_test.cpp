@@ -21,6 +21,13 @@ constexpr int kCudaCases = 50;  // per variant and test, edge lengths included
 // Of KV caches: two chunks of attention, one token and a short prefix.
 constexpr std::int64_t kMaxSeqlen = 72;
 
+// One thread: the tensors are so small that more would spend their time waiting for each other.
+class OneThread : public ::testing::Environment {
+  void SetUp() override { omp_set_num_threads(1); }
+};
+const ::testing::Environment* const kOneThread =
+    ::testing::AddGlobalTestEnvironment(new OneThread);  // owned by the framework
+
 using Named = std::map<std::string, std::vector<double>>;
 
 /// One mixer with its parameters on one device.
