@@ -73,6 +73,7 @@ __global__ __launch_bounds__(kThreads) void diagonal_scan_forward_kernel(Forward
 
 constexpr int kCarryLanes = 8;
 constexpr int kCarryGroups = 32;
+constexpr int kCarryAhead = 8;  // segments that are loaded before the chain needs them
 
 struct Pair {
   double re;
@@ -97,36 +98,58 @@ __device__ Pair power(Pair base, std::int64_t exponent) {
   return result;
 }
 
-// Walks the segments of one sequence and lane in the order of the recurrence.
+// Walks the segments of one sequence and lane in the order of the recurrence. kProducts: every
+// segment has a multiplier of its own.
+template <bool kProducts>
 struct Walk {
   const CarryArgs& args;
-  std::int64_t batch;
-  std::int64_t lane;
-  Pair fixed;  // multiplier of every segment without products
+  std::int64_t first;  // element of planes [B, S, 2, N] of the first segment in this order
+  std::int64_t step;   // from segment to segment
+  std::int64_t plane;
+  std::int64_t ends;  // segments that have an end and a product: nothing follows the last one
+  Pair fixed{1.0, 0.0};
 
-  __device__ Walk(const CarryArgs& a, std::int64_t b, std::int64_t n)
-      : args(a), batch(b), lane(n), fixed{1.0, 0.0} {
-    if (a.products != nullptr) return;
-    Pair base = widen(load_pair(a.multiplier.a, 0, a.sizes, n));
-    if (a.multiplier.a_low != nullptr)
-      base = base + widen(load_pair(a.multiplier.a_low, 0, a.sizes, n));
-    fixed = power(base, a.sizes.segment_length);
-    if (a.reverse) fixed.im = -fixed.im;
+  __device__ Walk(const CarryArgs& a, std::int64_t batch, std::int64_t lane)
+      : args(a),
+        first((batch * a.sizes.segments + (a.reverse ? a.sizes.segments - 1 : 0)) * 2 *
+                  a.sizes.lanes +
+              lane),
+        step(a.reverse ? -2 * a.sizes.lanes : 2 * a.sizes.lanes),
+        plane(a.sizes.lanes),
+        ends(a.sizes.segments - 1) {
+    if constexpr (!kProducts) {
+      Pair base = widen(load_pair(a.multiplier.a, 0, a.sizes, lane));
+      if (a.multiplier.a_low != nullptr)
+        base = base + widen(load_pair(a.multiplier.a_low, 0, a.sizes, lane));
+      fixed = conjugate(power(base, a.sizes.segment_length));
+    }
   }
-  __device__ std::int64_t row(std::int64_t i) const {
-    return batch * args.sizes.segments + (args.reverse ? args.sizes.segments - 1 - i : i);
+  [[nodiscard]] __device__ Pair conjugate(Pair m) const {
+    return {m.re, args.reverse ? -m.im : m.im};
   }
-  // Nothing follows the last segment, which has no end and no product.
-  __device__ bool has_end(std::int64_t i) const { return i < args.sizes.segments - 1; }
-  __device__ Pair multiplier(std::int64_t i) const {
-    if (args.products == nullptr || !has_end(i)) return fixed;
-    Pair m = widen(load_pair(args.products, row(i), args.sizes, lane));
-    if (args.reverse) m.im = -m.im;
-    return m;
-  }
-  __device__ Pair end(std::int64_t i) const {
-    if (!has_end(i)) return {0.0, 0.0};
-    return widen(load_pair(args.ends, row(i), args.sizes, lane));
+
+  // Calls f(element, multiplier, end) for segments [begin, last), in order.
+  template <class F>
+  __device__ void for_each(std::int64_t begin, std::int64_t last, F&& f) const {
+    for (std::int64_t i = begin; i < last; i += kCarryAhead) {
+      const std::int64_t at = first + i * step;
+      float2 end[kCarryAhead];
+      float2 product[kCarryAhead];
+#pragma unroll
+      for (int k = 0; k < kCarryAhead; ++k) {
+        end[k] = {0.0F, 0.0F};
+        product[k] = {1.0F, 0.0F};
+        if (i + k >= min(last, ends)) continue;
+        end[k] = {args.ends[at + k * step], args.ends[at + k * step + plane]};
+        if constexpr (kProducts)
+          product[k] = {args.products[at + k * step], args.products[at + k * step + plane]};
+      }
+#pragma unroll
+      for (int k = 0; k < kCarryAhead; ++k) {
+        if (i + k >= last) break;
+        f(at + k * step, kProducts ? conjugate(widen(product[k])) : fixed, widen(end[k]));
+      }
+    }
   }
 };
 
@@ -134,6 +157,7 @@ struct Walk {
 // Runs are reduced to one multiplier and one end, chained through shared memory by one thread per
 // lane, and walked again from their carry. Bound by latency; in double, because it is short and the
 // only place where rounding would travel along the whole sequence.
+template <bool kProducts>
 __global__ __launch_bounds__(kCarryLanes* kCarryGroups) void diagonal_scan_carry_kernel(
     CarryArgs args) {
   __shared__ Pair multipliers[kCarryGroups][kCarryLanes];
@@ -145,23 +169,23 @@ __global__ __launch_bounds__(kCarryLanes* kCarryGroups) void diagonal_scan_carry
   const int group = static_cast<int>(threadIdx.x) / kCarryLanes;
   const std::int64_t lane = blockIdx.x % tiles * kCarryLanes + in_tile;
   const bool active = lane < s.lanes;
-  const Walk walk(args, batch, min(lane, s.lanes - 1));
+  const std::int64_t loaded = min(lane, s.lanes - 1);
+  const Walk<kProducts> walk(args, batch, loaded);
   const std::int64_t per_group = (s.segments + kCarryGroups - 1) / kCarryGroups;
   const std::int64_t first = min(group * per_group, s.segments);
   const std::int64_t last = min(first + per_group, s.segments);
   Pair total{1.0, 0.0};
   Pair carry{0.0, 0.0};
-  for (std::int64_t i = first; i < last; ++i) {
-    const Pair m = walk.multiplier(i);
-    carry = m * carry + walk.end(i);
+  walk.for_each(first, last, [&](std::int64_t, Pair m, Pair end) {
+    carry = m * carry + end;
     total = m * total;
-  }
+  });
   multipliers[group][in_tile] = total;
   carries[group][in_tile] = carry;
   __syncthreads();
   if (group == 0) {
     Pair state{0.0, 0.0};
-    if (args.start != nullptr) state = widen(load_pair(args.start, batch, s, walk.lane));
+    if (args.start != nullptr) state = widen(load_pair(args.start, batch, s, loaded));
     for (int g = 0; g < kCarryGroups; ++g) {
       const Pair next = multipliers[g][in_tile] * state + carries[g][in_tile];
       carries[g][in_tile] = state;
@@ -171,11 +195,11 @@ __global__ __launch_bounds__(kCarryLanes* kCarryGroups) void diagonal_scan_carry
   __syncthreads();
   if (!active) return;
   Pair state = carries[group][in_tile];
-  for (std::int64_t i = first; i < last; ++i) {
-    store_pair(args.carries, walk.row(i), s, lane,
-               {static_cast<float>(state.re), static_cast<float>(state.im)});
-    state = walk.multiplier(i) * state + walk.end(i);
-  }
+  walk.for_each(first, last, [&](std::int64_t at, Pair m, Pair end) {
+    args.carries[at] = static_cast<float>(state.re);
+    args.carries[at + s.lanes] = static_cast<float>(state.im);
+    state = m * state + end;
+  });
 }
 
 template <class T, bool kComplex, Form kForm, bool kEnds>
@@ -207,8 +231,13 @@ void forward(Context& ctx, ForwardArgs<T> args) {
 
 void launch_carry(Context& ctx, const CarryArgs& args) {
   const std::int64_t tiles = (args.sizes.lanes + kCarryLanes - 1) / kCarryLanes;
-  diagonal_scan_carry_kernel<<<static_cast<unsigned>(args.sizes.batch * tiles),
-                               kCarryLanes * kCarryGroups, 0, ctx.stream().handle>>>(args);
+  const auto blocks = static_cast<unsigned>(args.sizes.batch * tiles);
+  constexpr int kCarryThreads = kCarryLanes * kCarryGroups;
+  const cudaStream_t stream = ctx.stream().handle;
+  if (args.products != nullptr)
+    diagonal_scan_carry_kernel<true><<<blocks, kCarryThreads, 0, stream>>>(args);
+  else
+    diagonal_scan_carry_kernel<false><<<blocks, kCarryThreads, 0, stream>>>(args);
   LRNN_CUDA_CHECK_LAUNCH();
 }
 
