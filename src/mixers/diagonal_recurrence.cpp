@@ -34,8 +34,10 @@ void recurrence_backward(Context& ctx, const DiagonalRecurrence& recurrence,
                          const LaneParameters& parameters, DiagonalScanBackward args,
                          const LaneGradients& gradients) {
   const DType dtype = parameters.A_re.value.dtype();
-  Tensor dmultiplier = ctx.zeros({2, parameters.lanes}, dtype);
-  Tensor dgamma = ctx.zeros({2, parameters.lanes}, dtype);
+  Tensor sums = ctx.zeros({2, 2, parameters.lanes}, dtype);  // at once: every launch costs time
+  const auto sum = [&](int i) { return sums.view().slice(0, i, 1).reshape({2, parameters.lanes}); };
+  const MutableTensorView dmultiplier = sum(0);
+  const MutableTensorView dgamma = sum(1);
   const bool event = static_cast<bool>(recurrence.z);
   const bool log = !event && is_exponential(parameters.method);
   args.multiplier = recurrence.multiplier();

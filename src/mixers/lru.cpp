@@ -192,22 +192,24 @@ void Lru::do_backward(Context& ctx, const MixerSaved& base, const MixerBackward&
        .dstate_in = detail::DiagonalState::of(args.dstate_in)},
       {.A_re = nu_log_.grad, .A_im = theta_log_.grad, .gamma_log = gamma_log_.grad});
 
-  Tensor dC = ctx.zeros({d_model(), 2, dstate_}, accumulate_dtype(dtype));
-  linear_backward(ctx, {.dy = args.dy,
-                        .x = states.view().reshape(rows),
-                        .dweight = dC.view().reshape({d_model(), width})});
+  // Zeroed at once: every launch costs time.
+  Tensor sums = ctx.zeros({2, d_model() * width}, accumulate_dtype(dtype));
+  const MutableTensorView dC = sums.view().slice(0, 0, 1).reshape({d_model(), 2, dstate_});
+  const MutableTensorView dB = sums.view().slice(0, 1, 1).reshape({2, dstate_, d_model()});
+  linear_backward(
+      ctx,
+      {.dy = args.dy, .x = states.view().reshape(rows), .dweight = dC.reshape({d_model(), width})});
   complex_weight_backward(
       ctx,
       {.product = ComplexProduct::ReadOut, .dweight = dC, .dre = C_re_.grad, .dim = C_im_.grad});
 
   scale_columns_backward(
       ctx, {.dy = args.dy, .x = saved.x, .scale = D_.value, .dx = args.dx, .dscale = D_.grad});
-  Tensor dB = ctx.zeros({2, dstate_, d_model()}, accumulate_dtype(dtype));
   linear_backward(ctx, {.dy = dv.view().reshape(rows),
                         .x = saved.x,
                         .weight = saved.B.view().reshape({width, d_model()}),
                         .dx = args.dx,
-                        .dweight = dB.view().reshape({width, d_model()}),
+                        .dweight = dB.reshape({width, d_model()}),
                         .accumulate_dx = true});
   complex_weight_backward(
       ctx, {.product = ComplexProduct::Drive, .dweight = dB, .dre = B_re_.grad, .dim = B_im_.grad});
