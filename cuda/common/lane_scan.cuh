@@ -20,6 +20,8 @@
 /// lane by one transposing reduction per chunk. What a thread keeps of each sub-state lies in
 /// columns of its own, in shared memory or, if there are too many, in device memory.
 ///
+/// One channel with outputs of its own has kernels with more in registers: common/lane_walk.cuh.
+///
 /// Tile, parts and segments depend on the sizes alone, so results do not depend on the device.
 #pragma once
 
