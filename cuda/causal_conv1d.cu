@@ -25,9 +25,9 @@ __device__ __forceinline__ void store_state(const Conv<T>& v, const Place<kN>& p
     return;
   }
   const T* const first = v.x + (p.b * v.seqlen + length - K) * v.x_stride + p.channel;
-  Row<T, kN> rows[K];
+  Packed<T, kN> rows[K];
 #pragma unroll
-  for (int k = 0; k < K; ++k) rows[k].load(first + k * v.x_stride);
+  for (int k = 0; k < K; ++k) rows[k].load_constant(first + k * v.x_stride);
 #pragma unroll
   for (int i = 0; i < kN; ++i)
 #pragma unroll
@@ -62,7 +62,7 @@ __global__ __launch_bounds__(kThreads, kResident<kN>) void forward_kernel(Conv<T
       result[c] = taps.pre(ring, i % K, c);
       if constexpr (kSilu) result[c] *= gate(result[c]);
     }
-    store_row<T, kN>(out, result);
+    store_packed<T, kN>(out, result);
     out += y_stride;
   };
   int t = 0;
@@ -75,7 +75,7 @@ __global__ __launch_bounds__(kThreads, kResident<kN>) void forward_kernel(Conv<T
   for (int i = 0; i < kBatch; ++i)
     if (t + i < valid) step(i, false);
   constexpr float kZero[kN] = {};
-  for (t = valid; t < steps; ++t, out += y_stride) store_row<T, kN>(out, kZero);
+  for (t = valid; t < steps; ++t, out += y_stride) store_packed<T, kN>(out, kZero);
   if (state_out == nullptr) return;
   const bool holds_last = p.begin < length && length <= p.begin + steps;
   if (holds_last || (length == 0 && p.begin == 0)) store_state<T, kN, K>(v, p, length, state_out);

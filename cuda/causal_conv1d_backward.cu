@@ -112,7 +112,7 @@ struct Walk {
     }
   }
   __device__ __forceinline__ void store(const float (&out)[kN]) {
-    store_row<T, kN>(dx, out);
+    store_packed<T, kN>(dx, out);
     dx += g.dx_stride;
   }
 

@@ -85,70 +85,6 @@ __device__ __forceinline__ float gate(float v) {
   return s;
 }
 
-/// kN neighbouring elements as bits, in one access of up to 16 bytes. Words, because the compiler
-/// takes arrays of elements apart at branches and then moves them element by element.
-template <class T, int kN>
-struct Row {
-  static constexpr int kBytes = kN * static_cast<int>(sizeof(T));
-  std::uint32_t words[kBytes < 4 ? 1 : kBytes / 4];
-
-  /// Through the read-only cache: nothing loaded here is written by the same kernel.
-  __device__ __forceinline__ void load(const T* p) {
-    if constexpr (kBytes == 16) {
-      const uint4 w = __ldg(reinterpret_cast<const uint4*>(p));
-      words[0] = w.x;
-      words[1] = w.y;
-      words[2] = w.z;
-      words[3] = w.w;
-    } else if constexpr (kBytes == 8) {
-      const uint2 w = __ldg(reinterpret_cast<const uint2*>(p));
-      words[0] = w.x;
-      words[1] = w.y;
-    } else if constexpr (kBytes == 4) {
-      words[0] = __ldg(reinterpret_cast<const unsigned*>(p));
-    } else {
-      static_assert(kBytes == 2);
-      words[0] = __ldg(reinterpret_cast<const unsigned short*>(p));
-    }
-  }
-  __device__ __forceinline__ void store(T* p) const {
-    if constexpr (kBytes == 16)
-      *reinterpret_cast<uint4*>(p) = make_uint4(words[0], words[1], words[2], words[3]);
-    else if constexpr (kBytes == 8)
-      *reinterpret_cast<uint2*>(p) = make_uint2(words[0], words[1]);
-    else if constexpr (kBytes == 4)
-      *reinterpret_cast<unsigned*>(p) = words[0];
-    else
-      *reinterpret_cast<unsigned short*>(p) = static_cast<unsigned short>(words[0]);
-  }
-  /// A bfloat16 is the upper half of a float.
-  __device__ __forceinline__ float get(int i) const {
-    if constexpr (sizeof(T) == 4) return __uint_as_float(words[i]);
-    return __uint_as_float(i % 2 == 0 ? words[i / 2] << 16 : words[i / 2] & 0xFFFF0000U);
-  }
-  __device__ __forceinline__ void set(const float (&in)[kN]) {
-    if constexpr (sizeof(T) == 4) {
-#pragma unroll
-      for (int i = 0; i < kN; ++i) words[i] = __float_as_uint(in[i]);
-    } else if constexpr (kN == 1) {
-      words[0] = __bfloat16_as_ushort(__float2bfloat16_rn(in[0]));
-    } else {
-#pragma unroll
-      for (int i = 0; i < kN / 2; ++i) {
-        const __nv_bfloat162 pair = __floats2bfloat162_rn(in[2 * i], in[2 * i + 1]);
-        memcpy(&words[i], &pair, sizeof(pair));
-      }
-    }
-  }
-};
-
-template <class T, int kN>
-__device__ __forceinline__ void store_row(T* p, const float (&in)[kN]) {
-  Row<T, kN> row;
-  row.set(in);
-  row.store(p);
-}
-
 /// How channels and time are cut.
 struct Plan {
   std::int64_t tiles;   // of 32 kN channels
@@ -208,11 +144,11 @@ struct Taps {
   float bias[kN];
 
   __device__ __forceinline__ Taps(const Conv<T>& v, std::int64_t channel) {
-    Row<T, kN> rows[K];  // kN K consecutive elements, taps fastest
+    Packed<T, kN> rows[K];  // kN K consecutive elements, taps fastest
 #pragma unroll
-    for (int k = 0; k < K; ++k) rows[k].load(v.weight + channel * K + k * kN);
-    Row<T, kN> shift{};
-    if (v.bias != nullptr) shift.load(v.bias + channel);
+    for (int k = 0; k < K; ++k) rows[k].load_constant(v.weight + channel * K + k * kN);
+    Packed<T, kN> shift{};
+    if (v.bias != nullptr) shift.load_constant(v.bias + channel);
 #pragma unroll
     for (int i = 0; i < kN; ++i) {
       bias[i] = shift.get(i);
@@ -245,8 +181,8 @@ __device__ __forceinline__ void load_window(const Conv<T>& v, const Place<kN>& p
   const T* const last = v.x + (p.b * v.seqlen + p.begin - 1) * v.x_stride + p.channel;
 #pragma unroll
   for (int k = 1; k < K; ++k) {
-    Row<T, kN> row;
-    row.load(last - (K - 1 - k) * v.x_stride);
+    Packed<T, kN> row;
+    row.load_constant(last - (K - 1 - k) * v.x_stride);
 #pragma unroll
     for (int i = 0; i < kN; ++i) ring[k][i] = row.get(i);
   }
@@ -257,7 +193,7 @@ template <class T, int kN, int kDepth>
 struct Ahead {
   const T* next;
   std::int64_t stride;
-  Row<T, kN> rows[kDepth];
+  Packed<T, kN> rows[kDepth];
 
   /// Asks for the first kDepth of `count` rows.
   __device__ __forceinline__ Ahead(const T* first, std::int64_t row_stride, int count)
@@ -266,7 +202,7 @@ struct Ahead {
     for (int i = 0; i < kDepth; ++i) request(i, i < count);
   }
   __device__ __forceinline__ void request(int i, bool exists) {
-    if (exists) rows[i].load(next);
+    if (exists) rows[i].load_constant(next);
     next += stride;
   }
   /// Takes row i and asks for the one kDepth rows later, if there is one.
