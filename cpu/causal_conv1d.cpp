@@ -12,7 +12,7 @@ namespace {
 // Channels of one work item; sums over time stay inside an item.
 constexpr std::int64_t kChannels = 64;
 
-/// What both passes share. Rows are tokens; index -k is the k-th newest input before the start.
+/// What both passes share. Rows are tokens.
 template <class T>
 struct Conv {
   Rows<const T> x;
@@ -39,16 +39,6 @@ struct Conv {
   [[nodiscard]] std::int64_t length(std::int64_t b) const {
     return lengths != nullptr ? lengths[b] : seqlen;
   }
-  [[nodiscard]] T input(std::int64_t b, std::int64_t t, std::int64_t c) const {
-    if (t >= 0) return x[b * seqlen + t][c];
-    return state_in != nullptr ? state_in[(b * channels + c) * width + width + t] : T(0);
-  }
-  [[nodiscard]] T pre(std::int64_t b, std::int64_t t, std::int64_t c) const {
-    T sum = bias != nullptr ? bias[c] : T(0);
-    for (std::int64_t k = 0; k < width; ++k)
-      sum += weight[c * width + k] * input(b, t - (width - 1) + k, c);
-    return sum;
-  }
 };
 
 template <class F>
@@ -60,94 +50,175 @@ void for_each_item(std::int64_t batch, std::int64_t channels, F&& f) {
       f(b, i * kChannels, std::min(channels, (i + 1) * kChannels));
 }
 
-// pre of channels [first, last) at (b, t), taps outermost so that channels vectorise.
 template <class T>
-void pre_row(const Conv<T>& v, std::int64_t b, std::int64_t t, std::int64_t first,
-             std::int64_t last, T* out) {
-  if (t < v.width - 1) {
-    for (std::int64_t c = first; c < last; ++c) out[c - first] = v.pre(b, t, c);
-    return;
+constexpr int kLanes = Eigen::internal::packet_traits<T>::size;
+template <class T>
+using Pack = Eigen::Array<T, kLanes<T>, 1>;
+
+template <class T>
+Pack<T> load(const T* p, std::int64_t count) {
+  if (count == kLanes<T>) return Eigen::Map<const Pack<T>>(p);
+  Pack<T> v = Pack<T>::Zero();
+  std::copy_n(p, count, v.data());
+  return v;
+}
+template <class T>
+void store(const Pack<T>& v, T* p, std::int64_t count) {
+  std::copy_n(v.data(), count, p);
+}
+
+/// One pack of channels of one sequence. Rows of taps and windows are packs.
+template <class T>
+struct Channels {
+  const Conv<T>& v;
+  std::int64_t b, first, count;
+  Pack<T> bias;
+  std::vector<Pack<T>> weight;  // [width]
+  std::vector<Pack<T>> before;  // [width]: inputs -width .. -1
+
+  Channels(const Conv<T>& conv, std::int64_t sequence, std::int64_t channel, std::int64_t last)
+      : v(conv),
+        b(sequence),
+        first(channel),
+        count(std::min<std::int64_t>(kLanes<T>, last - channel)),
+        bias(conv.bias != nullptr ? load(conv.bias + channel, count) : Pack<T>(Pack<T>::Zero())),
+        weight(gather(conv.weight + channel * conv.width)),
+        before(gather(conv.state_in == nullptr
+                          ? nullptr
+                          : conv.state_in + (sequence * conv.channels + channel) * conv.width)) {}
+
+  // Columns of [.., width] rows of the channels; null: zeros.
+  [[nodiscard]] std::vector<Pack<T>> gather(const T* from) const {
+    std::vector<Pack<T>> columns(static_cast<std::size_t>(v.width), Pack<T>::Zero());
+    for (std::int64_t k = 0; k < v.width && from != nullptr; ++k)
+      for (std::int64_t i = 0; i < count; ++i)
+        columns[static_cast<std::size_t>(k)](i) = from[i * v.width + k];
+    return columns;
   }
-  for (std::int64_t c = first; c < last; ++c) out[c - first] = v.bias != nullptr ? v.bias[c] : T(0);
-  for (std::int64_t k = 0; k < v.width; ++k) {
-    const T* const row = v.x[b * v.seqlen + t - (v.width - 1) + k];
-    for (std::int64_t c = first; c < last; ++c)
-      out[c - first] += v.weight[c * v.width + k] * row[c];
+  [[nodiscard]] std::int64_t row(std::int64_t t) const { return b * v.seqlen + t; }
+  [[nodiscard]] Pack<T> input(std::int64_t t) const {
+    if (t < 0) return before[static_cast<std::size_t>(v.width + t)];
+    return load(v.x[row(t)] + first, count);
   }
+  [[nodiscard]] Pack<T> pre(std::int64_t t) const {
+    Pack<T> sum = bias;
+    for (std::int64_t k = 0; k < v.width; ++k)
+      sum += weight[static_cast<std::size_t>(k)] * input(t - (v.width - 1) + k);
+    return sum;
+  }
+  // Channel i, column k of a [B, channels, width] tensor.
+  [[nodiscard]] std::int64_t window(std::int64_t i, std::int64_t k) const {
+    return (b * v.channels + first + i) * v.width + k;
+  }
+};
+
+template <class T, class F>
+void for_each_pack(const Conv<T>& v, F&& f) {
+  for_each_item(v.batch, v.channels, [&](std::int64_t b, std::int64_t first, std::int64_t last) {
+    for (std::int64_t c = first; c < last; c += kLanes<T>) f(Channels<T>(v, b, c, last));
+  });
 }
 
 template <class T>
 void forward(const CausalConv1dForward& a) {
   const Conv<T> v(a);
   const auto y = rows_of<T>(a.y);
-  for_each_item(v.batch, v.channels, [&](std::int64_t b, std::int64_t first, std::int64_t last) {
-    const std::int64_t length = v.length(b);
+  for_each_pack(v, [&](const Channels<T>& c) {
+    const std::int64_t length = v.length(c.b);
     for (std::int64_t t = 0; t < v.seqlen; ++t) {
-      T* const out = y[b * v.seqlen + t] + first;
-      if (t >= length) {
-        std::fill(out, out + (last - first), T(0));
-        continue;
-      }
-      pre_row(v, b, t, first, last, out);
-      if (v.activation == Activation::Silu)
-        for (std::int64_t c = 0; c < last - first; ++c) out[c] = activate<Activation::Silu>(out[c]);
+      Pack<T> out = t < length ? c.pre(t) : Pack<T>(Pack<T>::Zero());
+      if (v.activation == Activation::Silu) out /= T(1) + (-out).exp();
+      store<T>(out, y[c.row(t)] + c.first, c.count);
     }
     if (!a.state_out) return;
-    T* const state = a.state_out.data<T>();
-    std::vector<T> window(static_cast<std::size_t>(v.width));  // state_out may be state_in
-    for (std::int64_t c = first; c < last; ++c) {
-      for (std::int64_t k = 0; k < v.width; ++k)
-        window[static_cast<std::size_t>(k)] = v.input(b, length - v.width + k, c);
-      std::copy(window.begin(), window.end(), state + (b * v.channels + c) * v.width);
+    T* const state = a.state_out.data<T>();  // may be state_in, which has been read
+    for (std::int64_t k = 0; k < v.width; ++k) {
+      const Pack<T> input = c.input(length - v.width + k);
+      for (std::int64_t i = 0; i < c.count; ++i) state[c.window(i, k)] = input(i);
     }
   });
 }
 
-// One channel of one sequence: dpre over time, then its correlation with weight and inputs.
+/// One pack of channels backward. The gradient of pre passes through a ring of `width` tokens, from
+/// which that of an input is taken when its last use has been seen.
 template <class T>
-struct ChannelBackward {
-  const Conv<T>& v;
-  const CausalConv1dBackward& a;
-  std::vector<T> dpre;  // [seqlen], 0 at padding
+class BackwardPack {
+ public:
+  BackwardPack(const CausalConv1dBackward& a, const Channels<T>& c)
+      : a_(a),
+        c_(c),
+        length_(c.v.length(c.b)),
+        dpre_(static_cast<std::size_t>(c.v.width)),
+        dweight_(static_cast<std::size_t>(c.v.width), Pack<T>::Zero()) {}
 
-  void run(std::int64_t b, std::int64_t c, T* dweight, T* dbias) {
-    const auto dy = rows_of<T>(a.dy);
-    const auto dx = rows_of<T>(a.dx);
-    const std::int64_t length = v.length(b);
-    const std::int64_t row = b * v.seqlen;
-    for (std::int64_t t = 0; t < v.seqlen; ++t) {
-      T d = t < length ? dy[row + t][c] : T(0);
-      if (t < length && v.activation == Activation::Silu)
-        d *= activation_derivative<Activation::Silu>(v.pre(b, t, c));
-      dpre[static_cast<std::size_t>(t)] = d;
+  void run() {
+    const std::int64_t width = c_.v.width;
+    const std::int64_t seen = std::min(length_, width);  // of these tokens is the state a part
+    if (length_ == 0) write_dstate();
+    for (std::int64_t t = 0; t < length_; ++t) {
+      add_token(t);
+      if (t == seen - 1) write_dstate();
+      if (t >= width - 1) write_dx(t - (width - 1), gradient(t - (width - 1)));
     }
-    for (std::int64_t t = 0; t < v.seqlen; ++t)
-      dx[row + t][c] = t < length ? gradient(b, t, c, length) : T(0);
-    if (a.dstate_in)
-      for (std::int64_t k = 0; k < v.width; ++k)
-        a.dstate_in.data<T>()[(b * v.channels + c) * v.width + k] =
-            gradient(b, k - v.width, c, length);
-    for (std::int64_t k = 0; k < v.width; ++k) {
-      T sum = T(0);
-      for (std::int64_t t = 0; t < length; ++t)
-        sum += dpre[static_cast<std::size_t>(t)] * v.input(b, t - (v.width - 1) + k, c);
-      dweight[k] = sum;
+    for (std::int64_t t = std::max<std::int64_t>(0, length_ - (width - 1)); t < length_; ++t)
+      write_dx(t, gradient(t));
+    for (std::int64_t t = length_; t < c_.v.seqlen; ++t) write_dx(t, Pack<T>::Zero());
+  }
+  // Per channel `width` weights, then the bias.
+  void write_sums(T* sums) const {
+    for (std::int64_t i = 0; i < c_.count; ++i) {
+      T* const to = sums + (c_.b * c_.v.channels + c_.first + i) * (c_.v.width + 1);
+      for (std::int64_t k = 0; k < c_.v.width; ++k)
+        to[k] = dweight_[static_cast<std::size_t>(k)](i);
+      to[c_.v.width] = dbias_(i);
     }
-    T sum = T(0);
-    for (std::int64_t t = 0; t < length; ++t) sum += dpre[static_cast<std::size_t>(t)];
-    *dbias = sum;
   }
 
-  // Gradient of input t, which may be one of the window before the start (t < 0).
-  T gradient(std::int64_t b, std::int64_t t, std::int64_t c, std::int64_t length) const {
-    T sum = T(0);
-    for (std::int64_t j = std::max<std::int64_t>(0, -t); j < v.width && t + j < length; ++j)
-      sum += v.weight[c * v.width + v.width - 1 - j] * dpre[static_cast<std::size_t>(t + j)];
-    const std::int64_t slot = t - (length - v.width);  // where the final window holds this input
-    if (a.dstate_out && slot >= 0)
-      sum += a.dstate_out.data<T>()[(b * v.channels + c) * v.width + slot];
+ private:
+  [[nodiscard]] Pack<T>& dpre(std::int64_t t) {
+    return dpre_[static_cast<std::size_t>(t % c_.v.width)];
+  }
+  void add_token(std::int64_t t) {
+    Pack<T> d = load(rows_of<T>(a_.dy)[c_.row(t)] + c_.first, c_.count);
+    if (c_.v.activation == Activation::Silu) {
+      const Pack<T> pre = c_.pre(t);
+      const Pack<T> s = T(1) / (T(1) + (-pre).exp());
+      d *= s * (T(1) + pre * (T(1) - s));
+    }
+    dpre(t) = d;
+    dbias_ += d;
+    for (std::int64_t k = 0; k < c_.v.width; ++k)
+      dweight_[static_cast<std::size_t>(k)] += d * c_.input(t - (c_.v.width - 1) + k);
+  }
+  // Of input t, which may be one of the window before the start (t < 0).
+  [[nodiscard]] Pack<T> gradient(std::int64_t t) {
+    const std::int64_t width = c_.v.width;
+    Pack<T> sum = Pack<T>::Zero();
+    for (std::int64_t j = std::max<std::int64_t>(0, -t); j < width && t + j < length_; ++j)
+      sum += c_.weight[static_cast<std::size_t>(width - 1 - j)] * dpre(t + j);
+    const std::int64_t slot = t - (length_ - width);  // where the final window holds this input
+    if (a_.dstate_out && slot >= 0)
+      for (std::int64_t i = 0; i < c_.count; ++i)
+        sum(i) += a_.dstate_out.data<T>()[c_.window(i, slot)];
     return sum;
   }
+  void write_dx(std::int64_t t, const Pack<T>& dx) {
+    store<T>(dx, rows_of<T>(a_.dx)[c_.row(t)] + c_.first, c_.count);
+  }
+  void write_dstate() {
+    if (!a_.dstate_in) return;
+    for (std::int64_t k = 0; k < c_.v.width; ++k) {
+      const Pack<T> d = gradient(k - c_.v.width);
+      for (std::int64_t i = 0; i < c_.count; ++i) a_.dstate_in.data<T>()[c_.window(i, k)] = d(i);
+    }
+  }
+
+  const CausalConv1dBackward& a_;
+  const Channels<T>& c_;
+  std::int64_t length_;
+  std::vector<Pack<T>> dpre_;
+  std::vector<Pack<T>> dweight_;
+  Pack<T> dbias_ = Pack<T>::Zero();
 };
 
 template <class T>
@@ -155,12 +226,10 @@ void backward(const CausalConv1dBackward& a) {
   const Conv<T> v(a);
   const std::int64_t stride = v.width + 1;  // of partial sums: width weights, one bias
   std::vector<T> partial(static_cast<std::size_t>(v.batch * v.channels * stride));
-  for_each_item(v.batch, v.channels, [&](std::int64_t b, std::int64_t first, std::int64_t last) {
-    ChannelBackward<T> channel{v, a, std::vector<T>(static_cast<std::size_t>(v.seqlen))};
-    for (std::int64_t c = first; c < last; ++c) {
-      T* const sums = partial.data() + (b * v.channels + c) * stride;
-      channel.run(b, c, sums, sums + v.width);
-    }
+  for_each_pack(v, [&](const Channels<T>& c) {
+    BackwardPack<T> pack(a, c);
+    pack.run();
+    pack.write_sums(partial.data());
   });
   T* const dweight = a.dweight.data<T>();
   for (std::int64_t b = 0; b < v.batch; ++b)
