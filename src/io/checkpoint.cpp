@@ -1,9 +1,10 @@
 #include "io/checkpoint.hpp"
 
 #include <algorithm>
-#include <nlohmann/json.hpp>
-#include <set>
 #include <system_error>
+
+#include "io/json.hpp"
+#include "io/names.hpp"
 
 namespace lrnn::detail {
 namespace {
@@ -19,23 +20,9 @@ constexpr const char* kAlias = "layer.kernel.";
 
 std::vector<fs::path> files_of_index(const fs::path& directory) {
   const fs::path path = directory / kIndex;
-  const std::string text = read_text_file(path, std::uint64_t{64} << 20);
-  const auto json = nlohmann::json::parse(text, nullptr, false);
-  const auto map = json.is_object() ? json.find("weight_map") : json.end();
-  LRNN_CHECK(json.is_object() && map != json.end() && map->is_object(), IoError, path.string(),
-             ": expected an object with an object weight_map");
-  std::set<std::string> names;
-  for (const auto& [tensor, file] : map->items()) {
-    LRNN_CHECK(file.is_string(), IoError, path.string(), ": weight_map: '", tensor,
-               "': expected a file name");
-    const auto name = file.get<std::string>();
-    LRNN_CHECK(!name.empty() && fs::path(name).filename() == name && name != "..", IoError,
-               path.string(), ": weight_map: '", tensor, "': expected a name in this folder, got '",
-               name, "'");
-    names.insert(name);
-  }
   std::vector<fs::path> files;
-  for (const std::string& name : names) files.push_back(directory / name);
+  for (const std::string& name : names_of_index(path, read_text_file(path)))
+    files.push_back(directory / name);
   return files;
 }
 
@@ -67,8 +54,8 @@ std::vector<std::string> names_with(const Sources& sources, const std::string& p
 using Imported = std::map<std::string, HostTensor, std::less<>>;
 
 // Hands the tensors of a layer to its mixer if the layer has names that are no parameters.
-void import_layer(const Mixer& mixer, const std::string& prefix, ParameterStore& parameters,
-                  Sources& sources, Imported& imported) {
+void import_layer(const std::string& where, const Mixer& mixer, const std::string& prefix,
+                  ParameterStore& parameters, Sources& sources, Imported& imported) {
   const auto names = names_with(sources, prefix);
   const bool known = std::all_of(names.begin(), names.end(), [&](const std::string& name) {
     return parameters.find(name) != nullptr;
@@ -82,7 +69,11 @@ void import_layer(const Mixer& mixer, const std::string& prefix, ParameterStore&
                     HostTensor{source.entry->shape, source.file->read_doubles(*source.entry)});
     sources.erase(name);
   }
-  mixer.import_tensors(tensors);
+  try {
+    mixer.import_tensors(tensors);
+  } catch (const InvalidArgument& error) {
+    throw IoError(concat(where, ": '", prefix, "': ", error.what()));
+  }
   for (auto& [name, tensor] : tensors) imported.emplace(prefix + name, std::move(tensor));
 }
 
@@ -111,7 +102,8 @@ void check_names(const std::string& where, ParameterStore& parameters, const Sou
              unexpected.empty() ? "" : "unexpected tensors: " + listed(unexpected));
 }
 
-void check_shapes(ParameterStore& parameters, const Sources& sources, const Imported& imported) {
+void check_shapes(const std::string& where, ParameterStore& parameters, const Sources& sources,
+                  const Imported& imported) {
   for (const auto& [name, source] : sources) {
     const SafetensorsEntry& entry = *source.entry;
     LRNN_CHECK(entry.shape == parameters.at(name).shape, IoError, source.where(), ": expected ",
@@ -122,17 +114,38 @@ void check_shapes(ParameterStore& parameters, const Sources& sources, const Impo
   for (const auto& [name, tensor] : imported)
     LRNN_CHECK(tensor.shape == parameters.at(name).shape &&
                    static_cast<std::size_t>(tensor.shape.numel()) == tensor.values.size(),
-               IoError, "'", name, "': expected ", parameters.at(name).shape, ", got ",
+               IoError, where, ": '", name, "': expected ", parameters.at(name).shape, ", got ",
                tensor.shape);
+}
+
+std::vector<SafetensorsFile> opened(const std::vector<fs::path>& paths) {
+  std::vector<SafetensorsFile> files;
+  for (const fs::path& path : paths) files.push_back(SafetensorsFile::open(path));
+  return files;
 }
 
 }  // namespace
 
-Checkpoint::Checkpoint(const std::vector<fs::path>& files)
-    : name_(files.empty() ? "" : files.front().string()) {
-  for (const fs::path& path : files) {
-    files_.push_back(std::make_unique<SafetensorsFile>(SafetensorsFile::open(path)));
-    const SafetensorsFile& file = *files_.back();
+std::set<std::string> names_of_index(const fs::path& path, std::string_view text) {
+  constexpr JsonLimits kLimits{.keys = std::size_t{1} << 20};
+  const std::string where = path.string();
+  const auto json = parse_json<IoError>(where, text, kLimits);
+  const auto map = json.is_object() ? json.find("weight_map") : json.end();
+  LRNN_CHECK(json.is_object() && map != json.end() && map->is_object(), IoError, where,
+             ": expected an object with an object weight_map");
+  std::set<std::string> names;
+  for (const auto& [tensor, file] : map->items()) {
+    LRNN_CHECK(file.is_string() && is_plain_name(file.get_ref<const std::string&>()), IoError,
+               where, ": weight_map: '", tensor, "': expected a name in this folder, got ",
+               shown(file));
+    names.insert(file.get<std::string>());
+  }
+  return names;
+}
+
+Checkpoint::Checkpoint(std::vector<SafetensorsFile> files)
+    : files_(std::move(files)), name_(files_.empty() ? "" : files_.front().path().string()) {
+  for (const SafetensorsFile& file : files_) {
     for (const auto& [name, entry] : file.entries()) {
       const Source source{&file, &entry};
       LRNN_CHECK(sources_.emplace(name, source).second, IoError, source.where(),
@@ -140,6 +153,8 @@ Checkpoint::Checkpoint(const std::vector<fs::path>& files)
     }
   }
 }
+
+Checkpoint::Checkpoint(const std::vector<fs::path>& files) : Checkpoint(opened(files)) {}
 
 Checkpoint Checkpoint::of_directory(const fs::path& directory) {
   std::error_code ignored;
@@ -168,10 +183,10 @@ void Checkpoint::load(Context& ctx, ParameterStore& parameters, DType dtype, con
     const std::string alias = prefix + kAlias;
     for (const std::string& name : names_with(sources_, alias))
       rename(sources_, name, prefix + name.substr(alias.size()));
-    import_layer(*mixer, prefix, parameters, sources_, imported);
+    import_layer(name_, *mixer, prefix, parameters, sources_, imported);
   }
   check_names(name_, parameters, sources_, imported);
-  check_shapes(parameters, sources_, imported);
+  check_shapes(name_, parameters, sources_, imported);
 
   constexpr std::uint64_t kSeed = 0;
   parameters.materialize(ctx, dtype, kSeed, false);

@@ -1,13 +1,18 @@
 /// The tensors of a checkpoint and how they become parameters.
 #pragma once
 
-#include <memory>
+#include <set>
 #include <utility>
 
 #include "lrnn/io/safetensors.hpp"
 #include "lrnn/mixers/mixer.hpp"
 
 namespace lrnn::detail {
+
+/// The files that the text of model.safetensors.index.json names.
+/// @throws IoError naming `path` and what is wrong with the text
+[[nodiscard]] std::set<std::string> names_of_index(const std::filesystem::path& path,
+                                                   std::string_view text);
 
 class Checkpoint {
  public:
@@ -21,7 +26,8 @@ class Checkpoint {
   };
   using Sources = std::map<std::string, Source, std::less<>>;
 
-  /// @throws IoError, also if a name occurs in two files
+  /// @throws IoError if a name occurs in two files
+  explicit Checkpoint(std::vector<SafetensorsFile> files);
   explicit Checkpoint(const std::vector<std::filesystem::path>& files);
   /// model.safetensors of a folder, or the files that its index names.
   static Checkpoint of_directory(const std::filesystem::path& directory);
@@ -42,8 +48,8 @@ class Checkpoint {
             const std::vector<Rename>& renames = {}) &&;
 
  private:
-  std::vector<std::unique_ptr<SafetensorsFile>> files_;
-  Sources sources_;
+  std::vector<SafetensorsFile> files_;
+  Sources sources_;   // into files_
   std::string name_;  // of the folder or file, for messages
 };
 

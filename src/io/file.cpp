@@ -34,12 +34,19 @@ InputFile::InputFile(std::filesystem::path path) : path_(std::move(path)) {
   size_ = static_cast<std::uint64_t>(info.st_size);
 }
 
+InputFile::InputFile(std::filesystem::path name, std::vector<std::byte> bytes)
+    : path_(std::move(name)), bytes_(std::move(bytes)), size_(bytes_.size()) {}
+
 InputFile::InputFile(InputFile&& other) noexcept
-    : path_(std::move(other.path_)), fd_(std::exchange(other.fd_, -1)), size_(other.size_) {}
+    : path_(std::move(other.path_)),
+      fd_(std::exchange(other.fd_, -1)),
+      bytes_(std::move(other.bytes_)),
+      size_(std::exchange(other.size_, 0)) {}
 
 InputFile& InputFile::operator=(InputFile&& other) noexcept {
   std::swap(path_, other.path_);
   std::swap(fd_, other.fd_);
+  std::swap(bytes_, other.bytes_);
   std::swap(size_, other.size_);
   return *this;
 }
@@ -49,6 +56,12 @@ InputFile::~InputFile() {
 }
 
 void InputFile::read(std::uint64_t offset, std::span<std::byte> out) const {
+  if (fd_ < 0) {
+    LRNN_CHECK(offset <= size_ && out.size() <= size_ - offset, IoError, path_.string(),
+               ": ends at byte ", size_, ", expected ", out.size(), " at ", offset);
+    std::copy_n(bytes_.begin() + static_cast<std::ptrdiff_t>(offset), out.size(), out.begin());
+    return;
+  }
   while (!out.empty()) {
     const ssize_t n =
         ::pread(fd_, out.data(), std::min(out.size(), kMaxTransfer), static_cast<off_t>(offset));

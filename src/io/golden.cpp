@@ -1,10 +1,8 @@
 #include "io/golden.hpp"
 
-#include <nlohmann/json.hpp>
-
-#include "lrnn/core/error.hpp"
 #include "lrnn/io/file.hpp"
 
+#include "io/json.hpp"
 #include "models/foreign_config.hpp"
 
 namespace lrnn::detail {
@@ -13,7 +11,10 @@ GoldenCase read_golden_case(const std::filesystem::path& directory) {
   using Json = nlohmann::ordered_json;
   const auto path = directory / "config.json";
   try {
-    const Json json = Json::parse(read_text_file(path));
+    const auto json = parse_json<IoError, Json>(path.string(), read_text_file(path));
+    const auto integer = [&](const char* field, const Json& value) {
+      return integer_of<IoError, std::int64_t>(concat(path.string(), ": ", field), value);
+    };
     GoldenCase out;
     if (!json.contains("case")) {
       out.name = std::filesystem::absolute(path).lexically_normal().parent_path().filename();
@@ -25,14 +26,16 @@ GoldenCase read_golden_case(const std::filesystem::path& directory) {
     out.kind = json.at("kind");
     out.compute_dtype = json.at("compute_dtype");
     out.event = json.at("event");
-    out.num_last_tokens = json.value("num_last_tokens", std::int64_t{0});
-    if (json.at("lengths").is_array()) json.at("lengths").get_to(out.lengths);
+    out.num_last_tokens = integer("num_last_tokens", json.value("num_last_tokens", Json(0)));
+    if (json.at("lengths").is_array())
+      for (const Json& length : json.at("lengths"))
+        out.lengths.push_back(integer("lengths", length));
     if (json.at("correction").is_string()) out.correction = json.at("correction");
     Json constructor = json.at("constructor");
     if (out.kind == "mixer") {
       out.mixer_type = constructor.at("mixer_type");
       const char* const size = constructor.contains("embed_dim") ? "embed_dim" : "d_model";
-      out.d_model = constructor.at(size);
+      out.d_model = integer(size, constructor.at(size));
       constructor.erase("mixer_type");
       constructor.erase(size);
     }

@@ -2,11 +2,13 @@
 
 #include <algorithm>
 #include <array>
-#include <nlohmann/json.hpp>
+#include <set>
 #include <span>
 
-#include "lrnn/core/error.hpp"
 #include "lrnn/io/file.hpp"
+
+#include "io/json.hpp"
+#include "io/names.hpp"
 
 namespace lrnn::detail {
 namespace {
@@ -58,10 +60,21 @@ std::uint32_t crc_of(const std::string& text) {
   return update_crc(0, std::as_bytes(std::span(text)));
 }
 
-// Names must stay inside the directory.
-bool is_plain_name(const std::string& name) {
-  return !name.empty() && name != "." && name != ".." &&
-         name.find_first_of(std::string("/\\\0", 3)) == std::string::npos;
+std::vector<ManifestFile> files_of(const std::string& where, const json& list) {
+  LRNN_CHECK(list.is_array(), IoError, where, ": files: expected a list, got ", shown(list));
+  std::vector<ManifestFile> files;
+  std::set<std::string> names;
+  for (const json& f : list) {
+    files.push_back({f.at("name").get<std::string>(),
+                     integer_of<IoError, std::uint64_t>(where + ": bytes", f.at("bytes")),
+                     integer_of<IoError, std::uint32_t>(where + ": crc32", f.at("crc32"))});
+    const std::string& name = files.back().name;
+    LRNN_CHECK(is_plain_name(name), IoError, where,
+               ": name: expected that of a file in this folder, got ", shown(json(name)));
+    // Every file is read: a long list of one large file would keep a reader busy for days.
+    LRNN_CHECK(names.insert(name).second, IoError, where, ": '", name, "' occurs twice");
+  }
+  return files;
 }
 
 }  // namespace
@@ -79,27 +92,21 @@ std::string manifest_to_json(const Manifest& manifest) {
   return whole.dump(1) + "\n";
 }
 
-Manifest manifest_from_json(const std::filesystem::path& path, const std::string& text) {
+Manifest manifest_from_json(const std::filesystem::path& path, std::string_view text) {
+  const std::string where = path.string();
+  const json whole = parse_json<IoError>(where + ": damaged", text);
   try {
-    const json whole = json::parse(text);
     const json& body = whole.at("checkpoint");
-    LRNN_CHECK(whole.at("crc32").get<std::uint32_t>() == crc_of(body.dump()), IoError,
-               path.string(), ": damaged: the checksum does not match");
-    LRNN_CHECK(body.at("format") == kFormat && body.at("version") == kVersion, IoError,
-               path.string(), ": expected ", kFormat, " version ", kVersion, ", got ",
-               body.at("format"), ' ', body.at("version"));
-    Manifest manifest;
-    manifest.step = body.at("step").get<std::int64_t>();
-    manifest.settings = body.at("settings").get<std::map<std::string, std::string>>();
-    for (const json& f : body.at("files")) {
-      manifest.files.push_back({f.at("name").get<std::string>(), f.at("bytes").get<std::uint64_t>(),
-                                f.at("crc32").get<std::uint32_t>()});
-      LRNN_CHECK(is_plain_name(manifest.files.back().name), IoError, path.string(),
-                 ": a file name that is not plain");
-    }
-    return manifest;
+    LRNN_CHECK(whole.at("crc32") == crc_of(body.dump()), IoError, where,
+               ": damaged: the checksum does not match");
+    LRNN_CHECK(body.at("format") == kFormat && body.at("version") == kVersion, IoError, where,
+               ": expected ", kFormat, " version ", kVersion, ", got ", shown(body.at("format")),
+               ' ', shown(body.at("version")));
+    return {integer_of<IoError, std::int64_t>(where + ": step", body.at("step")),
+            body.at("settings").get<std::map<std::string, std::string>>(),
+            files_of(where, body.at("files"))};
   } catch (const json::exception& e) {
-    throw IoError(concat(path.string(), ": damaged: ", e.what()));
+    throw IoError(concat(where, ": damaged: ", e.what()));
   }
 }
 

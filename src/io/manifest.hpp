@@ -5,6 +5,7 @@
 #include <filesystem>
 #include <map>
 #include <string>
+#include <string_view>
 #include <vector>
 
 namespace lrnn::detail {
@@ -25,7 +26,7 @@ struct Manifest {
 [[nodiscard]] std::string manifest_to_json(const Manifest& manifest);
 /// @throws IoError naming `path` and what is wrong with the text
 [[nodiscard]] Manifest manifest_from_json(const std::filesystem::path& path,
-                                          const std::string& text);
+                                          std::string_view text);
 
 /// Size and checksum (CRC-32 of IEEE 802.3) of directory / name. @throws IoError
 [[nodiscard]] ManifestFile describe_file(const std::filesystem::path& directory,

@@ -67,6 +67,10 @@ LRNNLMHeadModel LRNNLMHeadModel::from_pretrained(Context& ctx, const fs::path& d
   LRNNLMHeadModel model = with_path(directory / kConfig, [&] {
     LRNNLMHeadConfig config =
         config_from_json(text, {.mixer_kwargs = options.mixer_kwargs, .shapes = &shapes});
+    // Before anything is made for each of them.
+    LRNN_CHECK(static_cast<std::size_t>(config.n_layer) <= shapes.size(), ConfigError,
+               "n_layer: expected at most ", shapes.size(), ", the tensors of the checkpoint, got ",
+               config.n_layer);
     if (options.dtype) config.dtype = options.dtype;
     return LRNNLMHeadModel(ctx.device(), std::move(config));
   });
@@ -76,8 +80,15 @@ LRNNLMHeadModel LRNNLMHeadModel::from_pretrained(Context& ctx, const fs::path& d
 
 LRNNLMHeadModel LRNNLMHeadModel::from_safetensors(Context& ctx, LRNNLMHeadConfig config,
                                                   const fs::path& file) {
+  return from_safetensors(ctx, std::move(config), SafetensorsFile::open(file));
+}
+
+LRNNLMHeadModel LRNNLMHeadModel::from_safetensors(Context& ctx, LRNNLMHeadConfig config,
+                                                  SafetensorsFile file) {
   LRNNLMHeadModel model(ctx.device(), std::move(config));
-  model.load(ctx, detail::Checkpoint({file}));
+  std::vector<SafetensorsFile> files;
+  files.push_back(std::move(file));
+  model.load(ctx, detail::Checkpoint(std::move(files)));
   return model;
 }
 
@@ -89,8 +100,12 @@ void LRNNLMHeadModel::save_pretrained(Context& ctx, const fs::path& directory,
   std::vector<SafetensorsItem> items;
   for (const Parameter& p : parameters()) items.push_back(safetensors_item(ctx, p.name, p.value));
   if (options.lrnnx_names) add_lrnnx_names(ctx, *this, items);
+  // Both are written before either appears: the weights of one model and the configuration of
+  // another would be no model.
+  AtomicFile config(directory / kConfig);
+  config.write(config_to_json(config_));
   write_safetensors(directory / kWeights, std::move(items), {{"format", "pt"}});
-  write_text_file(directory / kConfig, config_to_json(config_));
+  config.commit();
 }
 
 }  // namespace lrnn

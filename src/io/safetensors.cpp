@@ -3,10 +3,9 @@
 #include <algorithm>
 #include <bit>
 #include <cstring>
-#include <nlohmann/json.hpp>
 #include <set>
 
-#include "lrnn/core/error.hpp"
+#include "io/json.hpp"
 
 namespace lrnn {
 namespace {
@@ -54,6 +53,7 @@ class HeaderReader final : public nlohmann::json_sax<nlohmann::json> {
     }
   }
   bool key(std::string& key) override {
+    check(detail::is_printable_name(key), "expected printable names of at most 1024 bytes");
     if (state_ == State::Names) {
       name_ = key;
       if (key == "__metadata__") {
@@ -125,8 +125,8 @@ class HeaderReader final : public nlohmann::json_sax<nlohmann::json> {
     if (state_ != State::TensorField || field_ != "dtype") unexpected("a string");
     const auto* const row = std::find_if(std::begin(kDTypes), std::end(kDTypes),
                                          [&](const DTypeRow& r) { return value == r.name; });
-    check(row != std::end(kDTypes),
-          "unsupported dtype '" + value + "', expected F64, F32, F16, BF16, I64 or I32");
+    check(row != std::end(kDTypes), "unsupported dtype " + detail::shown(nlohmann::json(value)) +
+                                        ", expected F64, F32, F16, BF16, I64 or I32");
     entry_.dtype = row->dtype;
     state_ = State::TensorKeys;
     return true;
@@ -138,8 +138,8 @@ class HeaderReader final : public nlohmann::json_sax<nlohmann::json> {
   bool binary(nlohmann::json::binary_t&) override { unexpected("binary data"); }
   bool parse_error(std::size_t position, const std::string&,
                    const nlohmann::detail::exception& error) override {
-    throw IoError(
-        detail::concat(path_, ": header: malformed JSON at byte ", position, ": ", error.what()));
+    throw IoError(detail::concat(path_, ": header: malformed JSON at byte ", position, ": ",
+                                 detail::shortened(error.what(), 200)));
   }
 
   std::map<std::string, SafetensorsEntry, std::less<>> entries;
@@ -161,7 +161,8 @@ class HeaderReader final : public nlohmann::json_sax<nlohmann::json> {
 
   void check(bool ok, const std::string& reason) const {
     if (ok) return;
-    throw IoError(path_ + ": " + (name_.empty() ? "header" : "'" + name_ + "'") + ": " + reason);
+    const std::string where = name_.empty() ? "header" : detail::concat('\'', name_, '\'');
+    throw IoError(path_ + ": " + where + ": " + reason);
   }
   [[noreturn]] void unexpected(const std::string& what) const {
     check(false, "unexpected value in the header: " + what);
@@ -315,28 +316,34 @@ float float16_to_float(std::uint16_t bits) noexcept {
   return sign != 0 ? -magnitude : magnitude;
 }
 
-SafetensorsFile SafetensorsFile::open(const std::filesystem::path& path) {
-  SafetensorsFile self{InputFile(path)};
-  const std::uint64_t size = self.file_.size();
+SafetensorsFile::SafetensorsFile(InputFile file) : file_(std::move(file)) {
+  const std::filesystem::path& path = file_.path();
+  const std::uint64_t size = file_.size();
   LRNN_CHECK(size >= 8, IoError, path.string(), ": ", size,
              " bytes, expected at least 8 for the header length");
   std::uint64_t length = 0;
-  self.file_.read(0, std::as_writable_bytes(std::span(&length, 1)));
+  file_.read(0, std::as_writable_bytes(std::span(&length, 1)));
   LRNN_CHECK(length <= kMaxHeaderBytes, IoError, path.string(), ": header of ", length,
              " bytes, expected at most ", kMaxHeaderBytes);
   LRNN_CHECK(length <= size - 8, IoError, path.string(), ": header of ", length,
              " bytes in a file of ", size);
   std::string text(static_cast<std::size_t>(length), '\0');
-  self.file_.read(8, std::as_writable_bytes(std::span(text)));
+  file_.read(8, std::as_writable_bytes(std::span(text)));
   LRNN_CHECK(!text.empty() && text.front() == '{', IoError, path.string(),
              ": header: expected a JSON object");
   HeaderReader reader(path);
   nlohmann::json::sax_parse(text, &reader);
   check_ranges(path, reader.entries, size - 8 - length);
-  self.entries_ = std::move(reader.entries);
-  self.metadata_ = std::move(reader.metadata);
-  for (auto& [name, entry] : self.entries_) entry.offset += 8 + length;
-  return self;
+  entries_ = std::move(reader.entries);
+  metadata_ = std::move(reader.metadata);
+  for (auto& [name, entry] : entries_) entry.offset += 8 + length;
+}
+
+SafetensorsFile SafetensorsFile::open(const std::filesystem::path& path) {
+  return SafetensorsFile(InputFile(path));
+}
+SafetensorsFile SafetensorsFile::parse(std::filesystem::path name, std::vector<std::byte> bytes) {
+  return SafetensorsFile(InputFile(std::move(name), std::move(bytes)));
 }
 
 std::vector<std::string> SafetensorsFile::names() const {

@@ -68,6 +68,9 @@ MambaConfig Mamba::resolve(MambaConfig config, const MixerBuild& build) {
   positive("d_state", *config.d_state);
   positive("d_conv", config.d_conv);
   positive("dt_rank", *config.dt_rank);
+  constexpr double kMaxExpand = 1024;  // keeps the width an integer of 64 bits
+  LRNN_CHECK(config.expand <= kMaxExpand, ConfigError,
+             "mixer_kwargs.Mamba.expand: expected at most ", kMaxExpand, ", got ", config.expand);
   LRNN_CHECK(config.expand > 0 && inner_width(config, build) >= 1, ConfigError,
              "mixer_kwargs.Mamba.expand: expected expand * d_model of at least 1, got ",
              config.expand, " * ", build.d_model);

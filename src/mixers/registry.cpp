@@ -6,15 +6,31 @@ namespace {
 struct Row {
   MixerType type;
   const char* name;
-  void (*resolve)(MixerKwargs&, const MixerBuild&);
+  void (*resolve)(const char* name, MixerKwargs&, const MixerBuild&);
   std::unique_ptr<Mixer> (*make)(const MixerKwargs&, const MixerBuild&, const ParameterScope&);
 };
+
+// Sums and products of two options stay within 64 bits, whatever a file says.
+constexpr std::int64_t kMaxOption = std::int64_t{1} << 30;
+
+void check_size(const char* mixer, const char* option, std::int64_t value) {
+  LRNN_CHECK(value >= -kMaxOption && value <= kMaxOption, ConfigError, "mixer_kwargs.", mixer, ".",
+             option, ": expected at most ", kMaxOption, ", got ", value);
+}
+void check_size(const char* mixer, const char* option, const std::optional<std::int64_t>& value) {
+  if (value) check_size(mixer, option, *value);
+}
+template <class T>
+void check_size(const char*, const char*, const T&) {}
 
 // `options` is the member of MixerKwargs that holds the options of mixer M.
 template <class M, auto options>
 constexpr Row row(MixerType type, const char* name) {
   return {type, name,
-          [](MixerKwargs& kwargs, const MixerBuild& build) {
+          [](const char* mixer, MixerKwargs& kwargs, const MixerBuild& build) {
+            M::Config::visit(kwargs.*options, [&](const char* option, const auto& value) {
+              check_size(mixer, option, value);
+            });
             kwargs.*options = M::resolve(kwargs.*options, build);
           },
           [](const MixerKwargs& kwargs, const MixerBuild& build,
@@ -85,7 +101,8 @@ std::vector<MixerType> all_mixer_types() {
 }
 
 MixerKwargs resolve_mixer_kwargs(MixerType type, MixerKwargs kwargs, const MixerBuild& build) {
-  row_of(type).resolve(kwargs, build);
+  const Row& row = row_of(type);
+  row.resolve(row.name, kwargs, build);
   return kwargs;
 }
 

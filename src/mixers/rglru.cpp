@@ -39,6 +39,9 @@ RglruConfig Rglru::resolve(RglruConfig config, const MixerBuild& build) {
              "mixer_kwargs.RGLRU.d_state: expected at least 1, got ", *config.d_state);
   LRNN_CHECK(config.d_conv >= 1, ConfigError,
              "mixer_kwargs.RGLRU.d_conv: expected at least 1, got ", config.d_conv);
+  constexpr double kMaxExpand = 1024;  // keeps the width an integer of 64 bits
+  LRNN_CHECK(config.expand <= kMaxExpand, ConfigError,
+             "mixer_kwargs.RGLRU.expand: expected at most ", kMaxExpand, ", got ", config.expand);
   LRNN_CHECK(config.expand > 0 && inner_width(config, build) >= 1, ConfigError,
              "mixer_kwargs.RGLRU.expand: expected expand * d_model of at least 1, got ",
              config.expand, " * ", build.d_model);

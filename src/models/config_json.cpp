@@ -1,9 +1,9 @@
 #include <limits>
-#include <nlohmann/json.hpp>
 #include <set>
 
 #include "lrnn/models/lm_config.hpp"
 
+#include "io/json.hpp"
 #include "models/foreign_config.hpp"
 
 namespace lrnn {
@@ -14,14 +14,9 @@ using Keys = std::set<std::string>;
 using detail::kVersionKey;
 
 constexpr std::int64_t kVersion = 1;
-constexpr int kMaxDepth = 8;
 
-std::string shown(const Json& value) {
-  constexpr std::size_t kMaxShown = 80;
-  std::string text = value.dump(-1, ' ', false, Json::error_handler_t::replace);
-  if (text.size() > kMaxShown) text = text.substr(0, kMaxShown) + "...";
-  return text;
-}
+using detail::shown;
+
 [[noreturn]] void expected(const std::string& field, const char* what, const Json& got) {
   throw ConfigError(field + ": expected " + what + ", got " + shown(got));
 }
@@ -43,15 +38,19 @@ void read(const std::string& field, const Json& json, double& out) {
   if (!json.is_number()) expected(field, "a number", json);
   out = json.get<double>();
 }
-void read(const std::string& field, const Json& json, std::string& out) {
+const std::string& read_name(const std::string& field, const Json& json) {
   if (!json.is_string()) expected(field, "a string", json);
-  out = json.get<std::string>();
+  const auto& name = json.get_ref<const std::string&>();
+  if (!detail::is_printable_name(name)) expected(field, "a printable name", json);
+  return name;
+}
+void read(const std::string& field, const Json& json, std::string& out) {
+  out = read_name(field, json);
 }
 template <class E>
 requires std::is_enum_v<E>
 void read(const std::string& field, const Json& json, E& out) {
-  if (!json.is_string()) expected(field, "a string", json);
-  out = enum_value<E>(field, json.get_ref<const std::string&>());
+  out = enum_value<E>(field, read_name(field, json));
 }
 template <class T>
 void read(const std::string& field, const Json& json, std::optional<T>& out) {
@@ -324,30 +323,16 @@ void refuse_lrnnx_bilinear_s5(const LRNNLMHeadConfig& config) {
 // --- the whole text ----------------------------------------------------------------------------
 
 Json parse(std::string_view text) {
-  std::vector<Keys> open;
-  const auto check = [&](int depth, Json::parse_event_t event, Json& parsed) {
-    LRNN_CHECK(depth <= kMaxDepth, ConfigError, "config: nested deeper than ", kMaxDepth);
-    if (event == Json::parse_event_t::object_start) open.emplace_back();
-    if (event == Json::parse_event_t::object_end) open.pop_back();
-    if (event == Json::parse_event_t::key)
-      LRNN_CHECK(open.back().insert(parsed.get<std::string>()).second, ConfigError,
-                 "config: duplicate key ", shown(parsed));
-    return true;
-  };
-  try {
-    Json json = Json::parse(text.begin(), text.end(), check);
-    if (!json.is_object()) expected("config", "an object", json);
-    return json;
-  } catch (const Json::exception& error) {
-    throw ConfigError(std::string("config: malformed JSON: ") + error.what());
-  }
+  Json json = detail::parse_json<ConfigError, Json>("config", text);
+  if (!json.is_object()) expected("config", "an object", json);
+  return json;
 }
 
 void read_mixer_types(const Json& json, LRNNLMHeadConfig& config) {
   if (!json.is_array()) expected("mixer_types", "a list of names", json);
   for (const Json& name : json) {
     if (!name.is_string()) expected("mixer_types", "a list of names", json);
-    config.mixer_types.push_back(mixer_type(name.get_ref<const std::string&>()));
+    config.mixer_types.push_back(mixer_type(read_name("mixer_types", name)));
   }
 }
 
@@ -392,8 +377,8 @@ LRNNLMHeadConfig config_from_json(std::string_view text, const ReadConfigOptions
     read_options("initializer_cfg.", *it, config.initializer_cfg);
   }
   if (const auto it = json.find("dtype"); it != json.end()) read_dtype(*it, config);
+  config.validate();  // before anything is made for each layer
   read_all_mixer_kwargs(json, own_format, options, config);
-  config.validate();
   if (!own_format && !options.constructor_arguments) refuse_lrnnx_bilinear_s5(config);
   return config;
 }

@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "lrnn/core/error.hpp"
+#include "io/json.hpp"
 
 namespace lrnn::detail {
 namespace {
@@ -10,7 +10,7 @@ namespace {
 using Json = nlohmann::ordered_json;
 
 [[noreturn]] void refuse(const std::string& field, const Json& value, const char* why) {
-  throw ConfigError(concat(field, ": ", value.dump(), ": ", why));
+  throw ConfigError(concat(field, ": ", shown(value), ": ", why));
 }
 
 // `target` gets the value of `key` under another name, if there is one.
@@ -24,7 +24,7 @@ void require(const Json& from, const char* key, Json& target, const char* name) 
 std::int64_t layer_count(const Json& json, const char* key) {
   LRNN_CHECK(json.contains(key) && json[key].is_number_unsigned(), ConfigError, key,
              ": expected a number of layers");
-  constexpr std::uint64_t kMaxLayers = std::uint64_t{1} << 20;
+  constexpr std::uint64_t kMaxLayers = 65'536;  // as in LRNNLMHeadConfig::validate
   const auto count = json[key].get<std::uint64_t>();
   LRNN_CHECK(count <= kMaxLayers, ConfigError, key, ": expected at most ", kMaxLayers, ", got ",
              count);
@@ -33,7 +33,7 @@ std::int64_t layer_count(const Json& json, const char* key) {
 Json object_or_empty(const Json& json, const char* key) {
   const auto it = json.find(key);
   if (it == json.end() || it->is_null()) return Json::object();
-  LRNN_CHECK(it->is_object(), ConfigError, key, ": expected an object, got ", it->dump());
+  LRNN_CHECK(it->is_object(), ConfigError, key, ": expected an object, got ", shown(*it));
   return *it;
 }
 

@@ -88,7 +88,11 @@ void InferenceCache::save(Context& ctx, const std::filesystem::path& path) const
 }
 
 void InferenceCache::load(Context& ctx, const std::filesystem::path& path) {
-  const auto file = SafetensorsFile::open(path);
+  load(ctx, SafetensorsFile::open(path));
+}
+
+void InferenceCache::load(Context& ctx, const SafetensorsFile& file) {
+  const std::filesystem::path& path = file.path();
   std::vector<std::pair<const SafetensorsEntry*, MutableTensorView>> tensors;
   const auto checked = [&](const std::string& name, const Shape& shape) -> const SafetensorsEntry& {
     const SafetensorsEntry& entry = file.at(name);

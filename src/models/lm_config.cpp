@@ -10,6 +10,8 @@ namespace {
 
 // Keeps the product of any three sizes, and with it every shape, within 64 bits.
 constexpr std::int64_t kMaxSize = std::int64_t{1} << 20;
+// As many as a file may have tensors: a model of more could not be saved.
+constexpr std::int64_t kMaxLayers = 65'536;
 constexpr std::int64_t kMaxVocabulary = (std::int64_t{1} << 31) - 1;
 
 void check_range(const char* field, std::int64_t value, std::int64_t low, std::int64_t high) {
@@ -22,7 +24,7 @@ void check_range(const char* field, std::int64_t value, std::int64_t low, std::i
 void LRNNLMHeadConfig::validate() const {
   check_range("d_model", d_model, 1, kMaxSize);
   check_range("d_state", d_state, 1, kMaxSize);
-  check_range("n_layer", n_layer, 0, kMaxSize);
+  check_range("n_layer", n_layer, 0, kMaxLayers);
   check_range("vocab_size", vocab_size, 1, kMaxVocabulary);
   check_range("d_intermediate", d_intermediate, 0, kMaxSize);
   check_range("pad_vocab_size_multiple", pad_vocab_size_multiple, 1, kMaxSize);

@@ -7,14 +7,17 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <vector>
 
 namespace lrnn {
 
-/// A regular file opened for reading at any offset.
+/// A regular file opened for reading at any offset, or the bytes of one.
 class InputFile {
  public:
   /// @throws IoError if `path` cannot be opened or is not a regular file
   explicit InputFile(std::filesystem::path path);
+  /// `name` stands for the path in errors.
+  InputFile(std::filesystem::path name, std::vector<std::byte> bytes);
   InputFile(InputFile&& other) noexcept;
   InputFile& operator=(InputFile&& other) noexcept;
   InputFile(const InputFile&) = delete;
@@ -28,7 +31,8 @@ class InputFile {
 
  private:
   std::filesystem::path path_;
-  int fd_ = -1;
+  int fd_ = -1;  // of a file; -1: bytes_
+  std::vector<std::byte> bytes_;
   std::uint64_t size_ = 0;
 };
 

@@ -35,10 +35,12 @@ class SafetensorsFile {
  public:
   /// Reads and checks the header; tensors are read when asked for.
   /// @throws IoError naming file, tensor and reason: a header length beyond the file or 100 MB,
-  /// JSON that is malformed, nested deeper than the format or has duplicate keys, more than 65,536
-  /// tensors, an unknown dtype, more than 6 dimensions, sizes that overflow or differ from the byte
-  /// range, byte ranges that overlap or leave gaps, bytes after the last range.
+  /// malformed JSON, nesting deeper than the format, duplicate or unprintable names, more than
+  /// 65,536 tensors, an unknown dtype, more than 6 dimensions, sizes that overflow or differ from
+  /// the byte range, byte ranges that overlap or leave gaps, bytes after the last range.
   static SafetensorsFile open(const std::filesystem::path& path);
+  /// The same for the bytes of a file, which errors call `name`.
+  static SafetensorsFile parse(std::filesystem::path name, std::vector<std::byte> bytes);
 
   /// In the order of the names.
   [[nodiscard]] std::vector<std::string> names() const;
@@ -60,7 +62,7 @@ class SafetensorsFile {
   [[nodiscard]] const std::filesystem::path& path() const { return file_.path(); }
 
  private:
-  explicit SafetensorsFile(InputFile file) : file_(std::move(file)) {}
+  explicit SafetensorsFile(InputFile file);
 
   InputFile file_;
   std::map<std::string, SafetensorsEntry, std::less<>> entries_;

@@ -10,6 +10,8 @@
 
 namespace lrnn {
 
+class SafetensorsFile;
+
 /// The state of every layer for one batch of sequences, and how many tokens each sequence has seen.
 /// Made by LRNNLMHeadModel::allocate_inference_cache; the model must outlive it.
 class InferenceCache {
@@ -37,6 +39,8 @@ class InferenceCache {
   /// cache as it was.
   /// @throws IoError naming file, tensor, what was expected and what came
   void load(Context& ctx, const std::filesystem::path& path);
+  /// The same for a file that is open or in memory.
+  void load(Context& ctx, const SafetensorsFile& file);
 
   [[nodiscard]] std::int64_t batch_size() const noexcept {
     return static_cast<std::int64_t>(positions_.size());

@@ -92,7 +92,12 @@ class LRNNLMHeadModel {
   /// A model of `config` with the tensors of one file.
   static LRNNLMHeadModel from_safetensors(Context& ctx, LRNNLMHeadConfig config,
                                           const std::filesystem::path& file);
-  /// Writes config.json and model.safetensors; each file appears when it is complete.
+  /// The same for a file that is open or in memory.
+  static LRNNLMHeadModel from_safetensors(Context& ctx, LRNNLMHeadConfig config,
+                                          SafetensorsFile file);
+  /// Writes config.json and model.safetensors; each file appears when both are complete, and a
+  /// write that fails leaves the folder as it was. The folder may be one that a model was loaded
+  /// from.
   void save_pretrained(Context& ctx, const std::filesystem::path& directory,
                        const SaveOptions& options = {}) const;
 
