@@ -6,6 +6,7 @@ usage: docs_test.py SOURCE_ROOT [PROGRAM]
 - a path in backticks exists
 - a test named Suite.Name in backticks exists
 - docs/api.md has a row for every argument and result of lrnnx's page, and each such row a test
+- no source of the library calls what prints, exits or aborts
 - given PROGRAM, the commands of the shell blocks run, one after the other, and succeed
 """
 import os
@@ -110,6 +111,17 @@ def api_errors(text):
             yield f"docs/api.md: {section}: the row of {cells[0]} has no test"
 
 
+def forbidden_calls():
+    """Lines of the library that print or end the program."""
+    pattern = re.compile(r"std::(?:cout|cerr|clog|terminate|quick_exit)\b"
+                         r"|\b(?:f?printf|f?puts|f?putc|perror|abort|_?exit|_Exit|assert)\(")
+    for folder in ("include", "src", "cpu", "cuda"):
+        for path in sorted((ROOT / folder).rglob("*.*")):
+            for number, line in enumerate(path.read_text().split("\n"), 1):
+                if pattern.search(line.split("//")[0]):
+                    yield f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+
+
 def run_commands(document, program):
     """The first command that fails, with what it printed, or None."""
     blocks = re.findall(r"^```sh\n(.*?)^```", document.read_text(), re.MULTILINE | re.DOTALL)
@@ -141,6 +153,7 @@ def main():
     tests = test_names()
     found = [error for document in documents for error in errors(document, tests)]
     found += api_errors((ROOT / "docs" / "api.md").read_text())
+    found += forbidden_calls()
     print("\n".join(found) or f"{len(documents)} documents agree with the tree")
     return 1 if found else 0
 
