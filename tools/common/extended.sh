@@ -28,7 +28,6 @@ build_with_sanitizers() {
 run_under_sanitizers() {
   local status=0
   export ASAN_OPTIONS=detect_stack_use_after_return=1 LRNN_POISON=1
-  export LSAN_OPTIONS=suppressions="$PWD/tools/common/lsan.supp"
   build-fuzz/tests/unit_tests --gtest_brief=1 || status=1
   build-fuzz/tests/op_tests --gtest_brief=1 --gtest_filter='*OpRefusal*' || status=1
   build-fuzz/tests/model_tests --gtest_brief=1 --gtest_filter='-*Golden*' || status=1
@@ -48,7 +47,7 @@ run_fuzzer() {
   local dictionary=json log="build-fuzz/$2.log" status=0
   case $2 in cache | model | safetensors) dictionary=safetensors ;; esac
   mkdir -p "build-fuzz/corpus/$2"
-  "$1" -max_total_time="$lrnn_fuzz_seconds" -max_len=4096 -timeout=10 -rss_limit_mb=2048 \
+  "$1" -max_total_time="$lrnn_fuzz_seconds" -max_len=8192 -timeout=10 -rss_limit_mb=2048 \
     -dict="tests/fuzz/dictionaries/$dictionary.dict" -artifact_prefix="build-fuzz/$2-" \
     -print_final_stats=1 "build-fuzz/corpus/$2" "tests/fuzz/seeds/$2" >"$log" 2>&1 || status=$?
   printf '%-12s %10s executions, exit status %s\n' "$2" \
