@@ -4,6 +4,7 @@
 #include "lrnn/core/context.hpp"
 #include "lrnn/core/graph.hpp"
 #include "lrnn/generation/generate.hpp"
+#include "lrnn/io/tokenizer.hpp"
 #include "lrnn/models/lm_head_model.hpp"
 #include "lrnn/models/verify.hpp"
 #include "lrnn/ops/argmax.hpp"

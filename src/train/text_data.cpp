@@ -2,11 +2,13 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <utility>
 
 #include "lrnn/core/error.hpp"
 #include "lrnn/core/random.hpp"
 #include "lrnn/io/file.hpp"
+#include "lrnn/io/tokenizer.hpp"
 #include "lrnn/ops/cross_entropy.hpp"
 
 #include "ops/sample_math.hpp"
@@ -24,6 +26,37 @@ std::vector<std::uint8_t> read_bytes(const std::filesystem::path& path) {
   file.read(0, std::as_writable_bytes(std::span(bytes)));
   return bytes;
 }
+
+void check_share(double held_out) {
+  LRNN_CHECK(held_out >= 0.0 && held_out < 1.0, ConfigError,
+             "TextData: held_out: expected [0, 1), got ", held_out);
+}
+// Bytes of the end of a text that are held out.
+std::size_t held_out_bytes(std::size_t size, double held_out) {
+  return static_cast<std::size_t>(std::ceil(held_out * static_cast<double>(size)));
+}
+
+/// Tokens of texts, one after the other, and the bytes they stand for.
+struct Encoded {
+  std::vector<std::int32_t> tokens;
+  std::size_t bytes = 0;
+
+  // The part of a file from `begin` on.
+  void append(const Tokenizer& tokenizer, std::string_view text, std::size_t begin,
+              const std::filesystem::path& path) {
+    try {
+      const std::vector<std::int32_t> ids = tokenizer.encode(text);
+      tokens.insert(tokens.end(), ids.begin(), ids.end());
+      bytes += text.size();
+    } catch (const InvalidArgument& error) {
+      throw InvalidArgument(
+          detail::concat(path.string(), ": from byte ", begin, " on: ", error.what()));
+    }
+  }
+  [[nodiscard]] double bytes_per_token() const {
+    return tokens.empty() ? 1.0 : static_cast<double>(bytes) / static_cast<double>(tokens.size());
+  }
+};
 
 void check_batch(const TokenBatch& batch, std::int64_t seqlen) {
   LRNN_CHECK(seqlen > 0, InvalidArgument, "TextData: seqlen: expected > 0, got ", seqlen);
@@ -48,20 +81,38 @@ TextData TextData::from_files(const std::vector<std::filesystem::path>& files, d
 
 TextData TextData::from_bytes(const std::vector<std::vector<std::uint8_t>>& texts,
                               double held_out) {
-  LRNN_CHECK(held_out >= 0.0 && held_out < 1.0, ConfigError,
-             "TextData: held_out: expected [0, 1), got ", held_out);
+  check_share(held_out);
   std::vector<std::uint8_t> train;
   std::vector<std::uint8_t> rest;
   for (const auto& text : texts) {
-    const auto count =
-        static_cast<std::int64_t>(std::ceil(held_out * static_cast<double>(text.size())));
-    const auto cut = text.end() - count;
+    const auto cut =
+        text.end() - static_cast<std::ptrdiff_t>(held_out_bytes(text.size(), held_out));
     train.insert(train.end(), text.begin(), cut);
     rest.insert(rest.end(), cut, text.end());
   }
   TextData data;
   data.train_ = std::move(train);
   data.held_out_ = std::move(rest);
+  return data;
+}
+
+TextData TextData::from_files(const std::vector<std::filesystem::path>& files,
+                              const Tokenizer& tokenizer, double held_out) {
+  if (tokenizer.is_bytes()) return from_files(files, held_out);
+  check_share(held_out);
+  Encoded train;
+  Encoded rest;
+  for (const auto& path : files) {
+    const std::string text = read_text_file(path, std::numeric_limits<std::uint64_t>::max());
+    std::size_t cut = text.size() - held_out_bytes(text.size(), held_out);
+    const auto continues = [&] { return (static_cast<unsigned char>(text[cut]) & 0xC0U) == 0x80U; };
+    while (cut > 0 && cut < text.size() && continues()) --cut;
+    train.append(tokenizer, std::string_view(text).substr(0, cut), 0, path);
+    rest.append(tokenizer, std::string_view(text).substr(cut), cut, path);
+  }
+  TextData data = from_tokens(std::move(train.tokens), {}, train.bytes_per_token());
+  data.held_out_bytes_per_token_ = rest.bytes_per_token();
+  data.held_out_ = std::move(rest.tokens);
   return data;
 }
 
@@ -76,6 +127,7 @@ TextData TextData::from_tokens(std::vector<std::int32_t> train, std::vector<std:
   data.train_ = std::move(train);
   data.held_out_ = std::move(held_out);
   data.bytes_per_token_ = bytes_per_token;
+  data.held_out_bytes_per_token_ = bytes_per_token;
   return data;
 }
 

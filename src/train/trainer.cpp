@@ -348,7 +348,7 @@ EvaluationMetrics Trainer::evaluate() {
   }
   const double loss = sum / static_cast<double>(targets);
   const EvaluationMetrics m{step_, targets, loss,
-                            loss / std::numbers::ln2 / data_->bytes_per_token()};
+                            loss / std::numbers::ln2 / data_->held_out_bytes_per_token()};
   if (callbacks_.on_evaluation) callbacks_.on_evaluation(m);
   record(Record("eval")
              .add("step", m.step)

@@ -12,6 +12,8 @@
 
 namespace lrnn {
 
+class Tokenizer;
+
 /// A batch on the host: targets are inputs one token later.
 struct TokenBatch {
   std::span<std::int32_t> input_ids;  ///< [B, L]
@@ -25,17 +27,27 @@ class TextData {
   /// @throws IoError; ConfigError if held_out is not in [0, 1)
   static TextData from_files(const std::vector<std::filesystem::path>& files,
                              double held_out = 0.05);
+  /// The tokens of `tokenizer`. The held-out end of a file begins at a whole character, and both of
+  /// its parts are encoded by themselves; between files there is no other token.
+  /// @throws IoError; ConfigError if held_out is not in [0, 1); InvalidArgument naming the file if
+  /// it cannot be encoded
+  static TextData from_files(const std::vector<std::filesystem::path>& files,
+                             const Tokenizer& tokenizer, double held_out = 0.05);
   /// The same with texts in memory in place of files.
   static TextData from_bytes(const std::vector<std::vector<std::uint8_t>>& texts,
                              double held_out = 0.05);
-  /// Token ids from elsewhere. `bytes_per_token` turns the loss into bits per byte.
+  /// Token ids from elsewhere. `bytes_per_token`, of both parts, turns the loss into bits per byte.
   /// @throws InvalidArgument on a negative id
   static TextData from_tokens(std::vector<std::int32_t> train, std::vector<std::int32_t> held_out,
                               double bytes_per_token);
 
   [[nodiscard]] std::int64_t train_size() const { return size(train_); }
   [[nodiscard]] std::int64_t held_out_size() const { return size(held_out_); }
+  /// Of the tokens to train on, and of those held out; 1 without tokens.
   [[nodiscard]] double bytes_per_token() const noexcept { return bytes_per_token_; }
+  [[nodiscard]] double held_out_bytes_per_token() const noexcept {
+    return held_out_bytes_per_token_;
+  }
   /// The greatest id; -1 without tokens.
   [[nodiscard]] std::int32_t max_token() const;
 
@@ -59,6 +71,7 @@ class TextData {
   Tokens train_;
   Tokens held_out_;
   double bytes_per_token_ = 1.0;
+  double held_out_bytes_per_token_ = 1.0;
 };
 
 }  // namespace lrnn
