@@ -2,6 +2,7 @@
 #pragma once
 
 #include <CLI/CLI.hpp>
+#include <filesystem>
 #include <functional>
 #include <string>
 
@@ -22,6 +23,10 @@ void add_verify(CLI::App& app, Run& run);
 
 /// "cpu", "cuda", "cuda:1" or "auto". @throws ConfigError
 [[nodiscard]] Context make_context(const std::string& device);
+/// In the folder of a model, beside config.json.
+inline constexpr const char* kTokenizerFile = "tokenizer.json";
+/// The text of a tokenizer.json. @throws IoError
+[[nodiscard]] std::string read_tokenizer_text(const std::filesystem::path& path);
 /// "float32", "bfloat16" or "float64". @throws ConfigError
 [[nodiscard]] DType parse_dtype(const std::string& name);
 

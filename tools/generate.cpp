@@ -1,11 +1,10 @@
-/// `lrnn generate`: continues prompts with a byte-level model.
+/// `lrnn generate`: continues prompts.
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <fmt/format.h>
 #include <fstream>
 #include <memory>
-#include <numeric>
 #include <sstream>
 
 #include "lrnn/lrnn.hpp"
@@ -15,8 +14,12 @@
 namespace lrnn::tools {
 namespace {
 
+// The token between documents of GPT-2 and GPT-NeoX.
+constexpr const char* kEndOfText = "<|endoftext|>";
+
 struct Options {
   std::string model;
+  std::string tokenizer_file;
   std::string prompt;
   std::string prompt_file;
   std::string prompts_file;
@@ -29,22 +32,15 @@ struct Options {
 
 using Tokens = std::vector<std::int32_t>;
 
-// Every byte is a token.
-Tokens encode(std::string_view text) {
-  Tokens ids;
-  for (const char c : text) ids.push_back(static_cast<unsigned char>(c));
-  return ids;
-}
-std::string decode(std::span<const std::int32_t> ids) {
-  std::string text;
-  for (const std::int32_t id : ids) text += static_cast<char>(static_cast<unsigned char>(id));
-  return text;
-}
-
 std::string read_file(const std::string& file) {
   std::ifstream in(file, std::ios::binary);
   LRNN_CHECK(in, IoError, file, ": cannot be read");
   return {std::istreambuf_iterator<char>(in), {}};
+}
+
+void write(const std::string& text) {
+  std::fwrite(text.data(), 1, text.size(), stdout);
+  std::fflush(stdout);
 }
 
 // One prompt, or one per line of --prompts.
@@ -70,12 +66,70 @@ LRNNLMHeadModel load_model(Context& ctx, const Options& o) {
     options.dtype = parse_dtype(o.dtype);
   else if (ctx.device().is_cpu())
     options.dtype = DType::float32;
-  auto model = LRNNLMHeadModel::from_pretrained(ctx, o.model, options);
-  LRNN_CHECK(model.config().vocab_size == 256, ConfigError,
-             "vocab_size: expected a byte-level model with 256 tokens, got ",
-             model.config().vocab_size);
-  return model;
+  return LRNNLMHeadModel::from_pretrained(ctx, o.model, options);
 }
+
+Tokenizer tokenizer_of(const Options& o, const LRNNLMHeadModel& model) {
+  const Tokenizer tokenizer = o.tokenizer_file.empty() ? Tokenizer::of_model(o.model)
+                                                       : Tokenizer::from_file(o.tokenizer_file);
+  const std::int64_t vocab_size = model.config().vocab_size;
+  if (tokenizer.is_bytes())
+    LRNN_CHECK(vocab_size == 256, ConfigError,
+               "vocab_size: expected 256 of a model of bytes, or a tokenizer.json, got ",
+               vocab_size);
+  LRNN_CHECK(tokenizer.vocab_size() <= vocab_size, ConfigError,
+             "--tokenizer: expected at most the ", vocab_size, " tokens of the model, got ",
+             tokenizer.vocab_size());
+  return tokenizer;
+}
+
+/// The text of one row, up to the end of the first stop text or to the end token.
+class Continuation {
+ public:
+  Continuation(const Tokenizer& tokenizer, const std::vector<std::string>& stop,
+               std::optional<std::int32_t> end)
+      : vocab_size_(tokenizer.vocab_size()), stream_(tokenizer), stop_(&stop), end_(end) {}
+
+  /// The text that has become certain with this token; none once the row has ended.
+  std::string push(std::int32_t token) {
+    if (ended_) return {};
+    ++count_;
+    ended_ = token == end_;
+    // The rows of an embedding may be more than the tokens.
+    return token >= vocab_size_ ? std::string() : until_stop(stream_.push(token));
+  }
+  std::string finish() { return stopped_ ? std::string() : until_stop(stream_.finish()); }
+  [[nodiscard]] bool ended() const noexcept { return ended_; }
+  [[nodiscard]] std::int64_t count() const noexcept { return count_; }
+
+ private:
+  std::string until_stop(const std::string& text) {
+    const std::size_t before = tail_.size();
+    tail_ += text;
+    std::size_t end = std::string::npos;
+    std::size_t longest = 1;
+    for (const std::string& stop : *stop_) {
+      longest = std::max(longest, stop.size());
+      if (const std::size_t at = tail_.find(stop); at != std::string::npos)
+        end = std::min(end, at + stop.size());
+    }
+    stopped_ = end != std::string::npos;
+    ended_ = ended_ || stopped_;
+    const std::string shown = text.substr(0, std::min(end, tail_.size()) - before);
+    // What a stop text may have begun with.
+    if (tail_.size() >= longest) tail_.erase(0, tail_.size() - (longest - 1));
+    return shown;
+  }
+
+  std::int64_t vocab_size_;
+  TokenStream stream_;
+  const std::vector<std::string>* stop_;
+  std::optional<std::int32_t> end_;
+  std::string tail_;  // the last bytes
+  std::int64_t count_ = 0;
+  bool stopped_ = false;
+  bool ended_ = false;
+};
 
 // Tells apart how fast the prompts were read, up to the first token drawn, and how fast the other
 // tokens followed.
@@ -106,9 +160,11 @@ class Speed {
 
 // Prompts as the rows of a matrix, padded at the right.
 struct Batch {
-  Batch(Context& ctx, const std::vector<std::string>& prompts) {
+  Batch(Context& ctx, const Tokenizer& tokenizer, const std::vector<std::string>& prompts) {
+    std::vector<Tokens> rows;
+    std::size_t width = 0;
     for (const std::string& prompt : prompts) {
-      rows.push_back(encode(prompt));
+      rows.push_back(tokenizer.encode(prompt));
       width = std::max(width, rows.back().size());
     }
     Tokens padded;
@@ -125,8 +181,6 @@ struct Batch {
     lengths = ctx.from_host<std::int32_t>({batch}, counts);
   }
 
-  std::vector<Tokens> rows;
-  std::size_t width = 0;
   std::int64_t tokens = 0;
   bool is_padded = false;
   Tensor ids;
@@ -141,47 +195,58 @@ std::string title(std::size_t row, std::size_t prompts, std::size_t samples) {
   return prompts == 1 ? sample : prompt + ", " + sample;
 }
 
-void print_results(const Batch& batch, std::span<const std::int32_t> out,
-                   std::span<const std::int64_t> counts) {
-  const std::size_t samples = counts.size() / batch.rows.size();
-  const std::size_t stride = out.size() / counts.size();
-  for (std::size_t r = 0; r < counts.size(); ++r) {
-    const auto drawn = out.subspan(r * stride + batch.width, static_cast<std::size_t>(counts[r]));
-    const std::string text = decode(batch.rows[r / samples]) + decode(drawn) + '\n';
-    fmt::print("{}==> {} <==\n", r == 0 ? "" : "\n", title(r, batch.rows.size(), samples));
-    std::fwrite(text.data(), 1, text.size(), stdout);
+void print_results(const std::vector<std::string>& prompts,
+                   const std::vector<std::string>& continuations) {
+  const std::size_t samples = continuations.size() / prompts.size();
+  for (std::size_t r = 0; r < continuations.size(); ++r) {
+    fmt::print("{}==> {} <==\n", r == 0 ? "" : "\n", title(r, prompts.size(), samples));
+    write(prompts[r / samples] + continuations[r] + '\n');
   }
 }
 
 // A single result is printed token by token, several ones one after the other at the end.
 int run_generate(Options o) {
   const std::vector<std::string> prompts = read_prompts(o);
+  for (const std::string& stop : o.stop)
+    LRNN_CHECK(!stop.empty(), ConfigError, "--stop: expected at least one byte");
+  LRNN_CHECK(o.generate.num_samples >= 1, ConfigError, "--num-samples: expected at least 1, got ",
+             o.generate.num_samples);
   Context ctx = make_context(o.device);
   const auto model = load_model(ctx, o);
-  const Batch batch(ctx, prompts);
+  const Tokenizer tokenizer = tokenizer_of(o, model);
+  const Batch batch(ctx, tokenizer, prompts);
   if (batch.is_padded) o.generate.lengths = batch.lengths;
   o.generate.cuda_graph = !o.no_graph;
-  for (const std::string& text : o.stop) o.generate.stop_sequences.push_back(encode(text));
-  const bool stream = prompts.size() == 1 && o.generate.num_samples == 1;
-  if (stream) std::fwrite(prompts[0].data(), 1, prompts[0].size(), stdout);
+  o.generate.eos_token = tokenizer.added_token(kEndOfText);
+
+  const std::size_t count = prompts.size() * static_cast<std::size_t>(o.generate.num_samples);
+  std::vector<Continuation> rows(count, {tokenizer, o.stop, o.generate.eos_token});
+  std::vector<std::string> texts(count);
+  const bool stream = count == 1;
+  if (stream) write(prompts[0]);
   Speed speed;
   o.generate.on_tokens = [&](std::span<const std::int32_t> tokens) {
     speed.drew_a_token();
-    if (!stream) return true;
-    const std::string text = decode(tokens);
-    std::fwrite(text.data(), 1, text.size(), stdout);
-    std::fflush(stdout);
-    return true;
+    for (std::size_t r = 0; r < count; ++r) {
+      const std::string text = rows[r].push(tokens[r]);
+      if (stream)
+        write(text);
+      else
+        texts[r] += text;
+    }
+    return !std::all_of(rows.begin(), rows.end(), [](const auto& row) { return row.ended(); });
   };
-  std::vector<std::int64_t> counts;
-  o.generate.generated_lengths = &counts;
-  const Tensor out = lrnn::generate(ctx, model, batch.ids, o.generate);
+  static_cast<void>(lrnn::generate(ctx, model, batch.ids, o.generate));
+  std::int64_t drawn = 0;
+  for (std::size_t r = 0; r < count; ++r) {
+    texts[r] += rows[r].finish();
+    drawn += rows[r].count();
+  }
   if (stream)
-    std::fputc('\n', stdout);
+    write(texts[0] + '\n');
   else
-    print_results(batch, ctx.to_host<std::int32_t>(out), counts);
-  const std::int64_t drawn = std::accumulate(counts.begin(), counts.end(), std::int64_t{0});
-  speed.print(batch.tokens, drawn - static_cast<std::int64_t>(counts.size()));
+    print_results(prompts, texts);
+  speed.print(batch.tokens, drawn - static_cast<std::int64_t>(count));
   return 0;
 }
 
@@ -191,6 +256,8 @@ void add_generate(CLI::App& app, Run& run) {
   auto* const c = app.add_subcommand("generate", "continue prompts");
   auto o = std::make_shared<Options>();
   c->add_option("--model", o->model, "directory of the model")->required();
+  c->add_option("--tokenizer", o->tokenizer_file,
+                "tokenizer.json; default: that of the model, or bytes");
   auto* const prompt = c->add_option("--prompt", o->prompt);
   auto* const prompt_file = c->add_option("--prompt-file", o->prompt_file)->excludes(prompt);
   c->add_option("--prompts", o->prompts_file, "file with one prompt per line, continued together")

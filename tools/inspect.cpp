@@ -5,6 +5,7 @@
 #include <memory>
 #include <sstream>
 
+#include "lrnn/io/file.hpp"
 #include "lrnn/lrnn.hpp"
 
 #include "command.hpp"
@@ -44,6 +45,9 @@ int convert(const Options& o) {
   LRNN_CHECK(!std::filesystem::exists(std::filesystem::path(o.out) / "config.json"), ConfigError,
              "--out: ", o.out, " holds a model already");
   load(ctx, o).save_pretrained(ctx, o.out, {.lrnnx_names = o.lrnnx_names});
+  const auto tokenizer = std::filesystem::path(o.model) / kTokenizerFile;
+  if (std::filesystem::exists(tokenizer))
+    write_text_file(std::filesystem::path(o.out) / kTokenizerFile, read_tokenizer_text(tokenizer));
   return 0;
 }
 

@@ -3,6 +3,9 @@
 #include <exception>
 #include <fmt/format.h>
 
+#include "lrnn/io/file.hpp"
+#include "lrnn/io/tokenizer.hpp"
+
 #include "command.hpp"
 
 namespace lrnn::tools {
@@ -15,6 +18,10 @@ Context make_context(const std::string& device) {
       device.find_first_not_of("0123456789", 5) == std::string::npos && device.size() < 9)
     return Context::cuda(std::stoi(device.substr(5)));
   throw ConfigError("--device: expected auto, cpu, cuda or cuda:N, got '" + device + "'");
+}
+
+std::string read_tokenizer_text(const std::filesystem::path& path) {
+  return read_text_file(path, Tokenizer::kMaxFileBytes);
 }
 
 DType parse_dtype(const std::string& name) {

@@ -1,4 +1,4 @@
-/// `lrnn train`: a byte-level language model on text files.
+/// `lrnn train`: a language model on text files, of bytes or of the tokens of a tokenizer.json.
 #include <chrono>
 #include <cstdio>
 #include <filesystem>
@@ -7,6 +7,7 @@
 #include <memory>
 #include <unistd.h>
 
+#include "lrnn/io/file.hpp"
 #include "lrnn/lrnn.hpp"
 #include "lrnn/train/text_data.hpp"
 
@@ -21,6 +22,7 @@ struct Options {
   std::vector<std::string> data;
   std::string out;
   std::string config_file;
+  std::string tokenizer_file;
   std::vector<std::string> mixers = {"Mamba", "LRU", "attn", "Mamba"};
   std::int64_t d_model = 256;
   std::int64_t d_state = 16;
@@ -43,7 +45,23 @@ std::string read_text(const std::string& file) {
   return {std::istreambuf_iterator<char>(in), {}};
 }
 
-LRNNLMHeadConfig model_config(const Options& o) {
+// The file that says how text becomes tokens; empty if they are bytes. That of a run that goes on
+// is in its directory.
+fs::path tokenizer_path(const Options& o) {
+  const fs::path saved = fs::path(o.out) / kTokenizerFile;
+  if (o.tokenizer_file.empty()) {
+    LRNN_CHECK(o.resume || !fs::exists(saved), ConfigError, "--tokenizer: expected, since ",
+               saved.string(), " exists and is not bytes");
+    return fs::exists(saved) ? saved : fs::path();
+  }
+  const bool same = !o.resume || (fs::exists(saved) && read_tokenizer_text(saved) ==
+                                                           read_tokenizer_text(o.tokenizer_file));
+  LRNN_CHECK(same, ConfigError, "--tokenizer: expected that of the run to be resumed, got ",
+             o.tokenizer_file);
+  return o.tokenizer_file;
+}
+
+LRNNLMHeadConfig model_config(const Options& o, const Tokenizer& tokenizer) {
   if (!o.config_file.empty()) {
     LRNNLMHeadConfig config = config_from_json(read_text(o.config_file));
     config.dtype = parse_dtype(o.dtype);
@@ -54,7 +72,7 @@ LRNNLMHeadConfig model_config(const Options& o) {
   return {.d_model = o.d_model,
           .d_state = o.d_state,
           .n_layer = static_cast<std::int64_t>(types.size()),
-          .vocab_size = 256,
+          .vocab_size = tokenizer.vocab_size(),
           .mixer_types = std::move(types),
           .d_intermediate = o.d_intermediate,
           .dtype = parse_dtype(o.dtype)};
@@ -100,15 +118,22 @@ int train(Options o) {
              " holds a model already; choose another directory or pass --resume");
   Context ctx = make_context(o.device);
   ctx.set_allow_tf32(o.allow_tf32);
-  const TextData data = TextData::from_files({o.data.begin(), o.data.end()}, o.held_out);
-  LRNNLMHeadModel model(ctx, model_config(o), {.seed = o.seed});
+  const fs::path tokenizer_file = tokenizer_path(o);
+  const std::string tokenizer_text =
+      tokenizer_file.empty() ? "" : read_tokenizer_text(tokenizer_file);
+  const Tokenizer tokenizer = tokenizer_file.empty()
+                                  ? Tokenizer()
+                                  : Tokenizer::from_json(tokenizer_text, tokenizer_file.string());
+  const TextData data = TextData::from_files({o.data.begin(), o.data.end()}, tokenizer, o.held_out);
+  LRNNLMHeadModel model(ctx, model_config(o, tokenizer), {.seed = o.seed});
   LRNN_CHECK(data.max_token() < model.config().vocab_size, ConfigError,
-             "vocab_size: expected more than ", data.max_token(), ", the greatest byte, got ",
+             "vocab_size: expected more than ", data.max_token(), ", the greatest token, got ",
              model.config().vocab_size);
-  fmt::print(stderr, "{} parameters, {} bytes to train on, {} held out\n",
-             model.parameters().numel(), data.train_size(), data.held_out_size());
+  fmt::print(stderr, "{} parameters, {} {} to train on, {} held out\n", model.parameters().numel(),
+             data.train_size(), tokenizer.is_bytes() ? "bytes" : "tokens", data.held_out_size());
 
   fs::create_directories(out);
+  if (!tokenizer.is_bytes()) write_text_file(out / kTokenizerFile, tokenizer_text);
   std::ofstream log;
   if (!o.log.empty()) {
     log.open(o.log, std::ios::app);
@@ -132,7 +157,9 @@ int train(Options o) {
   };
   if (o.max_seconds > 0)
     callbacks.should_stop = [&] { return progress.elapsed() >= o.max_seconds; };
-  Trainer trainer(ctx, training_model(model), data, o.trainer, callbacks);
+  TrainingModel training = training_model(model);
+  if (!tokenizer.is_bytes()) training.files.emplace(kTokenizerFile, tokenizer_text);
+  Trainer trainer(ctx, std::move(training), data, o.trainer, callbacks);
   trainer.run();
   progress.finish();
   const double seconds = progress.elapsed();
@@ -149,12 +176,13 @@ int train(Options o) {
 }  // namespace
 
 void add_train(CLI::App& app, Run& run) {
-  auto* const c = app.add_subcommand("train", "train a byte-level model on text files");
+  auto* const c = app.add_subcommand("train", "train a model on text files");
   auto o = std::make_shared<Options>();
   c->set_config("--options", "", "read options from a TOML file");
   c->add_option("--data", o->data, "text files")->required();
   c->add_option("--out", o->out, "directory of the trained model")->required();
   c->add_option("--config", o->config_file, "config.json of the model, in place of the sizes");
+  c->add_option("--tokenizer", o->tokenizer_file, "tokenizer.json; default: every byte is a token");
   c->add_option("--mixers", o->mixers, "one mixer type per layer")->delimiter(',');
   c->add_option("--d-model", o->d_model);
   c->add_option("--d-state", o->d_state);
