@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <map>
+#include <system_error>
 #include <utility>
 
 #include "lrnn/core/error.hpp"
@@ -215,7 +216,10 @@ Tokenizer Tokenizer::from_file(const std::filesystem::path& path) {
 
 Tokenizer Tokenizer::of_model(const std::filesystem::path& directory) {
   const auto path = directory / kFileName;
-  return std::filesystem::exists(path) ? from_file(path) : Tokenizer();
+  std::error_code ignored;
+  const bool is_missing =
+      std::filesystem::status(path, ignored).type() == std::filesystem::file_type::not_found;
+  return is_missing ? Tokenizer() : from_file(path);
 }
 
 bool Tokenizer::reads_json() noexcept {

@@ -625,10 +625,12 @@ TEST_F(TokenizerFiles, MalformedTextIsRefused) {
 // A small file with everything in it: all of its beginnings, and its bytes changed at random.
 TEST_F(TokenizerFiles, DamagedTextNeverCrashes) {
   const std::string text =
-      R"({"version":"1.0","truncation":null,"padding":null,"added_tokens":[{"id":4,"content":"<e>",)"
+      R"({"version":"1.0","truncation":null,"padding":null,"added_tokens":[{"id":4,)"
+      R"("content":"<e>",)"
       R"("single_word":false,"lstrip":false,"rstrip":false,"normalized":true,"special":true}],)"
       R"("normalizer":{"type":"NFC"},"pre_tokenizer":{"type":"ByteLevel","add_prefix_space":false,)"
-      R"("trim_offsets":true,"use_regex":true},"post_processor":null,"decoder":{"type":"ByteLevel",)"
+      R"("trim_offsets":true,"use_regex":true},"post_processor":null,)"
+      R"("decoder":{"type":"ByteLevel",)"
       R"("add_prefix_space":true,"trim_offsets":true},"model":{"type":"BPE","dropout":null,)"
       R"("vocab":{"a":0,"b":1,"ab":2,"aba":3},"merges":["a b",["ab","a"]]}})";
   EXPECT_EQ(Tokenizer::from_json(text).encode("aba<e>ba"), (Ids{3, 4, 1, 0}));

@@ -12,7 +12,7 @@ fail() {
 have_build_tools() {
   command -v meson >/dev/null && command -v ninja >/dev/null && command -v g++ >/dev/null &&
     command -v pkg-config >/dev/null && command -v python3 >/dev/null &&
-    pkg-config --exists eigen3 nlohmann_json fmt gtest gmock benchmark &&
+    pkg-config --exists eigen3 nlohmann_json fmt gtest gmock benchmark libpcre2-8 libutf8proc &&
     printf '#include <CLI/CLI.hpp>\n' | g++ -std=c++20 -E -x c++ - >/dev/null 2>&1
 }
 

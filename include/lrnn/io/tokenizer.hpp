@@ -44,6 +44,7 @@ class Tokenizer {
   /// @throws IoError if `path` is unreadable or larger than kMaxFileBytes; as from_json()
   static Tokenizer from_file(const std::filesystem::path& path);
   /// That of a model's folder: its tokenizer.json, or bytes if there is none.
+  /// @throws as from_file()
   static Tokenizer of_model(const std::filesystem::path& directory);
   /// False in a build without PCRE2 and utf8proc, which reads bytes only.
   [[nodiscard]] static bool reads_json() noexcept;
