@@ -731,7 +731,9 @@ class Reference {
         options_(options),
         dtype_(rounded.dtype),
         seed_(seed),
-        recurrent_(v.type != MixerType::Attn) {
+        recurrent_(v.type != MixerType::Attn),
+        has_float32_projections_(v.type == MixerType::LRU || v.type == MixerType::S5 ||
+                                 v.type == MixerType::Centaurus) {
     cpu_ =
         std::make_unique<Instance>(Context::cpu(), v, s.d_model, s.d_state, DType::float64, seed);
     cpu_->copy_parameters_from(rounded);
@@ -765,6 +767,13 @@ class Reference {
   [[nodiscard]] const Pass& want() const { return want_; }
 
  private:
+  // LRU, S5 and Centaurus keep the matrices of their projections in float32; products in bfloat16
+  // read them rounded. (What has no weight decay belongs to the recurrence.)
+  [[nodiscard]] DType rounded_as(const Parameter& p) const {
+    const bool read_rounded = has_float32_projections_ && p.options.weight_decay;
+    return p.options.keep_float32 && !read_rounded ? DType::float32 : dtype_;
+  }
+
   const Pass& neighbour(std::size_t i) {
     while (neighbours_.size() <= i) {
       Rng rng(seed_, detail::concat("rounding", neighbours_.size()));
@@ -774,8 +783,7 @@ class Reference {
       std::vector<std::vector<double>> kept;
       for (Parameter& p : cpu_->store) {
         kept.push_back(cpu_->ctx.to_host_as_double(p.value));
-        const DType held = p.options.keep_float32 ? DType::float32 : dtype_;
-        cpu_->ctx.write_from_host(p.value, moved(kept.back(), held, rng));
+        cpu_->ctx.write_from_host(p.value, moved(kept.back(), rounded_as(p), rng));
       }
       neighbours_.push_back(recurrent_ ? moved_rows(*cpu_, sizes_, in, options_.event, rng)
                                        : run(*cpu_, sizes_, in, options_));
@@ -791,6 +799,7 @@ class Reference {
   DType dtype_;
   std::uint64_t seed_;
   bool recurrent_;
+  bool has_float32_projections_;
   std::unique_ptr<Instance> cpu_;
   Pass want_;  // its states live in the memory of cpu_, as those of the neighbours
   std::vector<Pass> neighbours_;
