@@ -140,7 +140,7 @@ void backward_bias(const LinearBackward& a) {
 
 void linear_forward(Context&, const LinearForward& a) {
   const bool few = detail::row_count(a.x) <= kFewRows;
-  if (a.weight.dtype() != a.x.dtype())  // float32 x
+  if (a.weight.dtype() != a.x.dtype())  // bfloat16 beside float32
     return few ? few_rows<float, bfloat16>(a) : many_rows_bfloat16(a);
   visit_float("linear_forward", a.x.dtype(),
               [&]<class T>() { few ? few_rows<T, T>(a) : many_rows<T>(a); });
