@@ -147,6 +147,8 @@ class BackwardPack {
   BackwardPack(const CausalConv1dBackward& a, const Channels<T>& c)
       : a_(a),
         c_(c),
+        dy_(rows_of<T>(a.dy)),
+        dx_(rows_of<T>(a.dx)),
         length_(c.v.length(c.b)),
         dpre_(static_cast<std::size_t>(c.v.width)),
         dweight_(static_cast<std::size_t>(c.v.width), Pack<T>::Zero()) {}
@@ -179,7 +181,7 @@ class BackwardPack {
     return dpre_[static_cast<std::size_t>(t % c_.v.width)];
   }
   void add_token(std::int64_t t) {
-    Pack<T> d = load(rows_of<T>(a_.dy)[c_.row(t)] + c_.first, c_.count);
+    Pack<T> d = load(dy_[c_.row(t)] + c_.first, c_.count);
     if (c_.v.activation == Activation::Silu) {
       const Pack<T> pre = c_.pre(t);
       const Pack<T> s = T(1) / (T(1) + (-pre).exp());
@@ -203,7 +205,7 @@ class BackwardPack {
     return sum;
   }
   void write_dx(std::int64_t t, const Pack<T>& dx) {
-    store<T>(dx, rows_of<T>(a_.dx)[c_.row(t)] + c_.first, c_.count);
+    store<T>(dx, dx_[c_.row(t)] + c_.first, c_.count);
   }
   void write_dstate() {
     if (!a_.dstate_in) return;
@@ -215,6 +217,8 @@ class BackwardPack {
 
   const CausalConv1dBackward& a_;
   const Channels<T>& c_;
+  Rows<const T> dy_;
+  Rows<T> dx_;
   std::int64_t length_;
   std::vector<Pack<T>> dpre_;
   std::vector<Pack<T>> dweight_;
