@@ -1,4 +1,5 @@
-// Any text as a tokenizer.json: refused with a ConfigError or an IoError, or a tokenizer.
+// Any text as a tokenizer.json: refused with a ConfigError, or a tokenizer whose ids are those of
+// its vocabulary and can be decoded.
 
 #include "lrnn/io/tokenizer.hpp"
 
@@ -6,7 +7,15 @@
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
   using namespace lrnn::fuzz;
-  accepts<lrnn::ConfigError, lrnn::IoError>(
-      kName, [&] { (void)lrnn::Tokenizer::from_json(text_of(data, size), kName); });
+  lrnn::Tokenizer tokenizer;
+  if (!accepts<lrnn::ConfigError>(
+          kName, [&] { tokenizer = lrnn::Tokenizer::from_json(text_of(data, size), kName); }))
+    return 0;
+  accepts<lrnn::InvalidArgument>("", [&] {
+    const auto ids = tokenizer.encode("Aa aa'll  \t1e\u0301<a>");
+    for (const std::int32_t id : ids)
+      require(id >= 0 && id < tokenizer.vocab_size(), "ids are those of the vocabulary");
+    (void)tokenizer.decode(ids);
+  });
   return 0;
 }
