@@ -64,9 +64,10 @@ class Matcher {
       const auto byte_n = [n](const Entry& e) {
         return n < e.content.size() ? static_cast<unsigned char>(e.content[n]) : -1;
       };
-      const auto range =
-          std::ranges::equal_range(rest, static_cast<unsigned char>(text[n]), {}, byte_n);
-      rest = {range.begin(), range.end()};
+      // Two searches: clang 14 cannot compile equal_range of libstdc++.
+      const auto byte = static_cast<unsigned char>(text[n]);
+      rest = {std::ranges::lower_bound(rest, byte, {}, byte_n),
+              std::ranges::upper_bound(rest, byte, {}, byte_n)};
       if (!rest.empty() && rest[0].content.size() == n + 1) found = {n + 1, rest[0].id};
     }
     return found;
