@@ -121,6 +121,7 @@ double max_error(Context& ctx, const OpCase& c, Reference& want, Tensors& got, b
     const auto w = want.cpu.to_host_as_double(want.results.at(name));
     double error = 0;
     double scale = 1e-300;
+#pragma omp parallel for schedule(static) reduction(max : error, scale)
     for (std::size_t i = 0; i < w.size(); ++i) {
       error = std::max(error, std::abs(g[i] - w[i]));
       scale = std::max(scale, std::abs(w[i]));

@@ -10,6 +10,9 @@
 namespace lrnn {
 namespace {
 
+// Elements from which on threads share a conversion.
+constexpr std::size_t kParallelConversion = std::size_t{1} << 20;
+
 // One host value of type T, widened to double.
 template <class T>
 double widen(const void* data, std::size_t i) {
@@ -141,6 +144,7 @@ void Context::write_from_host(MutableTensorView dst, std::span<const double> val
              "write_from_host: shape ", dst.shape(), " does not hold ", values.size(), " values");
   std::vector<std::byte> buffer(dst.nbytes());
   visit_dtype(dst.dtype(), [&]<class T>() {
+#pragma omp parallel for schedule(static) if (values.size() > kParallelConversion)
     for (std::size_t i = 0; i < values.size(); ++i) narrow<T>(buffer.data(), i, values[i]);
   });
   copy_from_host(dst, buffer.data());
@@ -150,6 +154,7 @@ std::vector<double> Context::to_host_as_double(TensorView src) {
   copy_to_host(buffer.data(), src);
   std::vector<double> out(static_cast<std::size_t>(src.numel()));
   visit_dtype(src.dtype(), [&]<class T>() {
+#pragma omp parallel for schedule(static) if (out.size() > kParallelConversion)
     for (std::size_t i = 0; i < out.size(); ++i) out[i] = widen<T>(buffer.data(), i);
   });
   return out;
