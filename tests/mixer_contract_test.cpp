@@ -820,7 +820,7 @@ void rounded_case(const MixerVariant& v, int i, Context ctx, DType dtype, double
       got, [](const Pass& p) { return p.y; }, forward_limit, "y");
   for (const auto& [name, values] : reference.want().state_out)
     reference.expect_near(
-        got, [&name](const Pass& p) { return p.state_out.at(name); }, forward_limit, name);
+        got, [&name = name](const Pass& p) { return p.state_out.at(name); }, forward_limit, name);
   reference.expect_near(
       got, [](const Pass& p) { return p.dx; }, gradient_limit, "dx");
   if (v.event)
@@ -828,7 +828,7 @@ void rounded_case(const MixerVariant& v, int i, Context ctx, DType dtype, double
         got, [](const Pass& p) { return p.dtau; }, gradient_limit, "dtau");
   for (const auto& [name, values] : reference.want().grads)
     reference.expect_near(
-        got, [&name](const Pass& p) { return p.grads.at(name); }, gradient_limit, name);
+        got, [&name = name](const Pass& p) { return p.grads.at(name); }, gradient_limit, name);
 }
 
 TEST_P(MixerContract, CpuFloat32MatchesDouble) {
