@@ -14,8 +14,9 @@ namespace lrnn {
 namespace {
 
 // Rows of logits that exist at a time in training: V may be 50,000, and B L many thousands. Each
-// chunk reads and writes the float32 gradient of the whole head once more.
-constexpr std::int64_t kLossChunkRows = 2048;
+// chunk reads and writes the float32 gradient of the whole head once more. 9 chunks of 16384 rows
+// stay below 256 MiB with all that the head needs.
+constexpr std::int64_t kLossChunkRows = 1840;
 
 // Products are fast where sizes are multiples of 16 bytes and rows start at cache lines; V may be
 // odd.
