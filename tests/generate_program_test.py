@@ -98,7 +98,7 @@ class Generate(unittest.TestCase):
                                 (("--prompts", "none.txt"), "none.txt"),
                                 (("--prompt", ""), "--prompt"),
                                 (("--prompt", "a", "--prompts", "prompts.txt"), "excludes"),
-                                (("--prompt", "a", "--num-samples", "0"), "num_samples")):
+                                (("--prompt", "a", "--num-samples", "0"), "num-samples")):
             done = self.run_program("generate", "--model", "model", *arguments)
             self.assertEqual((done.returncode, done.stdout), (2, b""), arguments)
             self.assertIn(word, done.stderr.decode())
