@@ -1,5 +1,6 @@
 /// `lrnn train`: a language model on text files, of bytes or of the tokens of a tokenizer.json.
 #include <chrono>
+#include <csignal>
 #include <cstdio>
 #include <filesystem>
 #include <fmt/format.h>
@@ -112,6 +113,14 @@ class Progress {
   std::chrono::steady_clock::time_point begin_ = std::chrono::steady_clock::now();
 };
 
+volatile std::sig_atomic_t interrupted = 0;
+
+// The first Ctrl-C (or SIGTERM) asks for an end after the step in progress; another one ends at once.
+extern "C" void request_stop(int signal) {
+  interrupted = 1;
+  std::signal(signal, SIG_DFL);
+}
+
 int train(Options o) {
   const fs::path out = o.out;
   LRNN_CHECK(o.resume || !fs::exists(out / "config.json"), ConfigError, "--out: ", o.out,
@@ -155,16 +164,23 @@ int train(Options o) {
   callbacks.on_record = [&](const std::string& record) {
     if (log.is_open()) log << record << '\n' << std::flush;
   };
-  if (o.max_seconds > 0)
-    callbacks.should_stop = [&] { return progress.elapsed() >= o.max_seconds; };
+  callbacks.should_stop = [&] {
+    return interrupted != 0 || (o.max_seconds > 0 && progress.elapsed() >= o.max_seconds);
+  };
   TrainingModel training = training_model(model);
   if (!tokenizer.is_bytes()) training.files.emplace(kTokenizerFile, tokenizer_text);
   Trainer trainer(ctx, std::move(training), data, o.trainer, callbacks);
+  std::signal(SIGINT, request_stop);
+  std::signal(SIGTERM, request_stop);
   trainer.run();
   progress.finish();
   const double seconds = progress.elapsed();
   if (!o.trainer.checkpoint_directory.empty()) static_cast<void>(trainer.save());
   model.save_pretrained(ctx, out);
+  if (interrupted != 0) {
+    fmt::print(stderr, "stopped after step {}; the model is saved in {}\n", trainer.step(), o.out);
+    return 0;
+  }
   if (data.held_out_size() > 1) {
     const EvaluationMetrics m = trainer.evaluate();
     fmt::print("trained {} steps in {:.1f} s; held-out loss {:.4f}, {:.4f} bits per byte\n",

@@ -1,6 +1,5 @@
 # Sourced by tools/test: the checks of tools/test --extended, in a build of their own, build-fuzz/.
 
-lrnn_extended_packages="clang libclang-rt-14-dev libomp-dev"
 lrnn_fuzz_seconds="${LRNN_FUZZ_SECONDS:-60}"
 
 have_fuzz_tools() {
@@ -14,10 +13,18 @@ have_fuzz_tools() {
   return $status
 }
 
+# The runtime's packages carry the version of the distribution's clang in their names.
+install_fuzz_tools() {
+  command -v clang++ >/dev/null || install_packages clang
+  local version
+  version=$(clang++ -dumpversion | cut -d . -f 1)
+  install_packages "libclang-rt-$version-dev" "libomp-$version-dev"
+}
+
 # The address and undefined-behaviour sanitizers and libFuzzer; warnings are the other build's task.
 build_with_sanitizers() {
-  have_fuzz_tools || install_packages $lrnn_extended_packages
-  have_fuzz_tools || fail "clang++ cannot link a fuzzer after installing: $lrnn_extended_packages"
+  have_fuzz_tools || install_fuzz_tools
+  have_fuzz_tools || fail "clang++ cannot link a fuzzer after installing clang, its runtime and OpenMP"
   [ -f build-fuzz/build.ninja ] || CXX=clang++ meson setup build-fuzz \
     -Dcuda=disabled -Dfuzz=enabled -Db_sanitize=address,undefined -Dbuildtype=debugoptimized \
     -Doptimization=1 -Ddefault_library=static -Dbench=disabled -Dtools=disabled -Dwerror=false
