@@ -28,6 +28,14 @@ LRNNLMHeadConfig small_model() {
           .d_intermediate = 24};
 }
 
+LRNNLMHeadConfig every_mixer() {
+  LRNNLMHeadConfig config = small_model();
+  const auto types = all_mixer_types();
+  config.mixer_types.assign(types.begin(), types.end());
+  config.n_layer = static_cast<std::int64_t>(types.size());
+  return config;
+}
+
 TrainerConfig small_run() {
   return {.steps = 20,
           .batch_size = 2,
@@ -63,7 +71,7 @@ void expect_same_bits(Context& ctx, DType dtype) {
     config.checkpoint_every = directory.empty() ? 0 : 10;
     std::vector<std::vector<double>> all;
     for (const std::int64_t until : stops) {
-      LRNNLMHeadModel model(ctx, small_model(), {.dtype = dtype, .seed = 1});
+      LRNNLMHeadModel model(ctx, every_mixer(), {.dtype = dtype, .seed = 1});
       Trainer trainer(ctx, training_model(model), data, config);
       trainer.run(until);
       all = everything(ctx, model.parameters(), trainer.optimizer());
