@@ -6,7 +6,7 @@
 
 #include "lrnn/ops/attention.hpp"
 
-#include "common/check.cuh"
+#include "common/capability.cuh"
 #include "common/dtype.cuh"
 #include "common/vec.cuh"
 #include "ops/dispatch.hpp"
@@ -119,21 +119,6 @@ Sizes sizes_of(const char* op, const AttentionInputs& in,
           .causal = in.causal,
           .vectors = vectors,
           .scale = static_cast<float>(in.softmax_scale)};
-}
-
-/// Major compute capability times 10 plus minor of the current device.
-inline int compute_capability() {
-  int device = 0;
-  int major = 0;
-  int minor = 0;
-  LRNN_CUDA_CHECK(cudaGetDevice(&device));
-  LRNN_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  LRNN_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
-  return 10 * major + minor;
-}
-/// Whether tensor cores take bfloat16.
-inline bool has_mma() {
-  return compute_capability() >= 80;
 }
 
 inline int tiles_of(std::int64_t rows, int per_tile) {

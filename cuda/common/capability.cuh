@@ -1,0 +1,23 @@
+/// What the current device can do.
+#pragma once
+
+#include "common/check.cuh"
+
+namespace lrnn::cuda {
+
+/// Major compute capability times 10 plus minor of the current device.
+inline int compute_capability() {
+  int device = 0;
+  int major = 0;
+  int minor = 0;
+  LRNN_CUDA_CHECK(cudaGetDevice(&device));
+  LRNN_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  LRNN_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+  return 10 * major + minor;
+}
+/// Whether tensor cores take bfloat16.
+inline bool has_mma() {
+  return compute_capability() >= 80;
+}
+
+}  // namespace lrnn::cuda
