@@ -1,6 +1,9 @@
 // Dense projections by cuBLASLt, which is column-major: a row-major matrix is its own transpose
 // there, so y = x W^T is computed as y^T = W x^T, and so on.
 //
+// Products of few rows, one token of each sequence of a batch, are read from memory once by a
+// kernel of our own: cuBLASLt takes several microseconds for any of them.
+//
 // Algorithms come from the library's heuristic and are kept per shape. In-place split-K reductions,
 // whose order is not fixed, are excluded.
 #include "lrnn/ops/elementwise.hpp"
@@ -8,6 +11,7 @@
 
 #include "common/check.cuh"
 #include "common/dtype.cuh"
+#include "common/linear_few_rows.cuh"
 #include "ops/dispatch.hpp"
 #include "runtime.hpp"
 
@@ -151,9 +155,35 @@ Operand columns_of(TensorView t, bool transposed = false) {
   return {t.raw(), t.dtype(), t.dim(-1), detail::row_count(t), detail::row_stride(t), transposed};
 }
 
+template <class T>
+void few_rows_forward(Context& ctx, const LinearForward& a) {
+  const few_rows::Args<T> args{.x = device_rows<T>(a.x),
+                               .weight = device_rows<T>(a.weight),
+                               .bias = a.bias ? a.bias.data<T>() : nullptr,
+                               .y = device_rows<T>(a.y),
+                               .rows = static_cast<int>(detail::row_count(a.x)),
+                               .columns = static_cast<int>(a.weight.dim(0)),
+                               .depth = static_cast<int>(a.x.dim(-1)),
+                               .accumulate = a.accumulate};
+  const int warps = few_rows::warps_of<T>(args.depth);
+  few_rows::visit_sizes(args, [&]<int kTiles, int kRows>() {
+    constexpr int kWidth = kTiles * few_rows::kColumns;
+    const auto blocks = static_cast<unsigned>((args.columns + kWidth - 1) / kWidth);
+    const std::size_t shared = sizeof(float) * kRows * few_rows::kPitch<kTiles> * warps;
+    few_rows::product_kernel<T, kTiles, kRows>
+        <<<blocks, static_cast<unsigned>(32 * warps), shared, ctx.stream().handle>>>(args);
+    LRNN_CUDA_CHECK_LAUNCH();
+  });
+}
+
 }  // namespace
 
 void linear_forward(Context& ctx, const LinearForward& a) {
+  const bool few = a.x.dtype() == DType::bfloat16 ? few_rows::applies<bf16>(a.x, a.weight)
+                                                  : few_rows::applies<float>(a.x, a.weight);
+  if (few)
+    return visit_float("linear_forward", a.x.dtype(),
+                       [&]<class T>() { few_rows_forward<T>(ctx, a); });
   Product{columns_of(a.weight, true), columns_of(a.x), columns_of(a.y), a.accumulate,
           a.bias ? a.bias.raw() : nullptr}
       .run(ctx);
