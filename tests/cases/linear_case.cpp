@@ -88,6 +88,15 @@ OpCase without_gradcheck(OpCase c) {
   return c;
 }
 
+// Decoding: the weight is read once, and there is little else.
+OpCase decode_case(std::int64_t rows, std::int64_t in, std::int64_t out) {
+  OpCase c = linear_case({rows, in, out, false});
+  c.gradcheck = false;
+  c.backward = {};
+  c.bytes_forward = 4.0 * static_cast<double>(in * out);
+  return c;
+}
+
 const RegisterOpCases kRegister({
     linear_case({1, 1, 1}),
     linear_case({3, 5, 7}),
@@ -101,6 +110,30 @@ const RegisterOpCases kRegister({
     linear_case({4, 6, 5, true, 3, true}),
     accumulate_case(3, 5, 4),
     accumulate_case(8, 16, 8),
+    // Around the numbers of rows at which CUDA changes its product, and depths of whole and broken
+    // 16-byte accesses.
+    linear_case({2, 24, 13}),
+    linear_case({4, 12, 5, false}),
+    linear_case({5, 40, 9}),
+    linear_case({8, 8, 31}),
+    linear_case({9, 32, 7, false}),
+    linear_case({15, 16, 17}),
+    linear_case({16, 24, 8}),
+    linear_case({16, 13, 6}),
+    linear_case({16, 32, 11, true, 8, true}),
+    accumulate_case(16, 40, 9),
+    // There, depths and widths that change how the product is cut.
+    without_gradcheck(linear_case({1, 776, 129})),
+    without_gradcheck(linear_case({3, 3080, 33, false})),
+    without_gradcheck(linear_case({4, 104, 4099})),
+    without_gradcheck(linear_case({8, 1544, 80})),
+    without_gradcheck(linear_case({16, 4104, 70})),
+    without_gradcheck(linear_case({16, 192, 4100, false})),
+    without_gradcheck(linear_case({1, 40, 16387})),
+    without_gradcheck(linear_case({3, 40, 16387})),
+    without_gradcheck(linear_case({7, 104, 16387, false})),
+    without_gradcheck(linear_case({16, 104, 16387})),
+    without_gradcheck(linear_case({17, 104, 16387})),
     without_gradcheck(linear_case({130, 96, 200})),
     without_gradcheck(linear_case({257, 129, 65})),
     without_gradcheck(linear_case({2, 600, 300, false})),
@@ -108,6 +141,16 @@ const RegisterOpCases kRegister({
 const RegisterBenchCases kRegisterBench({
     without_gradcheck(linear_case({16384, 768, 3072, false})),
     without_gradcheck(linear_case({16384, 1536, 768, false})),
+    decode_case(1, 768, 3072),
+    decode_case(1, 1536, 80),
+    decode_case(1, 48, 1536),
+    decode_case(1, 1536, 768),
+    decode_case(1, 768, 50288),
+    decode_case(16, 768, 3072),
+    decode_case(16, 1536, 80),
+    decode_case(16, 48, 1536),
+    decode_case(16, 1536, 768),
+    decode_case(16, 768, 50288),
 });
 
 }  // namespace

@@ -64,6 +64,24 @@ class LinearOfFewRows : public ::testing::Test {
     return ys;
   }
 
+  /// Any neighbouring rows by themselves give the bits that they give together.
+  void expect_rows_alone(const Problem& all, DType dtype, DType weight_dtype) {
+    make(all, dtype, weight_dtype);
+    run(all);
+    const auto together = ctx.to_host_as_double(y);
+    for (std::int64_t count = 1; count < all.rows; ++count)
+      for (std::int64_t first = 0; first + count <= all.rows; ++first) {
+        Tensor some = ctx.empty({count, all.out}, dtype);
+        linear_forward(
+            ctx, {.x = x.view().slice(0, first, count), .weight = weight, .bias = bias, .y = some});
+        const auto alone = ctx.to_host_as_double(some);
+        EXPECT_EQ(std::memcmp(alone.data(), together.data() + first * all.out,
+                              alone.size() * sizeof(double)),
+                  0)
+            << dtype << ' ' << all.in << " x " << all.out << ": " << first << " + " << count;
+      }
+  }
+
   Context ctx = Context::cpu();
   Tensor x, weight, bias, y;
 };
@@ -96,22 +114,17 @@ TEST_F(LinearOfFewRows, SumsAreThoseOfTheStoredWeight) {
 
 // Decoding one sequence or several is the same arithmetic.
 TEST_F(LinearOfFewRows, RowsDoNotKnowEachOther) {
-  for (const DType weight_dtype : {DType::float32, DType::bfloat16}) {
-    const Problem all{8, 203, 70};
-    make(all, DType::float32, weight_dtype);
-    run(all);
-    const auto together = ctx.to_host<float>(y);
-    for (std::int64_t count = 1; count < all.rows; ++count)
-      for (std::int64_t first = 0; first + count <= all.rows; ++first) {
-        Tensor some = ctx.empty({count, all.out}, DType::float32);
-        linear_forward(
-            ctx, {.x = x.view().slice(0, first, count), .weight = weight, .bias = bias, .y = some});
-        const auto alone = ctx.to_host<float>(some);
-        EXPECT_EQ(std::memcmp(alone.data(), together.data() + first * all.out,
-                              alone.size() * sizeof(float)),
-                  0)
-            << first << " + " << count;
-      }
+  for (const DType weight_dtype : {DType::float32, DType::bfloat16})
+    expect_rows_alone({8, 203, 70}, DType::float32, weight_dtype);
+}
+// Up to the most rows that its kernel takes; widths and depths that it cuts in all its ways.
+TEST_F(LinearOfFewRows, RowsDoNotKnowEachOtherOnCuda) {
+  if (Context::cuda_device_count() == 0) GTEST_SKIP() << "no CUDA device";
+  ctx = Context::cuda();
+  for (const Problem& p : {Problem{16, 40, 9}, Problem{16, 1544, 70}, Problem{16, 104, 4099},
+                           Problem{16, 200, 16387}}) {
+    expect_rows_alone(p, DType::bfloat16, DType::bfloat16);
+    expect_rows_alone({4, p.in, p.out}, DType::float32, DType::float32);
   }
 }
 
