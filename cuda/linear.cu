@@ -1,8 +1,8 @@
 // Dense projections by cuBLASLt, which is column-major: a row-major matrix is its own transpose
 // there, so y = x W^T is computed as y^T = W x^T, and so on.
 //
-// Products of few rows, one token of each sequence of a batch, are read from memory once by a
-// kernel of our own: cuBLASLt takes several microseconds for any of them.
+// Products of few rows, one token of each sequence of a batch, go to a kernel of our own that reads
+// the weight once: cuBLASLt takes several microseconds for any of them.
 //
 // Algorithms come from the library's heuristic and are kept per shape. In-place split-K reductions,
 // whose order is not fixed, are excluded.
@@ -179,14 +179,12 @@ void few_rows_forward(Context& ctx, const LinearForward& a) {
 }  // namespace
 
 void linear_forward(Context& ctx, const LinearForward& a) {
-  const bool few = a.x.dtype() == DType::bfloat16 ? few_rows::applies<bf16>(a.x, a.weight)
-                                                  : few_rows::applies<float>(a.x, a.weight);
-  if (few)
-    return visit_float("linear_forward", a.x.dtype(),
-                       [&]<class T>() { few_rows_forward<T>(ctx, a); });
-  Product{columns_of(a.weight, true), columns_of(a.x), columns_of(a.y), a.accumulate,
-          a.bias ? a.bias.raw() : nullptr}
-      .run(ctx);
+  visit_float("linear_forward", a.x.dtype(), [&]<class T>() {
+    if (few_rows::applies<T>(a.x, a.weight)) return few_rows_forward<T>(ctx, a);
+    Product{columns_of(a.weight, true), columns_of(a.x), columns_of(a.y), a.accumulate,
+            a.bias ? a.bias.raw() : nullptr}
+        .run(ctx);
+  });
 }
 
 void linear_backward(Context& ctx, const LinearBackward& a) {
