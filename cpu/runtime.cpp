@@ -74,19 +74,24 @@ class CpuRuntime final : public Runtime {
     return std::make_unique<CpuStopwatch>();
   }
   void fill_bytes(MutableTensorView dst, unsigned char value) override {
-    std::memset(dst.raw(), value, dst.nbytes());
+    if (dst.nbytes() > 0) std::memset(dst.raw(), value, dst.nbytes());
   }
   void copy(MutableTensorView dst, TensorView src) override {
-    std::memcpy(dst.raw(), src.raw(), src.nbytes());
+    copy_bytes(dst.raw(), src.raw(), src.nbytes());
   }
   void copy_from_host(MutableTensorView dst, const void* src) override {
-    std::memcpy(dst.raw(), src, dst.nbytes());
+    copy_bytes(dst.raw(), src, dst.nbytes());
   }
   void copy_to_host(void* dst, TensorView src) override {
-    std::memcpy(dst, src.raw(), src.nbytes());
+    copy_bytes(dst, src.raw(), src.nbytes());
   }
 
  private:
+  // Tensors without elements have no address, which memcpy must not be given.
+  static void copy_bytes(void* dst, const void* src, std::size_t bytes) {
+    if (bytes > 0) std::memcpy(dst, src, bytes);
+  }
+
   CachingResource memory_{std::make_unique<HostResource>()};
 };
 

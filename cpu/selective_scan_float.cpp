@@ -1,5 +1,7 @@
 #include "selective_scan_float.hpp"
 
+#include <algorithm>
+#include <omp.h>
 #include <vector>
 
 #include "lrnn/ops/selective_scan.hpp"
@@ -72,7 +74,7 @@ LRNN_END_TARGET
 #endif
 
 struct Passes {
-  void (*forward)(const FloatScan&, std::int64_t, std::int64_t, float*);
+  void (*forward)(const FloatScan&, std::int64_t, std::int64_t, std::int64_t, float*);
   void (*backward)(const FloatScanBackward&, std::int64_t, std::int64_t, float*);
 };
 
@@ -99,13 +101,19 @@ std::int64_t backward_scratch(std::int64_t dstate) {
 
 void run_float_scan(const FloatScan& p) {
   const auto run = passes_of_machine().forward;
+  // Groups that a thread takes through time together: as many as leave every thread some, up to a
+  // width whose states stay in the first cache. Groups know nothing of each other, nor do the bits.
+  constexpr std::int64_t kMostGroups = 8;
+  const std::int64_t all = (p.channels + kFloatChannels - 1) / kFloatChannels;
+  const std::int64_t share = p.batch * all / omp_get_max_threads();
+  const std::int64_t groups = std::clamp<std::int64_t>(share, 1, std::min(all, kMostGroups));
 #pragma omp parallel
   {
-    std::vector<Line> scratch = lines_of(2 * kFloatChannels * p.dstate);
+    std::vector<Line> scratch = lines_of(groups * 2 * kFloatChannels * p.dstate);
 #pragma omp for collapse(2) schedule(dynamic)
     for (std::int64_t b = 0; b < p.batch; ++b)
-      for (std::int64_t first = 0; first < p.channels; first += kFloatChannels)
-        run(p, b, first, scratch.front().v);
+      for (std::int64_t g = 0; g < all; g += groups)
+        run(p, b, g * kFloatChannels, std::min(groups, all - g), scratch.front().v);
   }
 }
 

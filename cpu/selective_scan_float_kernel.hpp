@@ -150,13 +150,14 @@ inline void write_states(const FloatScan& p, const float* h, std::int64_t channe
     for (std::int64_t n = 0; n < p.dstate; ++n) to[i * p.dstate + n] = h[n * kFloatChannels + i];
 }
 
-// Sequence b, channels [first, first + kFloatChannels) as far as they exist. `scratch` has room for
-// two times N kFloatChannels.
-void run(const FloatScan& p, std::int64_t b, std::int64_t first, float* scratch) {
+inline std::int64_t channels_of(const FloatScan& p, std::int64_t first) {
   const std::int64_t left = p.channels - first;
-  const std::int64_t channels = left < kFloatChannels ? left : kFloatChannels;
-  float* const A = scratch;
-  float* const h = scratch + p.dstate * kFloatChannels;
+  return left < kFloatChannels ? left : kFloatChannels;
+}
+
+// A times log2(e) and the first states of sequence b, for the channels from `first` on.
+inline void begin_group(const FloatScan& p, std::int64_t b, std::int64_t first, float* A, float* h) {
+  const std::int64_t channels = channels_of(p, first);
   const std::int64_t begin = first * p.dstate;
   for (std::int64_t i = 0; i < kFloatChannels; ++i)
     for (std::int64_t n = 0; n < p.dstate; ++n) {
@@ -168,24 +169,28 @@ void run(const FloatScan& p, std::int64_t b, std::int64_t first, float* scratch)
     }
   for (std::int64_t i = 0; i < p.dstate * kFloatChannels; i += kLanes)
     store(A + i, -exp(load(A + i)) * kLog2e);
+}
 
+// The tokens [t, end) of sequence b and the channels from `first` on. `t` is a multiple of kTokens.
+inline void run_group(const FloatScan& p, std::int64_t b, std::int64_t first, std::int64_t t,
+                      std::int64_t end, const float* A, float* h) {
+  const std::int64_t channels = channels_of(p, first);
   const std::int64_t length = p.lengths != nullptr ? p.lengths[b] : p.seqlen;
-  std::int64_t t = 0;
-  while (t < p.seqlen) {
+  while (t < end) {
     if (p.chunk_states != nullptr && t % kSelectiveScanChunk == 0)
       write_states(p, h, channels,
                    p.chunk_states +
-                       (b * p.chunks + t / kSelectiveScanChunk) * p.channels * p.dstate + begin);
+                       ((b * p.chunks + t / kSelectiveScanChunk) * p.channels + first) * p.dstate);
     const std::int64_t row = b * p.seqlen + t;
     const bool full = t + kTokens <= length;
     if (t >= length) {
       for (std::int64_t i = 0; i < channels; ++i) p.y[row * p.y_stride + first + i] = 0.0F;
     } else {
-      const std::int64_t end = (b + 1) * p.seqlen;
-      prefetch_rows(p.u, p.u_stride, first, row + kAhead, end);
-      prefetch_rows(p.dt, p.dt_stride, first, row + kAhead, end);
-      prefetch_rows(p.z, p.z_stride, first, row + kAhead, end);
-      prefetch_rows(p.y, p.y_stride, first, row + kAhead, end);
+      const std::int64_t rows = (b + 1) * p.seqlen;
+      prefetch_rows(p.u, p.u_stride, first, row + kAhead, rows);
+      prefetch_rows(p.dt, p.dt_stride, first, row + kAhead, rows);
+      prefetch_rows(p.z, p.z_stride, first, row + kAhead, rows);
+      prefetch_rows(p.y, p.y_stride, first, row + kAhead, rows);
       for (int v = 0; v < kVectors && v * kLanes < channels; ++v) {
         const int at = v * kLanes;
         if (full)
@@ -196,8 +201,32 @@ void run(const FloatScan& p, std::int64_t b, std::int64_t first, float* scratch)
     }
     t += full ? kTokens : 1;
   }
-  if (p.state_out != nullptr)
-    write_states(p, h, channels, p.state_out + b * p.channels * p.dstate + begin);
+}
+
+// Sequence b, `groups` times kFloatChannels channels from `first` on. Tokens lie kilobytes apart, so
+// that each operand of each token is on a page of its own: a tile of tokens goes through all groups
+// before the next one, and the pages stay known. `scratch` has room for two times N kFloatChannels
+// per group.
+void run(const FloatScan& p, std::int64_t b, std::int64_t first, std::int64_t groups,
+         float* scratch) {
+  constexpr std::int64_t kTile = kAhead;  // its prefetches are for the next tile
+  static_assert(kSelectiveScanChunk % kTile == 0);
+  const std::int64_t size = p.dstate * kFloatChannels;
+  for (std::int64_t g = 0; g < groups; ++g)
+    begin_group(p, b, first + g * kFloatChannels, scratch + 2 * g * size,
+                scratch + (2 * g + 1) * size);
+  for (std::int64_t t = 0; t < p.seqlen; t += kTile) {
+    const std::int64_t end = t + kTile < p.seqlen ? t + kTile : p.seqlen;
+    for (std::int64_t g = 0; g < groups; ++g)
+      run_group(p, b, first + g * kFloatChannels, t, end, scratch + 2 * g * size,
+                scratch + (2 * g + 1) * size);
+  }
+  if (p.state_out == nullptr) return;
+  for (std::int64_t g = 0; g < groups; ++g) {
+    const std::int64_t from = first + g * kFloatChannels;
+    write_states(p, scratch + (2 * g + 1) * size, channels_of(p, from),
+                 p.state_out + (b * p.channels + from) * p.dstate);
+  }
 }
 
 }  // namespace LRNN_ISA

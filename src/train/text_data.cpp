@@ -110,7 +110,8 @@ TextData TextData::from_files(const std::vector<std::filesystem::path>& files,
     train.append(tokenizer, std::string_view(text).substr(0, cut), 0, path);
     rest.append(tokenizer, std::string_view(text).substr(cut), cut, path);
   }
-  TextData data = from_tokens(std::move(train.tokens), {}, train.bytes_per_token());
+  const double bytes_per_token = train.bytes_per_token();  // before the tokens are moved away
+  TextData data = from_tokens(std::move(train.tokens), {}, bytes_per_token);
   data.held_out_bytes_per_token_ = rest.bytes_per_token();
   data.held_out_ = std::move(rest.tokens);
   return data;
