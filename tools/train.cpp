@@ -1,4 +1,5 @@
 /// `lrnn train`: a language model on text files, of bytes or of the tokens of a tokenizer.json.
+#include <algorithm>
 #include <chrono>
 #include <csignal>
 #include <cstdio>
@@ -115,7 +116,8 @@ class Progress {
 
 volatile std::sig_atomic_t interrupted = 0;
 
-// The first Ctrl-C (or SIGTERM) asks for an end after the step in progress; another one ends at once.
+// The first Ctrl-C (or SIGTERM) asks for an end after the step in progress; another one ends at
+// once.
 extern "C" void request_stop(int signal) {
   interrupted = 1;
   std::signal(signal, SIG_DFL);

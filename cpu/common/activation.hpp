@@ -1,6 +1,7 @@
 /// The activations and their derivatives, one element at a time.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <numbers>
 

@@ -1,5 +1,6 @@
 #include "models/s4_coordinates.hpp"
 
+#include <algorithm>
 #include <cmath>
 #include <complex>
 #include <utility>

@@ -2,6 +2,7 @@
 /// hand, transfer functions of the full matrices, spectra known in closed form.
 #include "mixers/hippo.hpp"
 
+#include <algorithm>
 #include <cmath>
 #include <complex>
 #include <numbers>

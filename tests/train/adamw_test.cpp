@@ -1,5 +1,6 @@
 #include "lrnn/train/adamw.hpp"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <map>
