@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "common/activation.hpp"
+#include "common/pack.hpp"
 #include "common/rows.hpp"
 
 namespace lrnn::cpu {
@@ -48,23 +49,6 @@ void for_each_item(std::int64_t batch, std::int64_t channels, F&& f) {
   for (std::int64_t b = 0; b < batch; ++b)
     for (std::int64_t i = 0; i < blocks; ++i)
       f(b, i * kChannels, std::min(channels, (i + 1) * kChannels));
-}
-
-template <class T>
-constexpr int kLanes = Eigen::internal::packet_traits<T>::size;
-template <class T>
-using Pack = Eigen::Array<T, kLanes<T>, 1>;
-
-template <class T>
-Pack<T> load(const T* p, std::int64_t count) {
-  if (count == kLanes<T>) return Eigen::Map<const Pack<T>>(p);
-  Pack<T> v = Pack<T>::Zero();
-  std::copy_n(p, count, v.data());
-  return v;
-}
-template <class T>
-void store(const Pack<T>& v, T* p, std::int64_t count) {
-  std::copy_n(v.data(), count, p);
 }
 
 /// One pack of channels of one sequence. Rows of taps and windows are packs.

@@ -6,36 +6,11 @@
 #include <array>
 #include <vector>
 
+#include "common/pack.hpp"
 #include "common/rows.hpp"
 
 namespace lrnn::cpu {
 namespace {
-
-template <class T>
-constexpr int kLanes = Eigen::internal::packet_traits<T>::size;
-template <class T>
-using Pack = Eigen::Array<T, kLanes<T>, 1>;
-
-template <class T>
-Pack<T> load(const T* p, std::int64_t count) {
-  if (count == kLanes<T>) return Eigen::Map<const Pack<T>>(p);
-  Pack<T> v = Pack<T>::Zero();
-  std::copy_n(p, count, v.data());
-  return v;
-}
-template <class T>
-void store(const Pack<T>& v, T* p, std::int64_t count) {
-  std::copy_n(v.data(), count, p);
-}
-
-template <class T>
-Pack<T> sigmoid(const Pack<T>& v) {
-  return T(1) / (T(1) + (-v).exp());
-}
-template <class T>
-Pack<T> softplus(const Pack<T>& v) {
-  return v.max(T(0)) + (-v.abs()).exp().log1p();
-}
 
 // 1 - e^x for x <= 0, given e^x. Its Taylor series to x^8 where the difference would cancel:
 // relative error 2^-8 / 9! there. Eigen's expm1 takes a logarithm.

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "common/pack.hpp"
 #include "common/rows.hpp"
 #include "selective_scan_float.hpp"
 
@@ -15,32 +16,6 @@ namespace {
 using Disc = SelectiveDiscretization;
 
 constexpr int kPacksPerGroup = 8;  // channels whose parts of dB and dC are added in one item
-
-template <class T>
-constexpr int kLanes = Eigen::internal::packet_traits<T>::size;
-template <class T>
-using Pack = Eigen::Array<T, kLanes<T>, 1>;
-
-template <class T>
-Pack<T> load(const T* p, std::int64_t count, T padding = T(0)) {
-  if (count == kLanes<T>) return Eigen::Map<const Pack<T>>(p);
-  Pack<T> v = Pack<T>::Constant(padding);
-  std::copy_n(p, count, v.data());
-  return v;
-}
-template <class T>
-void store(const Pack<T>& v, T* p, std::int64_t count) {
-  std::copy_n(v.data(), count, p);
-}
-
-template <class T>
-Pack<T> softplus(const Pack<T>& v) {
-  return v.max(T(0)) + (-v.abs()).exp().log1p();
-}
-template <class T>
-Pack<T> sigmoid(const Pack<T>& v) {
-  return T(1) / (T(1) + (-v).exp());
-}
 
 // expm1(delta A) / A, stable at A = 0.
 template <class T>
