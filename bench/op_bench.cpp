@@ -4,9 +4,13 @@
 /// cold, at least 10 warm-ups. A copy of 2 GiB and a GEMM of 8192^3 are timed in the same run;
 /// counters give bytes and FLOP per second and their share of those. `max_err` is the largest
 /// |x - reference| / max |reference| over all results of the pass, against the double reference.
+///
+/// --no-reference leaves max_err out and saves the minutes that the reference takes: for tuning. A
+/// time without its error is no result.
 #include <algorithm>
 #include <cmath>
 #include <iostream>
+#include <string_view>
 
 #include <benchmark/benchmark.h>
 
@@ -21,6 +25,7 @@ namespace {
 
 constexpr int kWarmUps = 10;
 constexpr int kIterations = 30;
+bool with_reference = true;
 
 double median_ms(Context& ctx, int iterations, const std::function<void()>& before,
                  const std::function<void()>& work) {
@@ -98,10 +103,11 @@ Reference& reference_of(const OpCase& c) {
   if (kept.c == &c) return kept;
   kept.results.clear();
   kept.values = random_values(c);
+  kept.c = &c;
+  if (!with_reference) return kept;
   kept.results = make_tensors(kept.cpu, c, kept.values, DType::float64);
   c.forward(kept.cpu, kept.results);
   if (c.backward) c.backward(kept.cpu, kept.results);
-  kept.c = &c;
   return kept;
 }
 
@@ -136,7 +142,7 @@ void run(benchmark::State& state, const OpCase& c, DType dtype, bool cuda, bool 
   const Ceilings& top = ceilings(ctx);
   Reference& reference = reference_of(c);
   Tensors t = make_tensors(ctx, c, reference.values, dtype);
-  const double error = max_error(ctx, c, reference, t, backward);
+  if (with_reference) state.counters["max_err"] = max_error(ctx, c, reference, t, backward);
   Tensor flush = ctx.empty({cuda ? std::int64_t{1} << 25 : 1}, DType::float32);
   c.forward(ctx, t);
   const auto work = [&] { (backward ? c.backward : c.forward)(ctx, t); };
@@ -161,7 +167,6 @@ void run(benchmark::State& state, const OpCase& c, DType dtype, bool cuda, bool 
   state.counters["ms_p50"] = median * 1e3;
   state.counters["ms_p10"] = ms[ms.size() / 10];
   state.counters["ms_p90"] = ms[ms.size() * 9 / 10];
-  state.counters["max_err"] = error;
   if (bytes > 0) {
     state.counters["GB/s"] = bytes / median / 1e9;
     state.counters["of_copy"] = bytes / median / top.copy_bytes_per_s;
@@ -196,6 +201,12 @@ int main(int argc, char** argv) {
   const bool cuda = lrnn::Context::cuda_device_count() > 0;
   for (const auto& c : lrnn::testing::all_bench_cases()) lrnn::testing::register_case(c, cuda);
   benchmark::Initialize(&argc, argv);
+  if (argc > 1 && std::string_view(argv[1]) == "--no-reference") {
+    lrnn::testing::with_reference = false;
+    argv[1] = argv[0];
+    --argc;
+    ++argv;
+  }
   if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 2;
   benchmark::RunSpecifiedBenchmarks();
 }
