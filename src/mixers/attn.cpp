@@ -292,7 +292,7 @@ void Attention::attention_gradients(Context& ctx, const Saved& saved, const Mixe
   rotate(ctx, dqkv, offset, saved.position_ids, true);
 }
 
-void Attention::do_backward(Context& ctx, const MixerSaved& base, const MixerBackward& args) const {
+void Attention::do_backward(Context& ctx, MixerSaved& base, const MixerBackward& args) const {
   const auto& saved = saved_as<Saved>(base);
   const DType dtype = args.dy.dtype();
   Tensor dout = ctx.empty(saved.out.shape(), dtype);

@@ -293,7 +293,7 @@ void Centaurus::scan_pointwise_backward(Context& ctx, const Saved& saved,
                   {.dy = v, .x = saved.x, .weight = saved.B, .dx = args.dx, .dweight = B_.grad});
 }
 
-void Centaurus::do_backward(Context& ctx, const MixerSaved& base, const MixerBackward& args) const {
+void Centaurus::do_backward(Context& ctx, MixerSaved& base, const MixerBackward& args) const {
   const auto& saved = saved_as<Saved>(base);
   if (mode_ == CentaurusMode::Pointwise)
     scan_pointwise_backward(ctx, saved, args);

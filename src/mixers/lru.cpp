@@ -164,7 +164,7 @@ std::unique_ptr<MixerSaved> Lru::do_forward(Context& ctx, const MixerForward& ar
   return saved;
 }
 
-void Lru::do_backward(Context& ctx, const MixerSaved& base, const MixerBackward& args) const {
+void Lru::do_backward(Context& ctx, MixerSaved& base, const MixerBackward& args) const {
   const auto& saved = saved_as<Saved>(base);
   const std::int64_t batch = args.dy.dim(0);
   const std::int64_t seqlen = args.dy.dim(1);

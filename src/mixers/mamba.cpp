@@ -189,8 +189,8 @@ std::unique_ptr<MixerSaved> Mamba::do_forward(Context& ctx, const MixerForward& 
   return saved;
 }
 
-void Mamba::do_backward(Context& ctx, const MixerSaved& base, const MixerBackward& args) const {
-  const auto& saved = saved_as<Saved>(base);
+void Mamba::do_backward(Context& ctx, MixerSaved& base, const MixerBackward& args) const {
+  auto& saved = saved_as<Saved>(base);
   const std::int64_t batch = args.dy.dim(0);
   const std::int64_t seqlen = args.dy.dim(1);
   const DType dtype = args.dy.dtype();
@@ -199,7 +199,9 @@ void Mamba::do_backward(Context& ctx, const MixerSaved& base, const MixerBackwar
       args.dstate_out != nullptr ? &state_as<State>(*args.dstate_out) : nullptr;
   State* const dstate_in = args.dstate_in != nullptr ? &state_as<State>(*args.dstate_in) : nullptr;
 
-  Tensor u = ctx.empty(inner, dtype);
+  Tensor dxz = ctx.empty(saved.xz.shape(), dtype);
+  // The gradient of the convolution's input takes the place of its output, which it does not read.
+  const MutableTensorView u = dxz.view().slice(2, 0, inner_);
   Tensor dt = ctx.empty(inner, dtype);
   convolve(ctx, saved.xz, saved.lengths, saved.state_in, u, {});
   linear_forward(
@@ -210,8 +212,8 @@ void Mamba::do_backward(Context& ctx, const MixerSaved& base, const MixerBackwar
 
   Tensor dy = ctx.empty(inner, dtype);
   out_proj_.backward(ctx, args.dy, saved.y, dy);
+  saved.y = Tensor();
 
-  Tensor dxz = ctx.empty(saved.xz.shape(), dtype);
   Tensor dx_dbl = ctx.empty(saved.x_dbl.shape(), dtype);
   Tensor& du = dy;  // in the place of what the scan reads last there
   Tensor& ddt = dt;
@@ -252,7 +254,7 @@ void Mamba::do_backward(Context& ctx, const MixerSaved& base, const MixerBackwar
             .state_in =
                 saved.state_in != nullptr ? TensorView(saved.state_in->conv_state) : TensorView(),
             .dstate_out = dstate_out != nullptr ? TensorView(dstate_out->conv_state) : TensorView(),
-            .dx = dxz.view().slice(2, 0, inner_),
+            .dx = u,
             .dweight = conv_weight_.grad.reshape({inner_, d_conv_}),
             .dbias = conv_bias_ != nullptr ? conv_bias_->grad : MutableTensorView(),
             .dstate_in = dstate_in != nullptr ? MutableTensorView(dstate_in->conv_state)

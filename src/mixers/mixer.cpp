@@ -35,7 +35,7 @@ std::unique_ptr<MixerSaved> Mixer::forward(Context& ctx, const MixerForward& arg
   return saved;
 }
 
-void Mixer::backward(Context& ctx, const MixerSaved& saved, const MixerBackward& args) const {
+void Mixer::backward(Context& ctx, MixerSaved& saved, const MixerBackward& args) const {
   constexpr const char* op = "Mixer::backward";
   check_sequence(op, "dy", ctx, args.dy, d_model_);
   detail::check_operand(op, "dx", ctx, args.dx, args.dy.shape(), args.dy.dtype());

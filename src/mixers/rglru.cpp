@@ -151,7 +151,7 @@ std::unique_ptr<MixerSaved> Rglru::do_forward(Context& ctx, const MixerForward& 
   return saved;
 }
 
-void Rglru::do_backward(Context& ctx, const MixerSaved& base, const MixerBackward& args) const {
+void Rglru::do_backward(Context& ctx, MixerSaved& base, const MixerBackward& args) const {
   const auto& saved = saved_as<Saved>(base);
   const DType dtype = args.dy.dtype();
   const Shape& inner = saved.u.shape();

@@ -151,7 +151,7 @@ std::unique_ptr<MixerSaved> S4::do_forward(Context& ctx, const MixerForward& arg
   return saved;
 }
 
-void S4::do_backward(Context& ctx, const MixerSaved& base, const MixerBackward& args) const {
+void S4::do_backward(Context& ctx, MixerSaved& base, const MixerBackward& args) const {
   const auto& saved = saved_as<Saved>(base);
   Tensor ds = ctx.empty(saved.s.shape(), saved.s.dtype());
   Tensor dgate;

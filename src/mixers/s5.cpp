@@ -158,7 +158,7 @@ std::unique_ptr<MixerSaved> S5::do_forward(Context& ctx, const MixerForward& arg
   return saved;
 }
 
-void S5::do_backward(Context& ctx, const MixerSaved& base, const MixerBackward& args) const {
+void S5::do_backward(Context& ctx, MixerSaved& base, const MixerBackward& args) const {
   const auto& saved = saved_as<Saved>(base);
   const std::int64_t batch = args.dy.dim(0);
   const std::int64_t seqlen = args.dy.dim(1);

@@ -81,7 +81,7 @@ std::unique_ptr<MixerSaved> S7::do_forward(Context& ctx, const MixerForward& arg
   return saved;
 }
 
-void S7::do_backward(Context& ctx, const MixerSaved& base, const MixerBackward& args) const {
+void S7::do_backward(Context& ctx, MixerSaved& base, const MixerBackward& args) const {
   const auto& saved = saved_as<Saved>(base);
   const Shape& shape = args.dy.shape();
   const DType dtype = args.dy.dtype();

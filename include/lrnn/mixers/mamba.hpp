@@ -103,7 +103,7 @@ class Mamba final : public Mixer {
 
   std::unique_ptr<MixerSaved> do_forward(Context& ctx, const MixerForward& args,
                                          bool keep_for_backward) const override;
-  void do_backward(Context& ctx, const MixerSaved& saved, const MixerBackward& args) const override;
+  void do_backward(Context& ctx, MixerSaved& saved, const MixerBackward& args) const override;
   void do_step(Context& ctx, const MixerStep& args) const override;
 
   /// u = silu(conv1d(u0)) from the stored projection.

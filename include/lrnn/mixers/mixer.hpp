@@ -97,8 +97,9 @@ class Mixer {
   /// Returns null unless `keep_for_backward`. @throws ShapeError, DTypeError, DeviceError
   std::unique_ptr<MixerSaved> forward(Context& ctx, const MixerForward& args,
                                       bool keep_for_backward) const;
-  /// Accumulates the gradients of the parameters.
-  void backward(Context& ctx, const MixerSaved& saved, const MixerBackward& args) const;
+  /// Accumulates the gradients of the parameters. Frees what `saved` holds as soon as nothing reads
+  /// it any more: a saved pass goes backwards once.
+  void backward(Context& ctx, MixerSaved& saved, const MixerBackward& args) const;
   /// forward() for L = 1 with the state updated in place. Recordable: see Graph.
   void step(Context& ctx, const MixerStep& args) const;
 
@@ -119,7 +120,7 @@ class Mixer {
   virtual std::unique_ptr<MixerSaved> do_forward(Context& ctx, const MixerForward& args,
                                                  bool keep_for_backward) const = 0;
   /// `saved.lengths` holds the lengths of the forward pass, if any.
-  virtual void do_backward(Context& ctx, const MixerSaved& saved,
+  virtual void do_backward(Context& ctx, MixerSaved& saved,
                            const MixerBackward& args) const = 0;
   virtual void do_step(Context& ctx, const MixerStep& args) const = 0;
 
@@ -128,8 +129,8 @@ class Mixer {
 
 /// Checked downcasts of what a mixer gets back. @throws InternalError
 template <class Saved>
-const Saved& saved_as(const MixerSaved& saved) {
-  const auto* const s = dynamic_cast<const Saved*>(&saved);
+Saved& saved_as(MixerSaved& saved) {
+  auto* const s = dynamic_cast<Saved*>(&saved);
   LRNN_CHECK(s != nullptr, InternalError, "activations saved by another kind of mixer");
   return *s;
 }

@@ -60,7 +60,7 @@ class S4 final : public Mixer {
 
   std::unique_ptr<MixerSaved> do_forward(Context& ctx, const MixerForward& args,
                                          bool keep_for_backward) const override;
-  void do_backward(Context& ctx, const MixerSaved& saved, const MixerBackward& args) const override;
+  void do_backward(Context& ctx, MixerSaved& saved, const MixerBackward& args) const override;
   void do_step(Context& ctx, const MixerStep& args) const override;
   [[nodiscard]] DplrParameters transition(const Values& values) const;
   [[nodiscard]] DplrParameters transition() const;

@@ -64,7 +64,7 @@ class S5 final : public Mixer {
 
   std::unique_ptr<MixerSaved> do_forward(Context& ctx, const MixerForward& args,
                                          bool keep_for_backward) const override;
-  void do_backward(Context& ctx, const MixerSaved& saved, const MixerBackward& args) const override;
+  void do_backward(Context& ctx, MixerSaved& saved, const MixerBackward& args) const override;
   void do_step(Context& ctx, const MixerStep& args) const override;
   [[nodiscard]] LaneParameters lanes() const;
   /// B u, the drive before gamma: [B, L, N].

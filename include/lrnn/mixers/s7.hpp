@@ -57,7 +57,7 @@ class S7 final : public Mixer {
 
   std::unique_ptr<MixerSaved> do_forward(Context& ctx, const MixerForward& args,
                                          bool keep_for_backward) const override;
-  void do_backward(Context& ctx, const MixerSaved& saved, const MixerBackward& args) const override;
+  void do_backward(Context& ctx, MixerSaved& saved, const MixerBackward& args) const override;
   void do_step(Context& ctx, const MixerStep& args) const override;
   /// pre_gate = gate_proj(gelu(y)); out = sig(pre_gate) y + hid.
   void gate(Context& ctx, TensorView y, TensorView hid, MutableTensorView pre_gate,
