@@ -245,18 +245,22 @@ __device__ __forceinline__ void warp_sums(const Args<float>& a, int column, Part
     }
 }
 
-/// kRows: 8 or 16 in bfloat16. Dynamic shared memory: kRows kPitch floats for each warp. The
-/// epilogue is called once for each row and column, with the sum in float32.
+/// What a block does. kRows: 8 or 16 in bfloat16. `sums`: kRows kPitch floats for each warp. The
+/// epilogue is called once for each row and column, with the sum in float32; if it reads anything
+/// but weights, it may ask for that by prefetch(row, column) before the kernels before this one end.
 template <class T, int kTiles, int kRows, class Epilogue>
-__global__ __launch_bounds__(32 * kMaxWarps) void product_kernel(Args<T> a, Epilogue epilogue) {
+__device__ __forceinline__ void product(const Args<T>& a, int block, float* sums,
+                                        const Epilogue& epilogue) {
   constexpr int kWidth = kTiles * kColumns;
   constexpr int kSums = kRows * kPitch<kTiles>;
-  extern __shared__ float sums[];
-  let_next_kernel_start();
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int warp = static_cast<int>(threadIdx.x) / 32;
   const int warps = static_cast<int>(blockDim.x) / 32;
-  const int column = static_cast<int>(blockIdx.x) * kWidth;
+  const int column = block * kWidth;
+  if constexpr (requires { epilogue.prefetch(0, 0); })
+    for (int i = static_cast<int>(threadIdx.x); i < a.rows * kWidth;
+         i += static_cast<int>(blockDim.x))
+      if (column + i % kWidth < a.columns) epilogue.prefetch(i / kWidth, column + i % kWidth);
   constexpr int kPerLane = sizeof(T) == 2 ? kRows / 8 : kRows;
   warp_sums<kTiles, kPerLane>(a, column, part_of_warp<T>(a.depth, warp, warps), lane,
                               sums + warp * kSums);
@@ -272,6 +276,27 @@ __global__ __launch_bounds__(32 * kMaxWarps) void product_kernel(Args<T> a, Epil
     for (int w = 0; w < warps; ++w) sum += sums[w * kSums + r * kPitch<kTiles> + c];
     epilogue(r, column + c, sum);
   }
+}
+
+template <class T, int kTiles, int kRows, class Epilogue>
+__global__ __launch_bounds__(32 * kMaxWarps) void product_kernel(Args<T> a, Epilogue epilogue) {
+  extern __shared__ float sums[];
+  let_next_kernel_start();
+  product<T, kTiles, kRows>(a, static_cast<int>(blockIdx.x), sums, epilogue);
+}
+
+/// Two products of the same x in one launch; `first_blocks` of the blocks do the first.
+template <class T, int kTiles, int kRows, class First, class Second>
+__global__ __launch_bounds__(32 * kMaxWarps) void product_pair_kernel(Args<T> a, First first,
+                                                                      Args<T> b, Second second,
+                                                                      int first_blocks) {
+  extern __shared__ float sums[];
+  let_next_kernel_start();
+  const int block = static_cast<int>(blockIdx.x);
+  if (block < first_blocks)
+    product<T, kTiles, kRows>(a, block, sums, first);
+  else
+    product<T, kTiles, kRows>(b, block - first_blocks, sums, second);
 }
 
 /// Whether device and operands suit the kernel: few rows, those of x and W in 16-byte accesses.
@@ -311,15 +336,38 @@ void visit_sizes(const Args<T>& a, F&& f) {
   visit_rows.template operator()<1>();
 }
 
+/// Blocks, threads and shared memory of a product.
+template <int kTiles>
+unsigned blocks_of(int columns) {
+  constexpr int kWidth = kTiles * kColumns;
+  return static_cast<unsigned>((columns + kWidth - 1) / kWidth);
+}
+template <int kTiles, int kRows>
+std::size_t shared_of(int warps) {
+  return sizeof(float) * kRows * kPitch<kTiles> * static_cast<std::size_t>(warps);
+}
+
 template <class T, class Epilogue>
 void launch(cudaStream_t stream, const Args<T>& a, const Epilogue& epilogue) {
   const int warps = warps_of<T>(a.depth);
   visit_sizes(a, [&]<int kTiles, int kRows>() {
-    constexpr int kWidth = kTiles * kColumns;
-    const auto blocks = static_cast<unsigned>((a.columns + kWidth - 1) / kWidth);
-    const std::size_t shared = sizeof(float) * kRows * kPitch<kTiles> * warps;
-    launch_overlapped(product_kernel<T, kTiles, kRows, Epilogue>, blocks,
-                      static_cast<unsigned>(32 * warps), shared, stream, a, epilogue);
+    launch_overlapped(product_kernel<T, kTiles, kRows, Epilogue>, blocks_of<kTiles>(a.columns),
+                      static_cast<unsigned>(32 * warps), shared_of<kTiles, kRows>(warps), stream, a,
+                      epilogue);
+  });
+}
+
+/// Both products of a.x, which is b.x.
+template <class T, class First, class Second>
+void launch_pair(cudaStream_t stream, const Args<T>& a, const First& first, const Args<T>& b,
+                 const Second& second) {
+  const int warps = warps_of<T>(a.depth);
+  visit_sizes(a, [&]<int kTiles, int kRows>() {
+    const unsigned first_blocks = blocks_of<kTiles>(a.columns);
+    launch_overlapped(product_pair_kernel<T, kTiles, kRows, First, Second>,
+                      first_blocks + blocks_of<kTiles>(b.columns),
+                      static_cast<unsigned>(32 * warps), shared_of<kTiles, kRows>(warps), stream, a,
+                      first, b, second, static_cast<int>(first_blocks));
   });
 }
 
