@@ -2,6 +2,7 @@
 ///
 ///   layer/<mixer>/<sizes>/{forward,train}/{float32,tf32,bfloat16}
 ///   scale/<mixer>/<sizes>/train/bfloat16
+///   layer/<mixer>/<sizes>/step/bfloat16
 ///   lm/<model>/{train,optimizer,prefill,decode}/<sizes>/bfloat16
 ///   lm_head/<sizes>/bfloat16
 ///   lm/mamba-130m/decode/B:1/{float32,bfloat16}/cpu
@@ -24,6 +25,7 @@
 #include <benchmark/benchmark.h>
 
 #include "lrnn/lrnn.hpp"
+#include "lrnn/ops/argmax.hpp"
 #include "lrnn/ops/linear.hpp"
 
 #include "core/runtime.hpp"
@@ -320,23 +322,63 @@ void prefill(benchmark::State& state, const LanguageModel& m) {
   report_tokens(state, timed(state, l.ctx, work), m.batch * m.seqlen);
 }
 
+// Work recorded with its memory in an arena, after a first run that loads its kernels.
+Graph recorded(Context& ctx, ArenaResource& arena, const std::function<void()>& work) {
+  const Context::MemoryScope scope(ctx, arena);
+  work();
+  arena.reset();
+  return Graph::capture(ctx, work);
+}
+
+// One token of every sequence of a batch through one mixer: the recorded step, replayed kSteps
+// times, so that its weights come from L2.
+void layer_step(benchmark::State& state, MixerType type, const LayerSizes& z) {
+  Context ctx = Context::cuda();
+  ParameterStore store;
+  const auto mixer = make_mixer(type, {}, {.d_model = z.d_model, .d_state = z.d_state},
+                                ParameterScope(store, "mixer."));
+  store.materialize(ctx, DType::bfloat16, 1);
+  const Tensor x = random_tensor(ctx, {z.batch, 1, z.d_model}, DType::bfloat16);
+  Tensor y = ctx.empty({z.batch, 1, z.d_model}, DType::bfloat16);
+  const auto mixer_state = mixer->make_state(ctx, z.batch, 1, DType::bfloat16);
+  ArenaResource arena(ctx.memory(), std::size_t{1} << 28, ctx.stream());
+  constexpr int kSteps = 50;
+  Graph graph = recorded(ctx, arena, [&] {
+    for (int i = 0; i < kSteps; ++i) mixer->step(ctx, {.x = x, .y = y, .state = *mixer_state});
+  });
+  for (int i = 0; i < 3; ++i) graph.launch();
+  const auto ms = timed(
+      state, ctx, [&] { graph.launch(); }, kSteps);
+  state.counters["us/token"] = summarise(ms).median_ms * 1e3;
+}
+
+void register_layer_steps() {
+  constexpr std::int64_t kBatch = 32;
+  for (const MixerType type : all_mixer_types()) {
+    if (type == MixerType::Attn) continue;
+    LayerSizes z{kBatch, 1, 768, 64};
+    if (type == MixerType::S7) z = {kBatch, 1, 256, 16};
+    benchmark::RegisterBenchmark(detail::concat("layer/", mixer_name(type), "/B:", z.batch, "/H:",
+                                                z.d_model, "/N:", z.d_state, "/step/bfloat16")
+                                     .c_str(),
+                                 [=](benchmark::State& s) { layer_step(s, type, z); })
+        ->UseManualTime()
+        ->Iterations(20)
+        ->Unit(benchmark::kMillisecond);
+  }
+}
+
 // One recorded step, replayed: embedding, layers, head, argmax, fed back on the device.
 void decode(benchmark::State& state, const LanguageModel& m, std::int64_t batch) {
   Loaded& l = loaded(m);
   Context& ctx = l.ctx;
   auto cache = l.model.allocate_inference_cache(ctx, {.batch_size = batch, .max_seqlen = 1024});
   Tensor ids = random_ids(ctx, {batch, 1}, m.config.vocab_size);
-  const auto work = [&] {
-    const Tensor logits = l.model.step(ctx, ids, cache, {.validate = false}).logits;
-    const Tensor next = argmax(ctx, logits);
-    ctx.copy(ids, next);
-  };
-  work();
   ArenaResource arena(ctx.memory(), std::size_t{1} << 30, ctx.stream());
-  const Context::MemoryScope scope(ctx, arena);
-  work();
-  arena.reset();
-  Graph graph = Graph::capture(ctx, work);
+  Graph graph = recorded(ctx, arena, [&] {
+    const Tensor logits = l.model.step(ctx, ids, cache, {.validate = false}).logits;
+    argmax_forward(ctx, {.logits = logits, .ids = ids});
+  });
   constexpr int kSteps = 20;
   const auto ms = timed(
       state, ctx,
@@ -510,6 +552,7 @@ int main(int argc, char** argv) {
   if (lrnn::Context::cuda_device_count() > 0) {
     lrnn::register_layers();
     lrnn::register_scaling();
+    lrnn::register_layer_steps();
     lrnn::register_models(models);
     lrnn::register_lm_head();
   } else {

@@ -53,6 +53,18 @@ void cast(Context&, const Cast& a) {
   });
 }
 
+void transpose(Context&, const Transpose& a) {
+  visit_storage("transpose", a.src.dtype(), [&]<class From>() {
+    visit_storage("transpose", a.dst.dtype(), [&]<class To>() {
+      const auto s = rows_of<From>(a.src);
+      const auto d = rows_of<To>(a.dst);
+#pragma omp parallel for if (s.count * s.width > 16384)
+      for (std::int64_t r = 0; r < d.count; ++r)
+        for (std::int64_t c = 0; c < d.width; ++c) d[r][c] = convert<To>(s[c][r]);
+    });
+  });
+}
+
 void add_to(Context&, const AddTo& a) {
   visit_float("add_to", a.src.dtype(), [&]<class From>() {
     visit_float("add_to", a.dst.dtype(), [&]<class To>() {

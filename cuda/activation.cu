@@ -65,10 +65,11 @@ void activation_forward(Context& ctx, const ActivationForward& a) {
                          allows_vectors(y.data, width, y.stride, wide);
     visit_repeated(a.kind, a.twice, [&]<Activation kind, bool kTwice>() {
       if (vectors)
-        for_each_vector<wide>(ctx.stream().handle, rows, width,
-                              Forward<T, kind, kTwice, wide>{x, y});
+        for_each_vector<wide, true>(ctx.stream().handle, rows, width,
+                                    Forward<T, kind, kTwice, wide>{x, y});
       else
-        for_each_vector<1>(ctx.stream().handle, rows, width, Forward<T, kind, kTwice, 1>{x, y});
+        for_each_vector<1, true>(ctx.stream().handle, rows, width,
+                                 Forward<T, kind, kTwice, 1>{x, y});
     });
   });
 }
@@ -86,11 +87,11 @@ void activation_backward(Context& ctx, const ActivationBackward& a) {
                          allows_vectors(dx.data, width, dx.stride, wide);
     visit_repeated(a.kind, a.twice, [&]<Activation kind, bool kTwice>() {
       if (vectors)
-        for_each_vector<wide>(ctx.stream().handle, rows, width,
-                              Backward<T, kind, kTwice, wide>{dy, x, dx});
+        for_each_vector<wide, true>(ctx.stream().handle, rows, width,
+                                    Backward<T, kind, kTwice, wide>{dy, x, dx});
       else
-        for_each_vector<1>(ctx.stream().handle, rows, width,
-                           Backward<T, kind, kTwice, 1>{dy, x, dx});
+        for_each_vector<1, true>(ctx.stream().handle, rows, width,
+                                 Backward<T, kind, kTwice, 1>{dy, x, dx});
     });
   });
 }

@@ -1,10 +1,11 @@
 // Residual addition and normalisation.
 //
 // A row lives in registers from its only load to its only store. A warp owns a row of up to 768
-// columns (256 in the backward pass, which holds three times as much), a block one of up to 8192; a
-// thread owns kCount groups of kN neighbouring columns. Any other width
-// takes the strided kernels, one block per row, which read the row once per pass. All are bound by
-// HBM: x, residual in, y, residual_out forward; dy, r, dresidual_out in, dx, dresidual backward.
+// columns (256 in the backward pass, which holds three times as much, and where there are few
+// rows), a block one of up to 8192; a thread owns kCount groups of kN neighbouring columns. Any
+// other width takes the strided kernels, one block per row, which read the row once per pass. All
+// are bound by HBM: x, residual in, y, residual_out forward; dy, r, dresidual_out in, dx, dresidual
+// backward; few rows by latency.
 //
 // Backward runs a fixed number of blocks over interleaved rows. Each adds its share of dweight and
 // dbias to one row of partial sums, folded in order by a second kernel.
@@ -12,6 +13,7 @@
 
 #include "lrnn/ops/add_norm.hpp"
 
+#include "common/launch.cuh"
 #include "common/reduce.cuh"
 #include "common/vec.cuh"
 #include "ops/dispatch.hpp"
@@ -78,16 +80,15 @@ struct Forward {
   /// `r` is centred on entry.
   template <int N>
   __device__ __forceinline__ void store_y(std::int64_t i, std::int64_t column, float scale,
-                                          const float (&r)[N]) const {
-    float w[N];
+                                          const float (&r)[N], const float (&w)[N]) const {
     float out[N];
-    load_vec<float, N>(weight + column, w);
 #pragma unroll
     for (int k = 0; k < N; ++k) out[k] = r[k] * scale * w[k];
     if (bias != nullptr) {
-      load_vec<float, N>(bias + column, w);
+      float b[N];
+      load_vec<float, N>(bias + column, b);
 #pragma unroll
-      for (int k = 0; k < N; ++k) out[k] += w[k];
+      for (int k = 0; k < N; ++k) out[k] += b[k];
     }
     store_vec<T, N>(y + i, out);
   }
@@ -191,10 +192,20 @@ struct Place {
 template <bool kBlockRow>
 constexpr int kRowThreads = kBlockRow ? kMaxBlockThreads : kWarpRowThreads;
 
-template <class T, int kN, int kCount, bool kBlockRow>
+/// kFewRows: nothing but the latency of a row counts, so weights are read while the kernel before
+/// still runs.
+template <class T, int kN, int kCount, bool kBlockRow, bool kFewRows>
 __global__ __launch_bounds__(kRowThreads<kBlockRow>) void forward_kernel(Forward<T> a) {
   __shared__ float slots[2][32];
+  let_next_kernel_start();
   const Place<kBlockRow> p;
+  float w[kCount][kN];
+  if constexpr (kFewRows)
+#pragma unroll
+    for (int j = 0; j < kCount; ++j)
+      if (p.template column<kN>(j) < a.width)
+        load_vec<float, kN>(a.weight + p.template column<kN>(j), w[j]);
+  wait_for_previous_kernel();
   if (p.row >= a.rows) return;  // whole warps; blocks never leave when they own the row
   const int width = static_cast<int>(a.width);
   const std::int64_t base = p.row * a.width;
@@ -230,7 +241,9 @@ __global__ __launch_bounds__(kRowThreads<kBlockRow>) void forward_kernel(Forward
 #pragma unroll
   for (int j = 0; j < kCount; ++j) {
     const int column = p.template column<kN>(j);
-    if (column < width) a.store_y(base + column, column, rstd, r[j]);
+    if (column >= width) continue;
+    if constexpr (!kFewRows) load_vec<float, kN>(a.weight + column, w[j]);
+    a.store_y(base + column, column, rstd, r[j], w[j]);
   }
   if (p.lane == 0) a.store_statistics(p.row, mean, rstd);
 }
@@ -239,6 +252,8 @@ __global__ __launch_bounds__(kRowThreads<kBlockRow>) void forward_kernel(Forward
 template <class T>
 __global__ __launch_bounds__(kStridedThreads) void forward_strided_kernel(Forward<T> a) {
   __shared__ float slots[2][32];
+  let_next_kernel_start();
+  wait_for_previous_kernel();
   const std::int64_t row = blockIdx.x;
   const std::int64_t base = row * a.width;
   const float inverse_width = 1.0F / static_cast<float>(a.width);
@@ -262,7 +277,8 @@ __global__ __launch_bounds__(kStridedThreads) void forward_strided_kernel(Forwar
     a.load_sum(base + c, r);
     if (a.residual_out.data != nullptr) a.residual_out.store(base + c, r);
     r[0] -= mean;
-    a.store_y(base + c, c, rstd, r);
+    const float w[1] = {a.weight[c]};
+    a.store_y(base + c, c, rstd, r, w);
   }
   if (threadIdx.x == 0) a.store_statistics(row, mean, rstd);
 }
@@ -488,17 +504,21 @@ void forward(Context& ctx, const AddNormForward& a) {
                      optional_data(a.mean)};
   const cudaStream_t stream = ctx.stream().handle;
   if (!takes_registers<T>(width, {a.x, a.residual, a.weight, a.bias, a.y, a.residual_out})) {
-    forward_strided_kernel<T><<<static_cast<unsigned>(rows), kStridedThreads, 0, stream>>>(f);
-    LRNN_CUDA_CHECK_LAUNCH();
+    launch_overlapped(forward_strided_kernel<T>, static_cast<unsigned>(rows), kStridedThreads, 0,
+                      stream, f);
     return;
   }
-  const Layout l = layout_of(width, 768);
+  // Few rows leave most of the device idle: more threads take one.
+  constexpr std::int64_t kFewRows = 512;
+  const bool few = rows <= kFewRows;
+  const Layout l = layout_of(width, few ? 256 : 768);
   constexpr int warps = kWarpRowThreads / 32;
   const auto blocks = static_cast<unsigned>(l.block_row ? rows : (rows + warps - 1) / warps);
   visit_layout<T>(l, [&]<int kN, int kCount, bool kBlockRow>() {
-    forward_kernel<T, kN, kCount, kBlockRow><<<blocks, l.threads, 0, stream>>>(f);
+    const auto kernel = few ? forward_kernel<T, kN, kCount, kBlockRow, true>
+                            : forward_kernel<T, kN, kCount, kBlockRow, false>;
+    launch_overlapped(kernel, blocks, l.threads, 0, stream, f);
   });
-  LRNN_CUDA_CHECK_LAUNCH();
 }
 
 template <class T>

@@ -5,6 +5,7 @@
 // joins the splits in order. Their number depends on the size of the cache alone, so the same bits
 // come out at every position. Bound by HBM: the keys and values in use are read once per head.
 #include "common/attention.cuh"
+#include "common/launch.cuh"
 #include "common/reduce.cuh"
 
 namespace lrnn::cuda::attention {
@@ -61,6 +62,8 @@ __global__ __launch_bounds__(kThreads) void attention_decode_kernel(DecodeArgs<T
   __shared__ float scores[kSplit];
   __shared__ float sums[kThreads / 32][kMaxHeadDim];
   __shared__ float slots[2][32];
+  let_next_kernel_start();
+  wait_for_previous_kernel();
   const Sizes& z = a.in.z;
   const int split = static_cast<int>(blockIdx.x) % a.splits;
   const int head = static_cast<int>(blockIdx.x) / a.splits % z.heads;
@@ -122,6 +125,8 @@ __global__ __launch_bounds__(kThreads) void attention_decode_kernel(DecodeArgs<T
 // A warp owns one head of one sequence.
 template <class T>
 __global__ __launch_bounds__(kThreads) void attention_join_kernel(DecodeArgs<T> a) {
+  let_next_kernel_start();
+  wait_for_previous_kernel();
   const Sizes& z = a.in.z;
   const int item = static_cast<int>((blockIdx.x * kThreads + threadIdx.x) / 32);
   if (item >= z.batch * z.heads) return;
@@ -161,8 +166,12 @@ void forward_decode(Context& ctx, const ForwardArgs<T>& args) {
   const DecodeArgs<T> a{args, splits,
                         reinterpret_cast<float2*>(parts.view().template data<float>()),
                         outputs.view().template data<float>()};
-  launch(ctx, attention_decode_kernel<T>, heads * splits, kThreads, 0, a);
-  launch(ctx, attention_join_kernel<T>, (heads * 32 + kThreads - 1) / kThreads, kThreads, 0, a);
+  const cudaStream_t stream = ctx.stream().handle;
+  launch_overlapped(attention_decode_kernel<T>, static_cast<unsigned>(heads * splits), kThreads, 0,
+                    stream, a);
+  launch_overlapped(attention_join_kernel<T>,
+                    static_cast<unsigned>((heads * 32 + kThreads - 1) / kThreads), kThreads, 0,
+                    stream, a);
 }
 
 template void forward_decode(Context&, const ForwardArgs<float>&);

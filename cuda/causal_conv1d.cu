@@ -111,28 +111,25 @@ __global__ __launch_bounds__(kThreads) void forward_plain_kernel(Conv<T> v, T* y
   y[token * y_stride + c] = from_float<T>(result);
 }
 
-/// One token: a thread owns a channel of a sequence and its window.
-template <class T>
+/// One token: a thread owns a channel and walks the windows of the sequences, in the usual case
+/// one. Bound by the launch, or for many sequences by HBM: the window in and out.
+template <class T, int K>
 __global__ __launch_bounds__(kThreads) void step_kernel(Conv<T> v, T* y, std::int64_t y_stride,
                                                         float* state) {
-  const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i >= v.batch * v.channels) return;
-  const std::int64_t b = i / v.channels;
-  const std::int64_t c = i - b * v.channels;
-  float* const window = state + i * v.width;
-  const T* const weight = v.weight + c * v.width;
-  float sum = v.bias != nullptr ? to_float(v.bias[c]) : 0.0F;
-#pragma unroll 4
-  for (int k = 0; k + 1 < v.width; ++k) {
-    const float value = window[k + 1];
-    window[k] = value;
-    sum = fmaf(to_float(weight[k]), value, sum);
+  let_next_kernel_start();
+  const std::int64_t c = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const bool exists = c < v.channels;
+  std::int64_t b = blockIdx.y;
+  if (exists) {
+    prefetch_to_l2(state + (b * v.channels + c) * v.width);
+    prefetch_to_l2(v.weight + c * v.width);
   }
-  const float newest = to_float(v.x[b * v.x_stride + c]);
-  window[v.width - 1] = newest;
-  sum = fmaf(to_float(weight[v.width - 1]), newest, sum);
-  if (v.silu) sum *= gate(sum);
-  y[b * y_stride + c] = from_float<T>(sum);
+  wait_for_previous_kernel();
+  if (!exists) return;
+  for (; b < v.batch; b += gridDim.y) {
+    const float newest = to_float(v.x[b * v.x_stride + c]);
+    y[b * y_stride + c] = from_float<T>(advance_window<T, K>(v, b, c, newest, state));
+  }
 }
 
 template <class T>
@@ -191,9 +188,14 @@ void step(Context& ctx, const CausalConv1dStep& a) {
                   .channels = a.x.dim(1),
                   .width = static_cast<int>(a.weight.dim(1)),
                   .silu = a.activation == Activation::Silu};
-  step_kernel<T><<<blocks_for(v.batch * v.channels), kThreads, 0, ctx.stream().handle>>>(
-      v, a.y.data<T>(), detail::row_stride(a.y), a.state.data<float>());
-  LRNN_CUDA_CHECK_LAUNCH();
+  float* const state = a.state.data<float>();
+  visit_window(v, state, [&]<int K>() {
+    constexpr std::int64_t kMostBlocks = 65535;  // of the second dimension of a grid
+    const dim3 blocks(static_cast<unsigned>(blocks_for(v.channels)),
+                      static_cast<unsigned>(std::min(v.batch, kMostBlocks)));
+    launch_overlapped(step_kernel<T, K>, blocks, kThreads, 0, ctx.stream().handle, v, a.y.data<T>(),
+                      detail::row_stride(a.y), state);
+  });
 }
 
 }  // namespace

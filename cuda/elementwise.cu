@@ -17,6 +17,15 @@ struct CastVector {
   }
 };
 
+template <class From, class To>
+struct TransposeElement {
+  DeviceRows<const From> src;
+  DeviceRows<To> dst;
+  __device__ void operator()(std::int64_t r, std::int64_t c) const {
+    dst.row(r)[c] = from_float<To>(to_float(src.row(c)[r]));
+  }
+};
+
 template <class From, class To, int N>
 struct AddVector {
   DeviceRows<const From> src;
@@ -264,6 +273,16 @@ void cast(Context& ctx, const Cast& a) {
   visit_float("cast", a.src.dtype(), [&]<class From>() {
     visit_float("cast", a.dst.dtype(),
                 [&]<class To>() { launch_pair<CastVector, From, To>(ctx, a.src, a.dst); });
+  });
+}
+
+void transpose(Context& ctx, const Transpose& a) {
+  visit_float("transpose", a.src.dtype(), [&]<class From>() {
+    visit_float("transpose", a.dst.dtype(), [&]<class To>() {
+      for_each_vector<1>(
+          ctx.stream().handle, a.dst.dim(0), a.dst.dim(1),
+          TransposeElement<From, To>{device_rows<From>(a.src), device_rows<To>(a.dst)});
+    });
   });
 }
 

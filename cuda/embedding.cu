@@ -218,9 +218,9 @@ void embedding_forward(Context& ctx, const EmbeddingForward& a) {
     const cudaStream_t stream = ctx.stream().handle;
     constexpr int n = kWide<T>;
     if (allows_vectors(weight, width, width, n) && allows_vectors(y, width, width, n))
-      for_each_vector<n>(stream, rows, width, GatherVector<T, n>{ids, weight, y, width});
+      for_each_vector<n, true>(stream, rows, width, GatherVector<T, n>{ids, weight, y, width});
     else
-      for_each_vector<1>(stream, rows, width, GatherVector<T, 1>{ids, weight, y, width});
+      for_each_vector<1, true>(stream, rows, width, GatherVector<T, 1>{ids, weight, y, width});
   });
 }
 

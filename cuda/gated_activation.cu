@@ -59,9 +59,9 @@ void gated_activation_forward(Context& ctx, const GatedActivationForward& a) {
     const bool vectors = all_allow<T>(width, {a.value, a.gate, a.y});
     visit_activation(a.kind, [&]<Activation kind>() {
       const auto launch = [&]<int N>() {
-        for_each_vector<N>(ctx.stream().handle, rows, width,
-                           Forward<T, kind, N>{device_rows<T>(a.value), device_rows<T>(a.gate),
-                                               device_rows<T>(a.y)});
+        for_each_vector<N, true>(ctx.stream().handle, rows, width,
+                                 Forward<T, kind, N>{device_rows<T>(a.value),
+                                                     device_rows<T>(a.gate), device_rows<T>(a.y)});
       };
       if (vectors)
         launch.template operator()<kWide<T>>();
@@ -78,10 +78,11 @@ void gated_activation_backward(Context& ctx, const GatedActivationBackward& a) {
     const bool vectors = all_allow<T>(width, {a.dy, a.value, a.gate, a.dvalue, a.dgate});
     visit_activation(a.kind, [&]<Activation kind>() {
       const auto launch = [&]<int N>() {
-        for_each_vector<N>(ctx.stream().handle, rows, width,
-                           Backward<T, kind, N>{device_rows<T>(a.dy), device_rows<T>(a.value),
-                                                device_rows<T>(a.gate), device_rows<T>(a.dvalue),
-                                                device_rows<T>(a.dgate)});
+        for_each_vector<N, true>(
+            ctx.stream().handle, rows, width,
+            Backward<T, kind, N>{device_rows<T>(a.dy), device_rows<T>(a.value),
+                                 device_rows<T>(a.gate), device_rows<T>(a.dvalue),
+                                 device_rows<T>(a.dgate)});
       };
       if (vectors)
         launch.template operator()<kWide<T>>();

@@ -87,9 +87,9 @@ void kv_cache_append(Context& ctx, const KvCacheAppend& a) {
     const cudaStream_t stream = ctx.stream().handle;
     constexpr int n = kWide<T>;
     if (takes_vectors(src, cache, width, n))
-      for_each_vector<n>(stream, rows, width, AppendVector<T, n>{slots, src, cache});
+      for_each_vector<n, true>(stream, rows, width, AppendVector<T, n>{slots, src, cache});
     else
-      for_each_vector<1>(stream, rows, width, AppendVector<T, 1>{slots, src, cache});
+      for_each_vector<1, true>(stream, rows, width, AppendVector<T, 1>{slots, src, cache});
   });
 }
 
@@ -103,9 +103,11 @@ void kv_cache_read(Context& ctx, const KvCacheRead& a) {
     const cudaStream_t stream = ctx.stream().handle;
     constexpr int n = kWide<T>;
     if (takes_vectors(cache, dst, width, n))
-      for_each_vector<n>(stream, rows, width, ReadVector<T, n>{slots, cache, dst, a.accumulate});
+      for_each_vector<n, true>(stream, rows, width,
+                               ReadVector<T, n>{slots, cache, dst, a.accumulate});
     else
-      for_each_vector<1>(stream, rows, width, ReadVector<T, 1>{slots, cache, dst, a.accumulate});
+      for_each_vector<1, true>(stream, rows, width,
+                               ReadVector<T, 1>{slots, cache, dst, a.accumulate});
   });
 }
 

@@ -8,6 +8,7 @@
 #include "common/check.cuh"
 #include "common/lane_scan.cuh"
 #include "common/lane_walk.cuh"
+#include "common/launch.cuh"
 
 namespace lrnn::cuda {
 namespace lane {
@@ -587,6 +588,8 @@ constexpr int kStepThreads = 128;
 template <class T>
 __global__ __launch_bounds__(kStepThreads) void lane_scan_step_kernel(ForwardArgs<T> args,
                                                                       int threads) {
+  let_next_kernel_start();
+  wait_for_previous_kernel();
   const Sizes& s = args.sizes;
   const std::int64_t index =
       (static_cast<std::int64_t>(blockIdx.x) * kStepThreads + threadIdx.x) / threads;
@@ -643,9 +646,9 @@ void step(Context& ctx, const ForwardArgs<T>& args) {
   int threads = 1;
   while (threads < 32 && threads * 2 <= s.plane / units) threads *= 2;
   const std::int64_t count = s.batch * units * threads;
-  lane_scan_step_kernel<T><<<static_cast<unsigned>((count + kStepThreads - 1) / kStepThreads),
-                             kStepThreads, 0, ctx.stream().handle>>>(args, threads);
-  LRNN_CUDA_CHECK_LAUNCH();
+  launch_overlapped(lane_scan_step_kernel<T>,
+                    static_cast<unsigned>((count + kStepThreads - 1) / kStepThreads), kStepThreads,
+                    0, ctx.stream().handle, args, threads);
 }
 
 }  // namespace

@@ -159,21 +159,14 @@ template <class T>
 void few_rows_forward(Context& ctx, const LinearForward& a) {
   const few_rows::Args<T> args{.x = device_rows<T>(a.x),
                                .weight = device_rows<T>(a.weight),
-                               .bias = a.bias ? a.bias.data<T>() : nullptr,
-                               .y = device_rows<T>(a.y),
                                .rows = static_cast<int>(detail::row_count(a.x)),
                                .columns = static_cast<int>(a.weight.dim(0)),
                                .depth = static_cast<int>(a.x.dim(-1)),
-                               .accumulate = a.accumulate};
-  const int warps = few_rows::warps_of<T>(args.depth);
-  few_rows::visit_sizes(args, [&]<int kTiles, int kRows>() {
-    constexpr int kWidth = kTiles * few_rows::kColumns;
-    const auto blocks = static_cast<unsigned>((args.columns + kWidth - 1) / kWidth);
-    const std::size_t shared = sizeof(float) * kRows * few_rows::kPitch<kTiles> * warps;
-    few_rows::product_kernel<T, kTiles, kRows>
-        <<<blocks, static_cast<unsigned>(32 * warps), shared, ctx.stream().handle>>>(args);
-    LRNN_CUDA_CHECK_LAUNCH();
-  });
+                               .stable_weight = a.stable_weight};
+  const few_rows::StoreSum<T> store{.bias = a.bias ? a.bias.data<T>() : nullptr,
+                                    .y = device_rows<T>(a.y),
+                                    .accumulate = a.accumulate};
+  few_rows::launch(ctx.stream().handle, args, store);
 }
 
 }  // namespace

@@ -6,6 +6,7 @@
 // special functions and some 45 other instructions per element.
 #include <cmath>
 
+#include "common/launch.cuh"
 #include "common/rglru_scan.cuh"
 
 namespace lrnn::cuda {
@@ -73,15 +74,6 @@ struct RawTile {
     load_slice<kVector>(pre_i, p.pre_i, at, t0, valid, 0.0F);
   }
 };
-
-// h = a h + b of one token and one channel.
-template <class T>
-__device__ __forceinline__ void token(float rate, float v, float pre_r, float pre_i, float& a,
-                                      float& b) {
-  float u;
-  decay(rate * sigmoid<T>(pre_r), a, u);
-  b = square_root(u * (2.0F - u)) * (sigmoid<T>(pre_i) * v);
-}
 
 template <class T, class L, bool kVector, Pass pass>
 __global__ __launch_bounds__(L::kThreads) void rglru_scan_forward_kernel(Inputs<T> p,
@@ -200,6 +192,8 @@ constexpr int kTokenThreads = 128;
 template <class T>
 __global__ __launch_bounds__(kTokenThreads) void rglru_scan_token_kernel(Inputs<T> p,
                                                                          Outputs<T> out) {
+  let_next_kernel_start();
+  wait_for_previous_kernel();
   const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kTokenThreads + threadIdx.x;
   if (i >= p.batch * p.channels) return;
   const std::int64_t b = i / p.channels;
@@ -230,10 +224,9 @@ void rglru_scan_forward(Context& ctx, const RglruScanForward& a) {
                          nullptr};
     if (p.seqlen == 1) {
       const std::int64_t count = p.batch * p.channels;
-      rglru_scan_token_kernel<T>
-          <<<static_cast<unsigned>((count + kTokenThreads - 1) / kTokenThreads), kTokenThreads, 0,
-             ctx.stream().handle>>>(p, out);
-      LRNN_CUDA_CHECK_LAUNCH();
+      launch_overlapped(rglru_scan_token_kernel<T>,
+                        static_cast<unsigned>((count + kTokenThreads - 1) / kTokenThreads),
+                        kTokenThreads, 0, ctx.stream().handle, p, out);
       return;
     }
     const bool pairs = allows_pairs(p.v, p.channels) && allows_pairs(p.pre_r, p.channels) &&

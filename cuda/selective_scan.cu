@@ -302,62 +302,232 @@ struct StepArgs {
   DeviceRows<T> y;
   float* state;
   int lanes;  // of a channel, a power of two
+  int log2_lanes;
+  // The projection of dt, if the step does it.
+  DeviceRows<const T> dt_low{nullptr, 0};
+  const T* dt_weight = nullptr;  // null: in.dt
+  int rank = 0;
+
+  /// The sum over the lanes of a channel, in every one of them.
+  __device__ __forceinline__ float sum_lanes(float v) const {
+    for (int offset = lanes / 2; offset > 0; offset /= 2)
+      v += __shfl_xor_sync(0xFFFFFFFFU, v, offset);
+    return v;
+  }
 };
 
-// `lanes` neighbouring lanes own a channel and walk its states kVec at a time.
+/// <x, w> of `count` elements over the lanes of a channel, kN at a time. The first kHeld groups of
+/// w stay in registers from construction.
+template <class T, int kN>
+struct LaneDot {
+  static constexpr int kHeld = kN > 1 ? 4 : 1;
+  const T* w;
+  int count, first, step;
+  Packed<T, kN> held[kHeld];
+
+  __device__ __forceinline__ LaneDot(const T* w, int count, int lane, int lanes)
+      : w(w), count(count), first(lane * kN), step(lanes * kN) {
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      held[i] = {};
+      if (w != nullptr && first + i * step < count) held[i].load(w + first + i * step);
+    }
+  }
+  /// The part of this lane.
+  __device__ __forceinline__ float operator()(const T* x) const {
+    Packed<T, kN> a[kHeld];
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      a[i] = {};
+      if (first + i * step < count) a[i].load(x + first + i * step);
+    }
+    float sum = 0.0F;
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) add(sum, a[i], held[i]);
+    for (int k = first + kHeld * step; k < count; k += step) {
+      Packed<T, kN> b;
+      a[0].load(x + k);
+      b.load(w + k);
+      add(sum, a[0], b);
+    }
+    return sum;
+  }
+
+ private:
+  __device__ __forceinline__ static void add(float& sum, const Packed<T, kN>& a,
+                                             const Packed<T, kN>& b) {
+#pragma unroll
+    for (int j = 0; j < kN; ++j) sum = fmaf(a.get(j), b.get(j), sum);
+  }
+};
+
+/// A of kVec states of a channel, times log2(e) unless general.
+template <int kVec>
+struct StepRates {
+  float A[kVec];
+
+  __device__ __forceinline__ void load(const float* A_log, bool general) {
+    load_vec<float, kVec>(A_log, A);
+#pragma unroll
+    for (float& v : A) v = -expf(v) * (general ? 1.0F : kLog2e);
+  }
+};
+
+/// kVec states of a channel and what drives and reads them.
 template <class T, int kVec>
-__global__ __launch_bounds__(kStepThreads) void selective_scan_step_kernel(StepArgs<T> p) {
-  const Operands<T>& in = p.in;
-  const int lane = static_cast<int>(threadIdx.x) % p.lanes;
-  const std::int64_t i =
-      (static_cast<std::int64_t>(blockIdx.x) * kStepThreads + threadIdx.x) / p.lanes;
-  const bool exists =
-      i < std::int64_t{in.sizes.batch} * in.sizes.channels;  // the others join the shuffles
-  const std::int64_t batch = exists ? i / in.sizes.channels : 0;
-  const std::int64_t channel = exists ? i % in.sizes.channels : 0;
-  const int dstate = in.sizes.dstate;
-  const float u = to_float(in.u.row(batch)[channel]);
-  const float delta = softplus(to_float(in.dt.row(batch)[channel]) + in.dt_bias[channel]);
-  const float alpha = in.tau != nullptr ? in.tau[batch] * softplus(in.dtA_bias[channel]) : delta;
-  const GeneralRule rule{in.discretization};
-  float y = 0.0F;
-  for (int n = lane * kVec; exists && n < dstate; n += p.lanes * kVec) {
-    float* const state = p.state + i * dstate + n;
-    float h[kVec];
-    float A_log[kVec];
+struct StepStates {
+  float h[kVec];
+  Packed<T, kVec> B, C;
+
+  __device__ __forceinline__ void load(const float* state, const T* b, const T* c) {
     load_vec<float, kVec>(state, h);
-    load_vec<float, kVec>(in.A_log + channel * dstate + n, A_log);
+    B.load(b);
+    C.load(c);
+  }
+  /// Moves the states on and adds C h to y.
+  template <bool kGeneral>
+  __device__ __forceinline__ void advance(const StepRates<kVec>& rates, const GeneralRule& rule,
+                                          float alpha, float delta, float u, float& y) {
 #pragma unroll
     for (int k = 0; k < kVec; ++k) {
-      const float A = -expf(A_log[k]);
-      const float drive = rule.factor(delta, A) * u * to_float(in.B.row(batch)[n + k]);
-      h[k] = fmaf(rule.multiplier(alpha, A), h[k], drive);
-      y = fmaf(to_float(in.C.row(batch)[n + k]), h[k], y);
+      const float A = rates.A[k];
+      const float factor = kGeneral ? rule.factor(delta, A) : delta;
+      const float a = kGeneral ? rule.multiplier(alpha, A) : exp2_approx(alpha * A);
+      h[k] = fmaf(a, h[k], factor * u * B.get(k));
+      y = fmaf(C.get(k), h[k], y);
     }
-    store_vec<float, kVec>(state, h);
   }
-  for (int offset = p.lanes / 2; offset > 0; offset /= 2)
-    y += __shfl_xor_sync(0xFFFFFFFFU, y, offset);
-  if (!exists || lane != 0) return;
-  if (in.D != nullptr) y = fmaf(in.D[channel], u, y);
-  if (in.z.data != nullptr) {
-    const float z = to_float(in.z.row(batch)[channel]);
-    y *= z * fast_sigmoid(z);
+};
+
+/// What one token of a channel has beside its states.
+template <class T>
+struct StepToken {
+  float u, z, dt;
+
+  __device__ __forceinline__ void load(const StepArgs<T>& p, std::int64_t row,
+                                       std::int64_t channel) {
+    const Operands<T>& in = p.in;
+    u = to_float(in.u.row(row)[channel]);
+    z = in.z.data != nullptr ? to_float(in.z.row(row)[channel]) : 0.0F;
+    dt = p.dt_weight == nullptr ? to_float(in.dt.row(row)[channel]) : 0.0F;
   }
-  p.y.row(batch)[channel] = from_float<T>(y);
+  /// y with skip and gate.
+  __device__ __forceinline__ float finish(float y, float D, bool gated) const {
+    y = fmaf(D, u, y);
+    return gated ? y * (z * fast_sigmoid(z)) : y;
+  }
+};
+
+// A block owns kStepThreads / lanes channels and walks the sequences kRows at a time, in the usual
+// case once. `lanes` neighbouring lanes own a channel and walk its states kVec at a time.
+// Parameters are read while the kernel before still runs, all else at once behind it. Bound by
+// latency, or for many sequences by HBM: the state in and out. kRank: elements at a time of the
+// projection of dt.
+template <class T, int kVec, int kRank, int kRows, bool kGeneral>
+__global__ __launch_bounds__(kStepThreads) void selective_scan_step_kernel(StepArgs<T> p) {
+  let_next_kernel_start();
+  const Operands<T>& in = p.in;
+  const int dstate = in.sizes.dstate;
+  const std::int64_t batch = in.sizes.batch;
+  const int lane = static_cast<int>(threadIdx.x) & (p.lanes - 1);
+  const int place =
+      (static_cast<int>(blockIdx.x) * kStepThreads + static_cast<int>(threadIdx.x)) >> p.log2_lanes;
+  // Lanes of no channel join the shuffles with values of another.
+  const int channel = min(place, in.sizes.channels - 1);
+  const int n = lane * kVec;
+  const bool owns = n < dstate;
+  const std::int64_t state_stride = std::int64_t{in.sizes.channels} * dstate;
+  float* const state = p.state + std::int64_t{channel} * dstate;
+  const float* const A_log = in.A_log + std::int64_t{channel} * dstate;
+  std::int64_t group = std::int64_t{blockIdx.y} * kRows;
+  StepRates<kVec> A{};
+  if (owns) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r)
+      if (group + r < batch) prefetch_to_l2(state + (group + r) * state_stride + n);
+    A.load(A_log + n, kGeneral);
+  }
+  const LaneDot<T, kRank> project(
+      p.dt_weight != nullptr ? p.dt_weight + std::int64_t{channel} * p.rank : nullptr, p.rank, lane,
+      p.lanes);
+  const float dt_bias = in.dt_bias[channel];
+  const float D = in.D != nullptr ? in.D[channel] : 0.0F;
+  const float rate = kGeneral && in.tau != nullptr ? softplus(in.dtA_bias[channel]) : 0.0F;
+  const GeneralRule rule{in.discretization};
+  wait_for_previous_kernel();
+  for (; group < batch; group += std::int64_t{gridDim.y} * kRows) {
+    StepStates<T, kVec> states[kRows] = {};
+    StepToken<T> tokens[kRows] = {};
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const std::int64_t row = group + r;
+      if (row >= batch) break;
+      if (owns)
+        states[r].load(state + row * state_stride + n, in.B.row(row) + n, in.C.row(row) + n);
+      tokens[r].load(p, row, channel);
+    }
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const std::int64_t row = group + r;
+      if (row >= batch) break;
+      // A projected dt is rounded as if it had been stored.
+      float dt = tokens[r].dt;
+      if (p.dt_weight != nullptr)
+        dt = to_float(from_float<T>(p.sum_lanes(project(p.dt_low.row(row)))));
+      const float delta = softplus(dt + dt_bias);
+      const float alpha = kGeneral && in.tau != nullptr ? in.tau[row] * rate : delta;
+      float y = 0.0F;
+      const auto advance = [&](const StepRates<kVec>& rates, int at) {
+        states[r].template advance<kGeneral>(rates, rule, alpha, delta, tokens[r].u, y);
+        if (place == channel) store_vec<float, kVec>(state + row * state_stride + at, states[r].h);
+      };
+      if (owns) advance(A, n);
+      for (int at = n + p.lanes * kVec; at < dstate; at += p.lanes * kVec) {
+        StepRates<kVec> rates;
+        rates.load(A_log + at, kGeneral);
+        states[r].load(state + row * state_stride + at, in.B.row(row) + at, in.C.row(row) + at);
+        advance(rates, at);
+      }
+      y = p.sum_lanes(y);
+      if (place == channel && lane == 0)
+        p.y.row(row)[channel] = from_float<T>(tokens[r].finish(y, D, in.z.data != nullptr));
+    }
+  }
 }
 
-template <class T, int kVec>
+// kRows > 1 for many sequences: loads of several together hide the latency of memory.
+template <class T, int kVec, int kRows>
 void launch_step(Context& ctx, const SelectiveScanStep& a) {
   const Sizes sizes(a.in, 1, 1);
-  int lanes = 1;
-  while (lanes < 32 && lanes * kVec < sizes.dstate) lanes *= 2;
-  const StepArgs<T> p{Operands<T>(a.in, sizes), device_rows<T>(a.y), a.state.data<float>(), lanes};
-  const std::int64_t threads = std::int64_t{sizes.batch} * sizes.channels * lanes;
-  selective_scan_step_kernel<T, kVec>
-      <<<static_cast<unsigned>((threads + kStepThreads - 1) / kStepThreads), kStepThreads, 0,
-         ctx.stream().handle>>>(p);
-  LRNN_CUDA_CHECK_LAUNCH();
+  int log2_lanes = 0;
+  while (log2_lanes < 5 && (kVec << log2_lanes) < sizes.dstate) ++log2_lanes;
+  StepArgs<T> p{.in = Operands<T>(a.in, sizes),
+                .y = device_rows<T>(a.y),
+                .state = a.state.data<float>(),
+                .lanes = 1 << log2_lanes,
+                .log2_lanes = log2_lanes};
+  bool wide_rank = false;
+  if (a.dt_low) {
+    p.dt_low = device_rows<T>(a.dt_low);
+    p.dt_weight = a.dt_weight.data<T>();
+    p.rank = static_cast<int>(a.dt_low.dim(2));
+    wide_rank = Operands<T>::wide(p.dt_low, p.rank) &&
+                allows_vectors(p.dt_weight, p.rank, p.rank, kWide<T>);
+  }
+  constexpr std::int64_t kMostGroups = 65535;  // of the second dimension of a grid
+  const std::int64_t groups = (std::int64_t{sizes.batch} + kRows - 1) / kRows;
+  const int per_block = kStepThreads >> log2_lanes;
+  const dim3 blocks(static_cast<unsigned>((sizes.channels + per_block - 1) / per_block),
+                    static_cast<unsigned>(std::min(groups, kMostGroups)));
+  visit_rule(is_general(a.in), [&]<bool kGeneral>() {
+    const auto launch = [&]<int kRank>() {
+      launch_overlapped(selective_scan_step_kernel<T, kVec, kRank, kRows, kGeneral>, blocks,
+                        kStepThreads, 0, ctx.stream().handle, p);
+    };
+    if constexpr (kRows == 1)
+      if (wide_rank) return launch.template operator()<kWide<T>>();
+    launch.template operator()<1>();
+  });
 }
 
 }  // namespace
@@ -384,14 +554,28 @@ void selective_scan_forward(Context& ctx, const SelectiveScanForward& a) {
   });
 }
 
+/// States of a thread for many sequences: B and C of them are one access.
+template <class T>
+constexpr int kManyStates = kWide<T>;
+
 void selective_scan_step(Context& ctx, const SelectiveScanStep& a) {
   visit_float("selective_scan_step", a.in.u.dtype(), [&]<class T>() {
     const std::int64_t dstate = a.in.A_log.dim(1);
-    if (allows_vectors(a.state.data<float>(), dstate, dstate, 4) &&
-        allows_vectors(a.in.A_log.data<float>(), dstate, dstate, 4))
-      selective::launch_step<T, 4>(ctx, a);
+    const auto aligned = [&](int n) {
+      const auto allows = [&]<class U>(const U* p, std::int64_t stride) {
+        return allows_vectors(p, dstate, stride, n);
+      };
+      return allows(a.state.data<float>(), dstate) && allows(a.in.A_log.data<float>(), dstate) &&
+             allows(a.in.B.data<T>(), detail::row_stride(a.in.B)) &&
+             allows(a.in.C.data<T>(), detail::row_stride(a.in.C));
+    };
+    constexpr std::int64_t kManySequences = 64;
+    if (a.in.u.dim(0) >= kManySequences && !a.dt_low && aligned(kManyStates<T>))
+      selective::launch_step<T, kManyStates<T>, 2>(ctx, a);
+    else if (aligned(4))
+      selective::launch_step<T, 4, 1>(ctx, a);
     else
-      selective::launch_step<T, 1>(ctx, a);
+      selective::launch_step<T, 1, 1>(ctx, a);
   });
 }
 

@@ -145,12 +145,12 @@ bool names_op_and_operand(const std::string& message) {
 }
 
 // A count of rows, a vocabulary or a list of blocks that nothing else fixes; ids that a case
-// collects on the host.
+// collects on the host; a drive that may be complex.
 bool may_be_of_any_form(const std::string& case_name, const std::string& operand) {
   static const std::map<std::string, std::set<std::string>> kFree = {
       {"argmax", {"logits", "ids"}}, {"embedding", {"weight", "dweight"}},
-      {"global_norm", {"a", "b"}},   {"sample", {"logits", "ids"}},
-      {"sum_columns", {"x"}},
+      {"global_norm", {"a", "b"}},   {"projected_diagonal", {"B"}},
+      {"sample", {"logits", "ids"}}, {"sum_columns", {"x"}},
   };
   const auto it = kFree.find(case_name.substr(0, case_name.find('/')));
   return it != kFree.end() && it->second.contains(operand);
@@ -159,9 +159,8 @@ bool may_be_of_any_form(const std::string& case_name, const std::string& operand
 // Cases of which an op has run when a later one refuses.
 bool has_several_ops(const std::string& case_name) {
   static constexpr const char* kSeveral[] = {
-      "adamw",     "cross_entropy", "diagonal_scan", "dplr_scan",    "fill_and_add_to",
-      "lane_scan", "linear",        "scale_columns", "mask_padding", "rotary",
-      "sample"};
+      "adamw",  "cross_entropy", "diagonal_scan", "dplr_scan",    "fill_and_add_to", "lane_scan",
+      "linear", "projected",     "scale_columns", "mask_padding", "rotary",          "sample"};
   return std::any_of(std::begin(kSeveral), std::end(kSeveral),
                      [&](const char* name) { return case_name.starts_with(name); });
 }

@@ -85,6 +85,47 @@ __device__ __forceinline__ float gate(float v) {
   return s;
 }
 
+/// Moves the window of channel c of sequence b on by an input and returns the output of the
+/// channel. K: the width, if windows and weights lie in vectors of that size, else 0.
+template <class T, int K>
+__device__ __forceinline__ float advance_window(const Conv<T>& v, std::int64_t b, std::int64_t c,
+                                                float newest, float* state) {
+  float* const window = state + (b * v.channels + c) * v.width;
+  const T* const weight = v.weight + c * v.width;
+  float sum = v.bias != nullptr ? to_float(v.bias[c]) : 0.0F;
+  if constexpr (K > 0) {
+    float values[K];
+    float taps[K];
+    load_vec<float, K>(window, values);
+    load_vec<T, K>(weight, taps);
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      values[k] = k + 1 < K ? values[k + 1] : newest;
+      sum = fmaf(taps[k], values[k], sum);
+    }
+    store_vec<float, K>(window, values);
+  } else {
+    for (int k = 0; k < v.width; ++k) {
+      const float value = k + 1 < v.width ? window[k + 1] : newest;
+      window[k] = value;
+      sum = fmaf(to_float(weight[k]), value, sum);
+    }
+  }
+  return v.silu ? sum * gate(sum) : sum;
+}
+
+/// Calls f.operator()<K>() with the K of advance_window.
+template <class T, class F>
+void visit_window(const Conv<T>& v, const float* state, F&& f) {
+  constexpr int kUsual = 4;
+  const bool vectors = v.width == kUsual && allows_vectors(state, kUsual, kUsual, kUsual) &&
+                       allows_vectors(v.weight, kUsual, kUsual, kUsual);
+  if (vectors)
+    f.template operator()<kUsual>();
+  else
+    f.template operator()<0>();
+}
+
 /// How channels and time are cut.
 struct Plan {
   std::int64_t tiles;   // of 32 kN channels

@@ -35,10 +35,11 @@ struct Sizes {
   int tile;  // lanes side by side in a block: 8, 16 or 32
   int tile_log2;
 
-  explicit Sizes(const TensorView& v)
-      : batch(v.dim(0)),
-        seqlen(v.dim(1)),
-        lanes(v.dim(-1)),
+  explicit Sizes(const TensorView& v) : Sizes(v.dim(0), v.dim(1), v.dim(-1)) {}
+  Sizes(std::int64_t batch, std::int64_t seqlen, std::int64_t lanes)
+      : batch(batch),
+        seqlen(seqlen),
+        lanes(lanes),
         chunks(diagonal_scan_chunks(seqlen)),
         tile_log2(lanes > 16  ? 5
                   : lanes > 8 ? 4

@@ -1,10 +1,10 @@
-/// Product of few rows with a weight, y = x W^T (+ bias) or y += x W^T: one token of each sequence
-/// of a batch. The time is that of reading W, once.
+/// Product of few rows with a weight, y = x W^T: one token of each sequence of a batch. The time is
+/// that of reading W, once.
 ///
 /// A block owns kTiles groups of eight columns of y, that is, of rows of W. Its warps share K. Lane
 /// 4 g + c of a warp reads the c-th 16 of every 64 bytes of rows g, g + 8, ... of W and of x, and
 /// multiplies them from registers; x comes from the caches, as every block reads it. The sums of
-/// the warps are added in their order.
+/// the warps are added in their order and handed to an epilogue.
 ///
 /// How K is cut depends on N and K alone, so the bits of a row of y are the same beside any other
 /// rows and on any device of a kind.
@@ -14,6 +14,7 @@
 #include <climits>
 
 #include "common/capability.cuh"
+#include "common/launch.cuh"
 #include "common/mma.cuh"
 #include "common/rows.cuh"
 
@@ -21,7 +22,7 @@ namespace lrnn::cuda::few_rows {
 
 constexpr int kColumns = 8;    // of y that a warp reads at a time
 constexpr int kLanes = 4;      // that read neighbouring parts of a row of W
-constexpr int kAhead = 3;      // loads of a row of W that a thread has in flight
+constexpr int kAhead = 4;      // loads of a row of W that a thread has in flight
 constexpr int kMaxWarps = 16;  // of a block
 
 /// Elements of a row of W that a warp reads at a time: 64 bytes, 16 in each of kLanes.
@@ -35,10 +36,23 @@ template <class T>
 struct Args {
   DeviceRows<const T> x;       ///< [rows, depth]
   DeviceRows<const T> weight;  ///< [columns, depth]
-  const T* bias;               ///< [columns], or null
-  DeviceRows<T> y;             ///< [rows, columns]
   int rows, columns, depth;    ///< kWide<T> divides depth
-  bool accumulate;             ///< y += instead of y =
+  bool stable_weight;          ///< not written by the kernels just before
+};
+
+/// y = sum (+ bias), or y += sum.
+template <class T>
+struct StoreSum {
+  const T* bias;  ///< [columns], or null
+  DeviceRows<T> y;
+  bool accumulate;
+
+  __device__ __forceinline__ void operator()(int r, int c, float sum) const {
+    T* const to = y.row(r) + c;
+    if (bias != nullptr) sum += to_float(bias[c]);
+    if (accumulate) sum += to_float(*to);
+    *to = from_float<T>(sum);
+  }
 };
 
 /// The part of `depth` that a warp takes: [first, last).
@@ -57,25 +71,82 @@ __device__ __forceinline__ Part part_of_warp(int depth, int warp, int warps) {
 template <int kTiles>
 constexpr int kPitch = kTiles > 1 ? 8 * kTiles + 8 : 8;
 
-/// kCount rows, kSpacing apart, of which a thread reads kWide<T> elements at a time. The last row
-/// stands for those behind it: what comes of them is not written.
-template <class T, int kCount, int kSpacing>
-struct RowReader {
-  const T* row[kCount];
+/// Where a thread's elements come from: the weight past the L1 cache, which is left to x.
+enum class Source { Weight, Input };
 
-  __device__ __forceinline__ RowReader(const DeviceRows<const T>& rows, int first, int count) {
+/// kCount rows, kSpacing apart, of which a thread reads kWide<T> elements at a time. The last row
+/// stands for those behind it: what comes of them is not used.
+template <class T, int kCount, int kSpacing, Source kSource>
+struct RowReader {
+  using Elements = Packed<T, kWide<T>>;
+  const T* row[kCount];
+  int last;
+
+  __device__ __forceinline__ RowReader(const DeviceRows<const T>& rows, int first, int count,
+                                       int offset, int last)
+      : last(last - offset) {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) row[i] = rows.row(min(first + i * kSpacing, count - 1));
+    for (int i = 0; i < kCount; ++i)
+      row[i] = rows.row(min(first + i * kSpacing, count - 1)) + offset;
   }
-  /// Elements from column k on, 0 unless `valid`.
-  __device__ __forceinline__ void load(Packed<T, kWide<T>> (&to)[kCount], int k, bool valid) const {
+  /// Elements from column k of the thread on, 0 from `last` on. Volatile, else the compiler moves
+  /// loads between the products, to save registers, where they are waited for.
+  __device__ __forceinline__ void load(Elements (&to)[kCount], int k) const {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       to[i] = {};
-      if (valid) to[i].load(row[i] + k);
+      if (k >= last) continue;
+      auto& w = to[i].words;
+      if constexpr (kSource == Source::Weight)
+        asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3])
+                     : "l"(row[i] + k)
+                     : "memory");
+      else
+        asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3])
+                     : "l"(row[i] + k)
+                     : "memory");
     }
   }
+  /// Asks for the lines of columns [k, last), of which this is the first of kLanes threads.
+  __device__ __forceinline__ void prefetch(int k) const {
+    constexpr int kLine = 128 / static_cast<int>(sizeof(T));
+#pragma unroll 1
+    for (; k < last; k += kLine)
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) prefetch_to_l2(row[i] + k);
+  }
 };
+
+template <class T, int kTiles>
+using WeightReader = RowReader<T, kTiles, kColumns, Source::Weight>;
+
+/// kAhead steps of the rows of a reader.
+template <class Reader, class T, int kCount>
+struct Ring {
+  typename Reader::Elements slots[kAhead][kCount];
+
+  __device__ __forceinline__ void fill(const Reader& from, int k) {
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) from.load(slots[i], k + i * kStep<T>);
+  }
+};
+
+/// Loads the first steps of a warp's part of W; at return what other kernels write can be read. A
+/// stable weight is read while they run.
+template <class T, int kTiles>
+__device__ __forceinline__ void begin_weight(const Args<T>& a,
+                                             const WeightReader<T, kTiles>& weight,
+                                             Ring<WeightReader<T, kTiles>, T, kTiles>& w, int first,
+                                             int lane) {
+  if (!a.stable_weight) {
+    if (lane % kLanes == 0) weight.prefetch(first);
+    wait_for_previous_kernel();
+  }
+  w.fill(weight, first);
+  wait_for_previous_kernel();
+}
 
 /// Sums of a warp on tensor cores: x is A, with rows up to 8 kHalves, and eight rows of W are B.
 ///
@@ -84,35 +155,34 @@ struct RowReader {
 template <int kTiles, int kHalves>
 __device__ __forceinline__ void sum_part(const Args<bf16>& a, int column, Part part, int lane,
                                          float (&sums)[kTiles][4]) {
-  constexpr int kElements = kWide<bf16>;
+  using Input = RowReader<bf16, kHalves, 8, Source::Input>;
   const int group = lane / kLanes;
-  const int offset = lane % kLanes * kElements;
-  const RowReader<bf16, kTiles, kColumns> weight(a.weight, column + group, a.columns);
-  const RowReader<bf16, kHalves, 8> input(a.x, group, a.rows);
+  const int offset = lane % kLanes * kWide<bf16>;
+  const WeightReader<bf16, kTiles> weight(a.weight, column + group, a.columns, offset, part.last);
+  const Input input(a.x, group, a.rows, offset, part.last);
+  Ring<WeightReader<bf16, kTiles>, bf16, kTiles> w;
+  Ring<Input, bf16, kHalves> x;
+  begin_weight(a, weight, w, part.first, lane);
+  x.fill(input, part.first);
 #pragma unroll 1
-  for (int k0 = part.first; k0 < part.last; k0 += kAhead * kStep<bf16>) {
-    Packed<bf16, kElements> x[kAhead][kHalves];
-    Packed<bf16, kElements> w[kAhead][kTiles];
+  for (int k0 = part.first; k0 < part.last; k0 += kAhead * kStep<bf16>)
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
-      const int k = k0 + i * kStep<bf16> + offset;
-      weight.load(w[i], k, k < part.last);
-      input.load(x[i], k, k < part.last);
-    }
-    __syncwarp();  // else loads go between the products, to save registers, and wait for them
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const std::uint32_t* const low = x[i][0].words + 2 * half;
-        const std::uint32_t* const high = x[i][kHalves - 1].words + 2 * half;
+        const std::uint32_t* const low = x.slots[i][0].words + 2 * half;
+        const std::uint32_t* const high = x.slots[i][kHalves - 1].words + 2 * half;
         const std::uint32_t rows[4] = {low[0], kHalves == 2 ? high[0] : 0, low[1],
                                        kHalves == 2 ? high[1] : 0};
 #pragma unroll
         for (int t = 0; t < kTiles; ++t)
-          multiply_add(sums[t], rows, w[i][t].words[2 * half], w[i][t].words[2 * half + 1]);
+          multiply_add(sums[t], rows, w.slots[i][t].words[2 * half],
+                       w.slots[i][t].words[2 * half + 1]);
       }
-  }
+      const int next = k0 + (i + kAhead) * kStep<bf16>;
+      weight.load(w.slots[i], next);
+      input.load(x.slots[i], next);
+    }
 }
 
 /// A warp's sums go to `sums` [8 kHalves, kPitch] of its own.
@@ -133,39 +203,36 @@ __device__ __forceinline__ void warp_sums(const Args<bf16>& a, int column, Part 
 }
 
 /// The same in float32, for up to kRows rows. Lane 4 g + c adds the elements of its offset; the
-/// four of a column are added in a butterfly.
+/// four of a column are added in a butterfly. x comes from the caches sooner than W, so it is read
+/// where it is used.
 template <int kTiles, int kRows>
 __device__ __forceinline__ void warp_sums(const Args<float>& a, int column, Part part, int lane,
                                           float* sums) {
+  using Input = RowReader<float, kRows, 1, Source::Input>;
   constexpr int kElements = kWide<float>;
   const int group = lane / kLanes;
   const int offset = lane % kLanes * kElements;
-  const RowReader<float, kTiles, kColumns> weight(a.weight, column + group, a.columns);
-  const RowReader<float, kRows, 1> input(a.x, 0, a.rows);
+  const WeightReader<float, kTiles> weight(a.weight, column + group, a.columns, offset, part.last);
+  const Input input(a.x, 0, a.rows, offset, part.last);
+  Ring<WeightReader<float, kTiles>, float, kTiles> w;
+  begin_weight(a, weight, w, part.first, lane);
   float acc[kTiles][kRows] = {};
 #pragma unroll 1
-  for (int k0 = part.first; k0 < part.last; k0 += kAhead * kStep<float>) {
-    Packed<float, kElements> w[kAhead][kTiles];
+  for (int k0 = part.first; k0 < part.last; k0 += kAhead * kStep<float>)
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
-      const int k = k0 + i * kStep<float> + offset;
-      weight.load(w[i], k, k < part.last);
-    }
-    __syncwarp();  // as above; x, which the sums wait for as well, comes from the caches sooner
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      const int k = k0 + i * kStep<float> + offset;
-      Packed<float, kElements> x[kRows];
-      input.load(x, k, k < part.last);
+      const int k = k0 + i * kStep<float>;
+      typename Input::Elements x[kRows];
+      input.load(x, k);
 #pragma unroll
       for (int t = 0; t < kTiles; ++t)
 #pragma unroll
         for (int r = 0; r < kRows; ++r)
 #pragma unroll
           for (int e = 0; e < kElements; ++e)
-            acc[t][r] = fmaf(x[r].get(e), w[i][t].get(e), acc[t][r]);
+            acc[t][r] = fmaf(x[r].get(e), w.slots[i][t].get(e), acc[t][r]);
+      weight.load(w.slots[i], k + kAhead * kStep<float>);
     }
-  }
 #pragma unroll
   for (int t = 0; t < kTiles; ++t)
 #pragma unroll
@@ -178,16 +245,22 @@ __device__ __forceinline__ void warp_sums(const Args<float>& a, int column, Part
     }
 }
 
-/// kRows: 8 or 16 in bfloat16. Dynamic shared memory: kRows kPitch floats for each warp.
-template <class T, int kTiles, int kRows>
-__global__ __launch_bounds__(32 * kMaxWarps) void product_kernel(Args<T> a) {
+/// What a block does. kRows: 8 or 16 in bfloat16. `sums`: kRows kPitch floats for each warp. The
+/// epilogue is called once for each row and column, with the sum in float32; if it reads anything
+/// but weights, it may ask for that by prefetch(row, column) before the kernels before this one end.
+template <class T, int kTiles, int kRows, class Epilogue>
+__device__ __forceinline__ void product(const Args<T>& a, int block, float* sums,
+                                        const Epilogue& epilogue) {
   constexpr int kWidth = kTiles * kColumns;
   constexpr int kSums = kRows * kPitch<kTiles>;
-  extern __shared__ float sums[];
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int warp = static_cast<int>(threadIdx.x) / 32;
   const int warps = static_cast<int>(blockDim.x) / 32;
-  const int column = static_cast<int>(blockIdx.x) * kWidth;
+  const int column = block * kWidth;
+  if constexpr (requires { epilogue.prefetch(0, 0); })
+    for (int i = static_cast<int>(threadIdx.x); i < a.rows * kWidth;
+         i += static_cast<int>(blockDim.x))
+      if (column + i % kWidth < a.columns) epilogue.prefetch(i / kWidth, column + i % kWidth);
   constexpr int kPerLane = sizeof(T) == 2 ? kRows / 8 : kRows;
   warp_sums<kTiles, kPerLane>(a, column, part_of_warp<T>(a.depth, warp, warps), lane,
                               sums + warp * kSums);
@@ -201,11 +274,29 @@ __global__ __launch_bounds__(32 * kMaxWarps) void product_kernel(Args<T> a) {
     float sum = 0.0F;
 #pragma unroll 4
     for (int w = 0; w < warps; ++w) sum += sums[w * kSums + r * kPitch<kTiles> + c];
-    T* const y = a.y.row(r) + column + c;
-    if (a.bias != nullptr) sum += to_float(a.bias[column + c]);
-    if (a.accumulate) sum += to_float(*y);
-    *y = from_float<T>(sum);
+    epilogue(r, column + c, sum);
   }
+}
+
+template <class T, int kTiles, int kRows, class Epilogue>
+__global__ __launch_bounds__(32 * kMaxWarps) void product_kernel(Args<T> a, Epilogue epilogue) {
+  extern __shared__ float sums[];
+  let_next_kernel_start();
+  product<T, kTiles, kRows>(a, static_cast<int>(blockIdx.x), sums, epilogue);
+}
+
+/// Two products of the same x in one launch; `first_blocks` of the blocks do the first.
+template <class T, int kTiles, int kRows, class First, class Second>
+__global__ __launch_bounds__(32 * kMaxWarps) void product_pair_kernel(Args<T> a, First first,
+                                                                      Args<T> b, Second second,
+                                                                      int first_blocks) {
+  extern __shared__ float sums[];
+  let_next_kernel_start();
+  const int block = static_cast<int>(blockIdx.x);
+  if (block < first_blocks)
+    product<T, kTiles, kRows>(a, block, sums, first);
+  else
+    product<T, kTiles, kRows>(b, block - first_blocks, sums, second);
 }
 
 /// Whether device and operands suit the kernel: few rows, those of x and W in 16-byte accesses.
@@ -230,7 +321,7 @@ int warps_of(int depth) {
 }
 
 /// Calls f.operator()<kTiles, kRows>(). More tiles where there are enough blocks without, because
-/// every block reads all of x; four of float32 would fill the registers. Neither changes a sum.
+/// every block reads all of x. Neither changes a sum.
 template <class T, class F>
 void visit_sizes(const Args<T>& a, F&& f) {
   const auto visit_rows = [&]<int kTiles>() {
@@ -241,10 +332,43 @@ void visit_sizes(const Args<T>& a, F&& f) {
              : a.rows > 1 ? f.template operator()<kTiles, 2>()
                           : f.template operator()<kTiles, 1>();
   };
-  if constexpr (sizeof(T) == 2)
-    if (a.columns >= 16384) return visit_rows.template operator()<4>();
   if (a.columns >= 4096) return visit_rows.template operator()<2>();
   visit_rows.template operator()<1>();
+}
+
+/// Blocks, threads and shared memory of a product.
+template <int kTiles>
+unsigned blocks_of(int columns) {
+  constexpr int kWidth = kTiles * kColumns;
+  return static_cast<unsigned>((columns + kWidth - 1) / kWidth);
+}
+template <int kTiles, int kRows>
+std::size_t shared_of(int warps) {
+  return sizeof(float) * kRows * kPitch<kTiles> * static_cast<std::size_t>(warps);
+}
+
+template <class T, class Epilogue>
+void launch(cudaStream_t stream, const Args<T>& a, const Epilogue& epilogue) {
+  const int warps = warps_of<T>(a.depth);
+  visit_sizes(a, [&]<int kTiles, int kRows>() {
+    launch_overlapped(product_kernel<T, kTiles, kRows, Epilogue>, blocks_of<kTiles>(a.columns),
+                      static_cast<unsigned>(32 * warps), shared_of<kTiles, kRows>(warps), stream, a,
+                      epilogue);
+  });
+}
+
+/// Both products of a.x, which is b.x.
+template <class T, class First, class Second>
+void launch_pair(cudaStream_t stream, const Args<T>& a, const First& first, const Args<T>& b,
+                 const Second& second) {
+  const int warps = warps_of<T>(a.depth);
+  visit_sizes(a, [&]<int kTiles, int kRows>() {
+    const unsigned first_blocks = blocks_of<kTiles>(a.columns);
+    launch_overlapped(product_pair_kernel<T, kTiles, kRows, First, Second>,
+                      first_blocks + blocks_of<kTiles>(b.columns),
+                      static_cast<unsigned>(32 * warps), shared_of<kTiles, kRows>(warps), stream, a,
+                      first, b, second, static_cast<int>(first_blocks));
+  });
 }
 
 }  // namespace lrnn::cuda::few_rows

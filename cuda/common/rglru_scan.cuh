@@ -184,6 +184,15 @@ struct Inputs {
   }
 };
 
+/// h = a h + b of one token and one channel.
+template <class T>
+__device__ __forceinline__ void token(float rate, float v, float pre_r, float pre_i, float& a,
+                                      float& b) {
+  float u;
+  decay(rate * sigmoid<T>(pre_r), a, u);
+  b = square_root(u * (2.0F - u)) * (sigmoid<T>(pre_i) * v);
+}
+
 template <class T>
 Inputs<T> make_inputs(const RglruScanInputs& in) {
   const auto rows = [](TensorView t) {

@@ -95,7 +95,7 @@ struct Operands {
       : sizes(s),
         discretization(in.discretization),
         u(device_rows<T>(in.u)),
-        dt(device_rows<T>(in.dt)),
+        dt(in.dt ? device_rows<T>(in.dt) : DeviceRows<const T>{nullptr, 0}),
         B(device_rows<T>(in.B)),
         C(device_rows<T>(in.C)),
         z(in.z ? device_rows<T>(in.z) : DeviceRows<const T>{nullptr, 0}),

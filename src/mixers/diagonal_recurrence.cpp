@@ -1,6 +1,7 @@
 #include "mixers/diagonal_recurrence.hpp"
 
 #include "lrnn/ops/elementwise.hpp"
+#include "lrnn/ops/projected_diagonal.hpp"
 
 namespace lrnn::detail {
 namespace {
@@ -53,6 +54,29 @@ void recurrence_backward(Context& ctx, const DiagonalRecurrence& recurrence,
                               .dgamma_log = gradients.gamma_log};
   (event || log ? backward.dz : backward.da) = dmultiplier;
   discretize_backward(ctx, backward);
+}
+
+void tabulate_recurrence(Context& ctx, const LaneParameters& parameters, DiagonalTables& tables) {
+  const Shape planes = {2, parameters.lanes};
+  for (Tensor* const t : {&tables.a, &tables.a_low, &tables.gamma})
+    if (!*t) *t = ctx.empty(planes, parameters.A_re.value.dtype());
+  discretize_forward(
+      ctx, {.parameters = parameters, .a = tables.a, .a_low = tables.a_low, .gamma = tables.gamma});
+}
+
+void diagonal_step(Context& ctx, TensorView x, TensorView D, MutableTensorView y,
+                   MixerState& state) {
+  auto& own = state_as<DiagonalState>(state);
+  const Shape rows = {x.dim(0), x.dim(2)};
+  projected_diagonal_step(ctx, {.x = x.reshape(rows),
+                                .B = own.tables.B,
+                                .a = own.tables.a,
+                                .a_low = own.tables.a_low,
+                                .gamma = own.tables.gamma,
+                                .C = own.tables.C,
+                                .D = D,
+                                .y = y.reshape(rows),
+                                .state = own.lrnn_state});
 }
 
 TensorView in_dtype(Context& ctx, TensorView t, DType dtype, Tensor& storage) {

@@ -7,9 +7,20 @@
 
 namespace lrnn::detail {
 
+/// What a step derives from the parameters alone. Kept beside the state, because to derive it again
+/// takes longer than the step: from the parameters as they were when the state was made, or at the
+/// last forward pass that left its state there.
+struct DiagonalTables {
+  Tensor a, a_low, gamma;  // [2, N]
+  Tensor B;                // [N, H] or [2, N, H], in the dtype of the activations
+  Tensor C;                // [H, 2, N], the same
+  Tensor D;                // [H, H], the same, if D is a matrix
+};
+
 /// The state of a mixer with N complex lanes.
 struct DiagonalState final : MixerState {
   Tensor lrnn_state;  // [B, 2, N], planes
+  DiagonalTables tables;
 
   void visit(const Visitor& visitor) override { visitor("lrnn_state", lrnn_state); }
 
@@ -50,6 +61,12 @@ struct LaneGradients {
 void recurrence_backward(Context& ctx, const DiagonalRecurrence& recurrence,
                          const LaneParameters& parameters, DiagonalScanBackward args,
                          const LaneGradients& gradients);
+
+/// a, a_low and gamma of `tables`, which are allocated if need be.
+void tabulate_recurrence(Context& ctx, const LaneParameters& parameters, DiagonalTables& tables);
+/// The step of `x` [B, 1, H] by the tables of the state.
+void diagonal_step(Context& ctx, TensorView x, TensorView D, MutableTensorView y,
+                   MixerState& state);
 
 /// `t` in `dtype`: `t` itself, or a converted copy owned by `storage`.
 [[nodiscard]] TensorView in_dtype(Context& ctx, TensorView t, DType dtype, Tensor& storage);

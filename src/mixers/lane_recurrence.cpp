@@ -18,21 +18,27 @@ Shape weight_shape(const LaneWeightFactors& factors) {
 }  // namespace
 
 LaneRecurrence make_lane_recurrence(Context& ctx, LaneRecurrenceParameters parameters) {
+  LaneRecurrence r;
+  tabulate_recurrence(ctx, std::move(parameters), r);
+  return r;
+}
+
+void tabulate_recurrence(Context& ctx, LaneRecurrenceParameters parameters, LaneRecurrence& r) {
   const DType dtype = parameters.lanes.A_re.value.dtype();
   const Shape shape = lane_shape(parameters.factors);
   const Shape flat = {2, parameters.lanes.lanes};
-  LaneRecurrence r;
-  r.a = ctx.empty(shape, dtype);
-  r.a_low = ctx.empty(shape, dtype);
-  r.gamma = ctx.empty(flat, dtype);
-  r.W = ctx.empty(weight_shape(parameters.factors), dtype);
+  if (!r.a) {
+    r.a = ctx.empty(shape, dtype);
+    r.a_low = ctx.empty(shape, dtype);
+    r.gamma = ctx.empty(flat, dtype);
+    r.W = ctx.empty(weight_shape(parameters.factors), dtype);
+  }
   discretize_forward(ctx, {.parameters = parameters.lanes,
                            .a = r.a.view().reshape(flat),
                            .a_low = r.a_low.view().reshape(flat),
                            .gamma = r.gamma});
   parameters.factors.gamma = r.gamma;
   lane_weight_forward(ctx, {.factors = parameters.factors, .W = r.W});
-  return r;
 }
 
 void lane_recurrence_backward(Context& ctx, const LaneRecurrence& recurrence,

@@ -8,9 +8,19 @@
 
 namespace lrnn::detail {
 
+/// Multipliers and weights of one pass.
+struct LaneRecurrence {
+  Tensor a;      // [2, N, M]
+  Tensor a_low;  // [2, N, M]
+  Tensor gamma;  // [2, N M]
+  Tensor W;      // [C, 2, N, M] or [1, N, M]
+};
+
 /// The state of a mixer with N lanes of M sub-states.
 struct LaneState final : MixerState {
   Tensor lrnn_state;  // [B, 2, N, M], planes
+  /// What a step derives from the parameters alone, as DiagonalTables are kept. Not of every mixer.
+  LaneRecurrence tables;
 
   void visit(const Visitor& visitor) override { visitor("lrnn_state", lrnn_state); }
 
@@ -23,14 +33,6 @@ struct LaneState final : MixerState {
   }
 };
 
-/// Multipliers and weights of one pass.
-struct LaneRecurrence {
-  Tensor a;      // [2, N, M]
-  Tensor a_low;  // [2, N, M]
-  Tensor gamma;  // [2, N M]
-  Tensor W;      // [C, 2, N, M] or [1, N, M]
-};
-
 /// From the parameters of a mixer. `factors` is completed with gamma.
 struct LaneRecurrenceParameters {
   LaneParameters lanes;
@@ -38,6 +40,8 @@ struct LaneRecurrenceParameters {
 };
 [[nodiscard]] LaneRecurrence make_lane_recurrence(Context& ctx,
                                                   LaneRecurrenceParameters parameters);
+/// The same into `r`, which is allocated if need be.
+void tabulate_recurrence(Context& ctx, LaneRecurrenceParameters parameters, LaneRecurrence& r);
 
 /// Where the gradients of the parameters go.
 struct LaneRecurrenceGradients {

@@ -104,7 +104,22 @@ std::unique_ptr<MixerState> Lru::make_state(Context& ctx, std::int64_t batch, st
                                             DType dtype) const {
   auto state = std::make_unique<detail::DiagonalState>();
   state->lrnn_state = ctx.zeros({batch, 2, dstate_}, accumulate_dtype(dtype));
+  tabulate(ctx, dtype, state->tables);
   return state;
+}
+
+void Lru::tabulate(Context& ctx, DType dtype, detail::DiagonalTables& tables) const {
+  detail::tabulate_recurrence(ctx, lanes(), tables);
+  if (!tables.B) tables.B = ctx.empty({2, dstate_, d_model()}, dtype);
+  if (!tables.C) tables.C = ctx.empty({d_model(), 2, dstate_}, dtype);
+  project_weights(ctx, tables.B, tables.C);
+}
+
+void Lru::project_weights(Context& ctx, MutableTensorView B, MutableTensorView C) const {
+  complex_weight_forward(
+      ctx, {.product = ComplexProduct::Drive, .re = B_re_.value, .im = B_im_.value, .weight = B});
+  complex_weight_forward(
+      ctx, {.product = ComplexProduct::ReadOut, .re = C_re_.value, .im = C_im_.value, .weight = C});
 }
 
 LaneParameters Lru::lanes() const {
@@ -129,18 +144,14 @@ std::unique_ptr<MixerSaved> Lru::do_forward(Context& ctx, const MixerForward& ar
   const std::int64_t batch = args.x.dim(0);
   const std::int64_t seqlen = args.x.dim(1);
   const DType dtype = args.x.dtype();
+  if (args.state_out != nullptr)
+    tabulate(ctx, dtype, state_as<detail::DiagonalState>(*args.state_out).tables);
   auto saved = std::make_unique<Saved>();
   saved->x = detail::without_padding(ctx, args.x, args.lengths, saved->x_storage);
   saved->recurrence = detail::make_recurrence(ctx, lanes(), {});
   saved->B = ctx.empty({2, dstate_, d_model()}, dtype);
   saved->C = ctx.empty({d_model(), 2, dstate_}, dtype);
-  complex_weight_forward(
-      ctx,
-      {.product = ComplexProduct::Drive, .re = B_re_.value, .im = B_im_.value, .weight = saved->B});
-  complex_weight_forward(ctx, {.product = ComplexProduct::ReadOut,
-                               .re = C_re_.value,
-                               .im = C_im_.value,
-                               .weight = saved->C});
+  project_weights(ctx, saved->B, saved->C);
   if (keep_for_backward)
     saved->chunk_states =
         ctx.empty({batch, diagonal_scan_chunks(seqlen), 2, dstate_}, accumulate_dtype(dtype));
@@ -216,8 +227,7 @@ void Lru::do_backward(Context& ctx, MixerSaved& base, const MixerBackward& args)
 }
 
 void Lru::do_step(Context& ctx, const MixerStep& args) const {
-  static_cast<void>(do_forward(
-      ctx, {.x = args.x, .state_in = &args.state, .y = args.y, .state_out = &args.state}, false));
+  detail::diagonal_step(ctx, args.x, D_.value, args.y, args.state);
 }
 
 }  // namespace lrnn

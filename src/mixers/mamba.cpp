@@ -6,6 +6,7 @@
 #include "lrnn/ops/causal_conv1d.hpp"
 #include "lrnn/ops/elementwise.hpp"
 #include "lrnn/ops/linear.hpp"
+#include "lrnn/ops/projected_conv1d.hpp"
 
 namespace lrnn {
 namespace {
@@ -266,22 +267,22 @@ void Mamba::do_step(Context& ctx, const MixerStep& args) const {
   const std::int64_t batch = args.x.dim(0);
   const DType dtype = args.x.dtype();
   State& state = state_as<State>(args.state);
-  Tensor xz = ctx.empty({batch, 1, 2 * inner_}, dtype);
-  Tensor u = ctx.empty({batch, 1, inner_}, dtype);
+  Tensor uz = ctx.empty({batch, 1, 2 * inner_}, dtype);
   Tensor x_dbl = ctx.empty({batch, 1, dt_rank_ + 2 * dstate_}, dtype);
-  Tensor dt = ctx.empty({batch, 1, inner_}, dtype);
   Tensor y = ctx.empty({batch, 1, inner_}, dtype);
-  in_proj_.forward(ctx, args.x, xz);
-  causal_conv1d_step(ctx, {.x = xz.view().reshape({batch, 2 * inner_}).slice(1, 0, inner_),
-                           .weight = conv_weight(),
-                           .bias = conv_bias(),
-                           .activation = Activation::Silu,
-                           .y = u.view().reshape({batch, inner_}),
-                           .state = state.conv_state});
+  projected_conv1d_step(ctx, {.x = args.x.reshape({batch, d_model()}),
+                              .projection = in_proj_.weight_value(),
+                              .projection_bias = in_proj_.bias_value(),
+                              .weight = conv_weight(),
+                              .bias = conv_bias(),
+                              .activation = Activation::Silu,
+                              .y = uz.view().reshape({batch, 2 * inner_}),
+                              .state = state.conv_state});
+  const TensorView u = uz.view().slice(2, 0, inner_);
   x_proj_.forward(ctx, u, x_dbl);
-  linear_forward(ctx,
-                 {.x = x_dbl.view().slice(2, 0, dt_rank_), .weight = dt_weight_.value, .y = dt});
-  selective_scan_step(ctx, {.in = scan_inputs(u, dt, xz, x_dbl, args.integration_timesteps),
+  selective_scan_step(ctx, {.in = scan_inputs(u, {}, uz, x_dbl, args.integration_timesteps),
+                            .dt_low = x_dbl.view().slice(2, 0, dt_rank_),
+                            .dt_weight = dt_weight_.value,
                             .y = y,
                             .state = state.lrnn_state});
   out_proj_.forward(ctx, y, args.y);

@@ -4,6 +4,8 @@
 
 #include "lrnn/ops/causal_conv1d.hpp"
 #include "lrnn/ops/gated_activation.hpp"
+#include "lrnn/ops/projected_conv1d.hpp"
+#include "lrnn/ops/projected_rglru.hpp"
 
 namespace lrnn {
 namespace {
@@ -219,30 +221,32 @@ void Rglru::do_backward(Context& ctx, MixerSaved& base, const MixerBackward& arg
 void Rglru::do_step(Context& ctx, const MixerStep& args) const {
   const std::int64_t batch = args.x.dim(0);
   const DType dtype = args.x.dtype();
-  const Shape inner = {batch, 1, inner_};
+  const Shape inner = {batch, inner_};
   State& state = state_as<State>(args.state);
-  Tensor pre_gate = ctx.empty(inner, dtype);
-  Tensor u = ctx.empty(inner, dtype);
+  Tensor gate = ctx.empty(inner, dtype);
   Tensor w = ctx.empty(inner, dtype);
-  Tensor pre_r = ctx.empty(inner, dtype);
-  Tensor pre_i = ctx.empty(inner, dtype);
-  gate_proj_.forward(ctx, args.x, pre_gate);
-  in_proj_.forward(ctx, args.x, u);
-  causal_conv1d_step(ctx, {.x = u.view().reshape({batch, inner_}),
-                           .weight = conv_weight(),
-                           .bias = conv_bias(),
-                           .y = w.view().reshape({batch, inner_}),
-                           .state = state.conv_state});
-  recurrent_gate_proj_.forward(ctx, w, pre_r);
-  input_gate_proj_.forward(ctx, w, pre_i);
-  Tensor& h = u;  // not read again
-  rglru_scan_step(ctx, {.in = scan_inputs(w, pre_r, pre_i),
-                        .h = h,
-                        .state = scan_state(MutableTensorView(state.lrnn_state))});
-  Tensor& product = w;  // not read again
-  gated_activation_forward(ctx,
-                           {.kind = Activation::Gelu, .value = h, .gate = pre_gate, .y = product});
-  out_proj_.forward(ctx, product, args.y);
+  Tensor product = ctx.empty(inner, dtype);
+  projected_conv1d_step(ctx, {.x = args.x.reshape({batch, d_model()}),
+                              .projection = in_proj_.weight_value(),
+                              .projection_bias = in_proj_.bias_value(),
+                              .side_projection = gate_proj_.weight_value(),
+                              .side_bias = gate_proj_.bias_value(),
+                              .weight = conv_weight(),
+                              .bias = conv_bias(),
+                              .y = w,
+                              .side_y = gate,
+                              .state = state.conv_state});
+  projected_rglru_step(ctx, {.v = w,
+                             .r_projection = recurrent_gate_proj_.weight_value(),
+                             .r_bias = recurrent_gate_proj_.bias_value(),
+                             .i_projection = input_gate_proj_.weight_value(),
+                             .i_bias = input_gate_proj_.bias_value(),
+                             .a_log = TensorView(a_log_.value).reshape({inner_}),
+                             .c = c_,
+                             .gate = gate,
+                             .y = product,
+                             .state = state.lrnn_state.view().reshape(inner)});
+  out_proj_.forward(ctx, product, args.y.reshape({batch, d_model()}));
 }
 
 }  // namespace lrnn

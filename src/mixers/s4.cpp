@@ -1,6 +1,7 @@
 #include "lrnn/mixers/s4.hpp"
 
 #include <cmath>
+#include <optional>
 #include <vector>
 
 #include "lrnn/ops/dplr_discretize.hpp"
@@ -13,20 +14,6 @@
 
 namespace lrnn {
 namespace {
-
-struct S4State final : MixerState {
-  Tensor lrnn_state;  // [B, 2, H, N/2], planes
-
-  void visit(const Visitor& visitor) override { visitor("lrnn_state", lrnn_state); }
-
-  static TensorView of(const MixerState* state) {
-    return state == nullptr ? TensorView() : TensorView(state_as<S4State>(*state).lrnn_state);
-  }
-  static MutableTensorView of(MixerState* state) {
-    return state == nullptr ? MutableTensorView()
-                            : MutableTensorView(state_as<S4State>(*state).lrnn_state);
-  }
-};
 
 // Operands of the scan that the parameters determine, or their gradients.
 struct Transition {
@@ -48,13 +35,31 @@ struct Transition {
     b = make(plane);
   }
 };
+void tabulate(Context& ctx, const DplrParameters& p, Transition& t) {
+  dplr_discretize_forward(
+      ctx, {.parameters = p, .e = t.e, .e_low = t.e_low, .w = t.w, .k = t.k, .b = t.b});
+}
 Transition make_transition(Context& ctx, const DplrParameters& p) {
   Transition t(ctx, p, false);
   t.e_low = ctx.empty(t.e.shape(), p.P.dtype());
-  dplr_discretize_forward(
-      ctx, {.parameters = p, .e = t.e, .e_low = t.e_low, .w = t.w, .k = t.k, .b = t.b});
+  tabulate(ctx, p, t);
   return t;
 }
+
+struct S4State final : MixerState {
+  Tensor lrnn_state;                     // [B, 2, H, N/2], planes
+  std::optional<Transition> transition;  // as DiagonalTables are kept
+
+  void visit(const Visitor& visitor) override { visitor("lrnn_state", lrnn_state); }
+
+  static TensorView of(const MixerState* state) {
+    return state == nullptr ? TensorView() : TensorView(state_as<S4State>(*state).lrnn_state);
+  }
+  static MutableTensorView of(MixerState* state) {
+    return state == nullptr ? MutableTensorView()
+                            : MutableTensorView(state_as<S4State>(*state).lrnn_state);
+  }
+};
 
 // Takes l_kernel out of `tensors`; 0 if it is not there.
 std::int64_t take_kernel_length(HostTensors& tensors) {
@@ -101,6 +106,7 @@ std::unique_ptr<MixerState> S4::make_state(Context& ctx, std::int64_t batch, std
   auto state = std::make_unique<S4State>();
   state->lrnn_state =
       ctx.zeros({batch, 2, d_model(), *config_.d_state / 2}, accumulate_dtype(dtype));
+  state->transition.emplace(make_transition(ctx, transition()));
   return state;
 }
 
@@ -126,6 +132,8 @@ std::unique_ptr<MixerSaved> S4::do_forward(Context& ctx, const MixerForward& arg
   const std::int64_t batch = args.x.dim(0);
   const std::int64_t seqlen = args.x.dim(1);
   const DType dtype = args.x.dtype();
+  if (args.state_out != nullptr)
+    tabulate(ctx, transition(), *state_as<S4State>(*args.state_out).transition);
   auto saved = std::make_unique<Saved>(ctx, transition());
   saved->x = detail::without_padding(ctx, args.x, args.lengths, saved->x_storage);
   saved->s = ctx.empty({batch, seqlen, config_.channels * d_model()}, dtype);
@@ -193,8 +201,21 @@ void S4::do_backward(Context& ctx, MixerSaved& base, const MixerBackward& args) 
 }
 
 void S4::do_step(Context& ctx, const MixerStep& args) const {
-  static_cast<void>(do_forward(
-      ctx, {.x = args.x, .state_in = &args.state, .y = args.y, .state_out = &args.state}, false));
+  auto& state = state_as<S4State>(args.state);
+  const Transition& t = *state.transition;
+  Tensor s = ctx.empty({args.x.dim(0), 1, config_.channels * d_model()}, args.x.dtype());
+  dplr_scan_forward(ctx, {.e = t.e,
+                          .e_low = t.e_low,
+                          .w = t.w,
+                          .k = t.k,
+                          .b = t.b,
+                          .C = p_->C->value,
+                          .D = p_->D->value,
+                          .u = args.x,
+                          .state_in = state.lrnn_state,
+                          .y = s,
+                          .state_out = state.lrnn_state});
+  head_->forward(ctx, args.x, s, args.y);
 }
 
 void S4::import_tensors(HostTensors& tensors) const {

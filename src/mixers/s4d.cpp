@@ -38,6 +38,7 @@ std::unique_ptr<MixerState> S4d::make_state(Context& ctx, std::int64_t batch, st
   auto state = std::make_unique<LaneState>();
   state->lrnn_state =
       ctx.zeros({batch, 2, d_model(), *config_.d_state / 2}, accumulate_dtype(dtype));
+  detail::tabulate_recurrence(ctx, recurrence(), state->tables);
   return state;
 }
 
@@ -65,6 +66,8 @@ std::unique_ptr<MixerSaved> S4d::do_forward(Context& ctx, const MixerForward& ar
   const std::int64_t batch = args.x.dim(0);
   const std::int64_t seqlen = args.x.dim(1);
   const DType dtype = args.x.dtype();
+  if (args.state_out != nullptr)
+    detail::tabulate_recurrence(ctx, recurrence(), state_as<LaneState>(*args.state_out).tables);
   auto saved = std::make_unique<Saved>();
   saved->x = detail::without_padding(ctx, args.x, args.lengths, saved->x_storage);
   saved->recurrence = detail::make_lane_recurrence(ctx, recurrence());
@@ -116,8 +119,17 @@ void S4d::do_backward(Context& ctx, MixerSaved& base, const MixerBackward& args)
 }
 
 void S4d::do_step(Context& ctx, const MixerStep& args) const {
-  static_cast<void>(do_forward(
-      ctx, {.x = args.x, .state_in = &args.state, .y = args.y, .state_out = &args.state}, false));
+  auto& state = state_as<LaneState>(args.state);
+  Tensor s = ctx.empty({args.x.dim(0), 1, config_.channels * d_model()}, args.x.dtype());
+  lane_scan_forward(ctx, {.a = state.tables.a,
+                          .a_low = state.tables.a_low,
+                          .W = state.tables.W,
+                          .skip = p_->D->value,
+                          .v = args.x,
+                          .state_in = state.lrnn_state,
+                          .y = s,
+                          .state_out = state.lrnn_state});
+  head_->forward(ctx, args.x, s, args.y);
 }
 
 }  // namespace lrnn

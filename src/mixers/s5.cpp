@@ -99,7 +99,25 @@ std::unique_ptr<MixerState> S5::make_state(Context& ctx, std::int64_t batch, std
                                            DType dtype) const {
   auto state = std::make_unique<detail::DiagonalState>();
   state->lrnn_state = ctx.zeros({batch, 2, dstate_}, accumulate_dtype(dtype));
+  if (!event_) tabulate(ctx, dtype, state->tables);
   return state;
+}
+
+void S5::tabulate(Context& ctx, DType dtype, detail::DiagonalTables& tables) const {
+  detail::tabulate_recurrence(ctx, lanes(), tables);
+  if (!tables.B) tables.B = ctx.empty({dstate_, d_model()}, dtype);
+  if (!tables.C) tables.C = ctx.empty({d_model(), 2, dstate_}, dtype);
+  if (!tables.D) tables.D = ctx.empty({d_model(), d_model()}, dtype);
+  cast(ctx, {.src = B_.value, .dst = tables.B});
+  read_out(ctx, tables.C);
+  transpose(ctx, {.src = D_.value, .dst = tables.D});
+}
+
+void S5::read_out(Context& ctx, MutableTensorView C) const {
+  complex_weight_forward(ctx, {.product = ComplexProduct::ReadOut,
+                               .re = C_.value.slice(2, 0, 1),
+                               .im = C_.value.slice(2, 1, 1),
+                               .weight = C});
 }
 
 LaneParameters S5::lanes() const {
@@ -123,6 +141,8 @@ std::unique_ptr<MixerSaved> S5::do_forward(Context& ctx, const MixerForward& arg
   const std::int64_t batch = args.x.dim(0);
   const std::int64_t seqlen = args.x.dim(1);
   const DType dtype = args.x.dtype();
+  if (!event_ && args.state_out != nullptr)
+    tabulate(ctx, dtype, state_as<detail::DiagonalState>(*args.state_out).tables);
   auto saved = std::make_unique<Saved>();
   saved->x = detail::without_padding(ctx, args.x, args.lengths, saved->x_storage);
   saved->recurrence =
@@ -130,10 +150,7 @@ std::unique_ptr<MixerSaved> S5::do_forward(Context& ctx, const MixerForward& arg
   saved->B = detail::in_dtype(ctx, B_.value, dtype, saved->B_storage);
   saved->D = detail::in_dtype(ctx, D_.value, dtype, saved->D_storage);
   saved->C = ctx.empty({d_model(), 2, dstate_}, dtype);
-  complex_weight_forward(ctx, {.product = ComplexProduct::ReadOut,
-                               .re = C_.value.slice(2, 0, 1),
-                               .im = C_.value.slice(2, 1, 1),
-                               .weight = saved->C});
+  read_out(ctx, saved->C);
   if (keep_for_backward)
     saved->chunk_states =
         ctx.empty({batch, diagonal_scan_chunks(seqlen), 2, dstate_}, accumulate_dtype(dtype));
@@ -212,6 +229,10 @@ void S5::do_backward(Context& ctx, MixerSaved& base, const MixerBackward& args) 
 }
 
 void S5::do_step(Context& ctx, const MixerStep& args) const {
+  if (!event_) {
+    const auto& tables = state_as<detail::DiagonalState>(args.state).tables;
+    return detail::diagonal_step(ctx, args.x, tables.D, args.y, args.state);
+  }
   static_cast<void>(do_forward(ctx,
                                {.x = args.x,
                                 .integration_timesteps = args.integration_timesteps,

@@ -19,10 +19,8 @@ Linear::Linear(const ParameterScope& scope, std::int64_t in_features, std::int64
 }
 
 void Linear::forward(Context& ctx, TensorView x, MutableTensorView y) const {
-  linear_forward(ctx, {.x = x,
-                       .weight = weight_->value,
-                       .bias = bias_ != nullptr ? TensorView(bias_->value) : TensorView(),
-                       .y = y});
+  linear_forward(
+      ctx, {.x = x, .weight = weight_->value, .bias = bias_value(), .y = y, .stable_weight = true});
 }
 
 void Linear::backward(Context& ctx, TensorView dy, TensorView x, MutableTensorView dx,

@@ -4,6 +4,7 @@
 
 #include "lrnn/ops/activation.hpp"
 #include "lrnn/ops/gated_activation.hpp"
+#include "lrnn/ops/projected_gate.hpp"
 
 namespace lrnn {
 namespace {
@@ -26,11 +27,18 @@ class GatedMlp final : public Mlp {
         fc2_(scope / "fc2", features_, build.d_model, scaled(features_, build.residual_scale)) {}
 
   void forward(Context& ctx, TensorView x, MutableTensorView y, MlpSaved* saved) const override {
+    if (saved == nullptr) {
+      Tensor activated = ctx.empty(with_last(x.shape(), features_), x.dtype());
+      projected_gate(ctx, {.x = x,
+                           .weight = fc1_.weight_value().reshape({2, features_, x.dim(-1)}),
+                           .y = activated});
+      return fc2_.forward(ctx, activated, y);
+    }
     Tensor hidden = ctx.empty(with_last(x.shape(), 2 * features_), x.dtype());
     fc1_.forward(ctx, x, hidden);
     const Tensor activated = activate(ctx, hidden);
     fc2_.forward(ctx, activated, y);
-    if (saved != nullptr) saved->hidden = std::move(hidden);
+    saved->hidden = std::move(hidden);
   }
 
   void backward(Context& ctx, const MlpSaved& saved, TensorView x, TensorView dy,

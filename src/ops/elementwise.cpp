@@ -20,6 +20,16 @@ void cast(Context& ctx, const Cast& a) {
   LRNN_DISPATCH(cast, ctx, a);
 }
 
+void transpose(Context& ctx, const Transpose& a) {
+  constexpr const char* op = "transpose";
+  detail::check_rank(op, "src", a.src, 2);
+  detail::check_rows(op, "src", ctx, a.src, a.src.shape(), a.src.dtype());
+  LRNN_CHECK(a.dst, ShapeError, op, ": dst is required");
+  detail::check_rows(op, "dst", ctx, a.dst, {a.src.dim(1), a.src.dim(0)}, a.dst.dtype());
+  if (a.src.numel() == 0) return;
+  LRNN_DISPATCH(transpose, ctx, a);
+}
+
 void add_to(Context& ctx, const AddTo& a) {
   check_pair("add_to", ctx, a.src, a.dst);
   if (a.src.numel() == 0) return;

@@ -1,12 +1,15 @@
 #include "lrnn/ops/selective_scan.hpp"
 
+#include "lrnn/ops/linear.hpp"
+
 #include "ops/dispatch.hpp"
 
 namespace lrnn {
 namespace {
 
 // Checks what all passes read and returns the shape of a state.
-Shape check_inputs(const char* op, const Context& ctx, const SelectiveScanInputs& in) {
+Shape check_inputs(const char* op, const Context& ctx, const SelectiveScanInputs& in,
+                   bool has_dt = true) {
   detail::check_rank(op, "u", in.u, 3);
   detail::check_rank(op, "A_log", in.A_log, 2);
   const Shape& us = in.u.shape();
@@ -16,7 +19,7 @@ Shape check_inputs(const char* op, const Context& ctx, const SelectiveScanInputs
   const Shape shared = {us[0], us[1], dstate};
   const Shape state = {us[0], us[2], dstate};
   detail::check_rows(op, "u", ctx, in.u, us, dtype);
-  detail::check_rows(op, "dt", ctx, in.dt, us, dtype);
+  if (has_dt) detail::check_rows(op, "dt", ctx, in.dt, us, dtype);
   detail::check_operand(op, "dt_bias", ctx, in.dt_bias, {us[2]}, accumulate);
   detail::check_operand(op, "A_log", ctx, in.A_log, {us[2], dstate}, accumulate);
   detail::check_rows(op, "B", ctx, in.B, shared, dtype);
@@ -35,6 +38,19 @@ Shape check_inputs(const char* op, const Context& ctx, const SelectiveScanInputs
 
 Shape chunk_shape(const SelectiveScanInputs& in, const Shape& state) {
   return {state[0], selective_scan_chunks(in.u.dim(1)), state[1], state[2]};
+}
+
+// Most sequences for which CUDA projects inside the step: each reads the weight of its own accord.
+constexpr std::int64_t kFewSequences = 16;
+
+// The step behind a product of its own.
+void step_after_projection(Context& ctx, SelectiveScanStep a) {
+  Tensor dt = ctx.empty(a.in.u.shape(), a.in.u.dtype());
+  linear_forward(ctx, {.x = a.dt_low, .weight = a.dt_weight, .y = dt});
+  a.in.dt = dt;
+  a.dt_low = {};
+  a.dt_weight = {};
+  selective_scan_step(ctx, a);
 }
 
 }  // namespace
@@ -82,7 +98,19 @@ void selective_scan_backward(Context& ctx, const SelectiveScanBackward& a) {
 
 void selective_scan_step(Context& ctx, const SelectiveScanStep& a) {
   constexpr const char* op = "selective_scan_step";
-  const Shape state = check_inputs(op, ctx, a.in);
+  LRNN_CHECK(static_cast<bool>(a.dt_low) != static_cast<bool>(a.in.dt), InvalidArgument, op,
+             ": expected either dt or dt_low");
+  if (a.dt_low) {
+    detail::check_rank(op, "u", a.in.u, 3);
+    detail::check_rank(op, "dt_low", a.dt_low, 3);
+    const std::int64_t rank = a.dt_low.dim(2);
+    const DType dtype = a.in.u.dtype();
+    detail::check_rows(op, "dt_low", ctx, a.dt_low, {a.in.u.dim(0), a.in.u.dim(1), rank}, dtype);
+    if (ctx.device().is_cpu() || a.in.u.dim(0) > kFewSequences)
+      return step_after_projection(ctx, a);
+    detail::check_operand(op, "dt_weight", ctx, a.dt_weight, {a.in.u.dim(2), rank}, dtype);
+  }
+  const Shape state = check_inputs(op, ctx, a.in, !a.dt_low);
   LRNN_CHECK(a.in.u.dim(1) == 1, ShapeError, op, ": u: expected one token, got ", a.in.u.shape());
   LRNN_CHECK(!a.in.state_in && !a.in.lengths, InvalidArgument, op,
              ": state_in and lengths have no meaning here");

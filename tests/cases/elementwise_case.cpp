@@ -43,6 +43,26 @@ OpCase cast_case(const Sizes& z, Storage from, Storage to) {
   };
 }
 
+OpCase transpose_case(const Sizes& z, Storage from, Storage to) {
+  const auto turned = [z](Tensor& t) { return t.view().slice(1, z.margin, z.rows); };
+  return {
+      .name = detail::concat("transpose", from == Storage::Accumulate ? "/wide" : "", "_to",
+                             to == Storage::Accumulate ? "_wide" : "", z.suffix()),
+      .inputs = {{.name = "x", .shape = z.shape(), .storage = from}},
+      .outputs = {{.name = "y", .shape = {z.width, z.rows + z.margin}, .storage = to}},
+      .forward =
+          [z, turned](Context& ctx, Tensors& t) {
+            ctx.zero(t["y"]);
+            transpose(ctx, {.src = z.columns(t["x"]), .dst = turned(t["y"])});
+          },
+      .backward =
+          [z, turned](Context& ctx, Tensors& t) {
+            ctx.zero(t["dx"]);
+            transpose(ctx, {.src = turned(t["dy"]), .dst = z.columns(t["dx"])});
+          },
+  };
+}
+
 // y = 0.75 + a + b, with operands of both dtypes.
 OpCase fill_and_add_case(const Sizes& z) {
   return {
@@ -145,6 +165,8 @@ std::vector<OpCase> cases() {
   const auto wide = Storage::Accumulate;
   std::vector<OpCase> all;
   for (const Sizes& z : all_sizes()) {
+    all.push_back(transpose_case(z, narrow, narrow));
+    all.push_back(transpose_case(z, wide, narrow));
     all.push_back(cast_case(z, narrow, narrow));
     all.push_back(cast_case(z, narrow, wide));
     all.push_back(cast_case(z, wide, narrow));

@@ -1,3 +1,4 @@
+#include "lrnn/ops/linear.hpp"
 #include "lrnn/ops/selective_scan.hpp"
 
 #include "support/op_case.hpp"
@@ -13,6 +14,7 @@ struct Sizes {
   bool event = false;
   bool gate = true;
   bool lengths = false;
+  std::int64_t rank = 0;  // of the projection of dt, which the step does then
 };
 
 SelectiveScanInputs inputs(const Sizes& z, Tensors& t) {
@@ -31,10 +33,15 @@ SelectiveScanInputs inputs(const Sizes& z, Tensors& t) {
           .state_in = t["state_in"]};
 }
 void forward(const Sizes& z, Context& ctx, Tensors& t) {
-  selective_scan_forward(ctx, {.in = inputs(z, t),
-                               .y = t["y"],
-                               .state_out = t["state_out"],
-                               .chunk_states = t["chunk_states"]});
+  SelectiveScanInputs in = inputs(z, t);
+  Tensor dt;
+  if (z.rank > 0) {
+    dt = ctx.empty(t["u"].shape(), t["u"].dtype());
+    linear_forward(ctx, {.x = t["dt_low"], .weight = t["dt_weight"], .y = dt});
+    in.dt = dt;
+  }
+  selective_scan_forward(
+      ctx, {.in = in, .y = t["y"], .state_out = t["state_out"], .chunk_states = t["chunk_states"]});
 }
 void backward(const Sizes& z, Context& ctx, Tensors& t) {
   selective_scan_backward(ctx, {.in = inputs(z, t),
@@ -56,15 +63,19 @@ void backward(const Sizes& z, Context& ctx, Tensors& t) {
 void step(const Sizes& z, Context& ctx, Tensors& t) {
   SelectiveScanInputs in = inputs(z, t);
   in.state_in = {};
-  selective_scan_step(ctx, {.in = in, .y = t["y"], .state = t["state"]});
+  selective_scan_step(ctx, {.in = in,
+                            .dt_low = t["dt_low"],
+                            .dt_weight = t["dt_weight"],
+                            .y = t["y"],
+                            .state = t["state"]});
 }
 
 std::string case_name(const Sizes& z) {
   const char* const names[] = {"mamba", "zoh", "bilinear", "dirac"};
-  return detail::concat("selective_scan/", names[static_cast<int>(z.disc)], "/B:", z.batch,
-                        "/L:", z.seqlen, "/D:", z.channels, "/N:", z.dstate,
-                        z.event ? "/event" : "", z.gate ? "" : "/plain",
-                        z.lengths ? "/lengths" : "");
+  return detail::concat(
+      "selective_scan/", names[static_cast<int>(z.disc)], "/B:", z.batch, "/L:", z.seqlen,
+      "/D:", z.channels, "/N:", z.dstate, z.event ? "/event" : "", z.gate ? "" : "/plain",
+      z.lengths ? "/lengths" : "", z.rank > 0 ? detail::concat("/R:", z.rank) : "");
 }
 
 OpCase selective_scan_case(const Sizes& z) {
@@ -75,7 +86,6 @@ OpCase selective_scan_case(const Sizes& z) {
   OpCase c{
       .name = case_name(z),
       .inputs = {{.name = "u", .shape = x, .time = 1},
-                 {.name = "dt", .shape = x, .low = -2.0, .high = 1.0, .time = 1},
                  {.name = "B", .shape = shared, .time = 1},
                  {.name = "C", .shape = shared, .time = 1},
                  {.name = "state_in", .shape = state, .storage = accumulate}},
@@ -98,6 +108,13 @@ OpCase selective_scan_case(const Sizes& z) {
       .bytes_forward = 4.0 * static_cast<double>(4 * x.numel() + 2 * shared.numel()),
       .bytes_backward = 4.0 * static_cast<double>(7 * x.numel() + 4 * shared.numel()),
   };
+  if (z.rank > 0) {
+    c.inputs.push_back({.name = "dt_low", .shape = {z.batch, z.seqlen, z.rank}, .time = 1});
+    c.params.push_back({.name = "dt_weight", .shape = {z.channels, z.rank}});
+    c.backward = {};
+  } else {
+    c.inputs.push_back({.name = "dt", .shape = x, .low = -2.0, .high = 1.0, .time = 1});
+  }
   if (z.gate) {
     c.inputs.push_back({.name = "z", .shape = x, .time = 1});
     c.params.push_back({.name = "D", .shape = {z.channels}, .storage = accumulate});
@@ -134,6 +151,15 @@ std::vector<OpCase> cases() {
   OpCase groups = selective_scan_case({2, 70, 150, 3, Disc::Mamba, false, true, true});
   groups.gradcheck = false;  // more channels than the CPU adds up in one piece
   all.push_back(groups);
+  for (const std::int64_t rank : {5, 8, 48}) {
+    all.push_back(selective_scan_case({2, 3, 40, 16, Disc::Mamba, false, true, false, rank}));
+    all.push_back(selective_scan_case({3, 2, 7, 3, Disc::Zoh, true, true, false, rank}));
+  }
+  all.push_back(selective_scan_case({17, 2, 8, 16, Disc::Mamba, false, true, false, 16}));
+  for (const Disc disc : {Disc::Mamba, Disc::Bilinear}) {  // so many that a thread steps several
+    all.push_back(selective_scan_case({66, 2, 3, 16, disc}));
+    all.back().gradcheck = false;
+  }
   for (const std::int64_t dstate : {16, 17, 64}) {
     OpCase large = selective_scan_case({2, 300, 96, dstate});
     large.gradcheck = false;

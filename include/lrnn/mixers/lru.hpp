@@ -14,6 +14,9 @@
 #include "lrnn/mixers/mixer.hpp"
 
 namespace lrnn {
+namespace detail {
+struct DiagonalTables;
+}
 
 struct LaneParameters;
 
@@ -54,6 +57,10 @@ class Lru final : public Mixer {
   void do_backward(Context& ctx, MixerSaved& saved, const MixerBackward& args) const override;
   void do_step(Context& ctx, const MixerStep& args) const override;
   [[nodiscard]] LaneParameters lanes() const;
+  /// What a step derives from the parameters, allocated if need be.
+  void tabulate(Context& ctx, DType dtype, detail::DiagonalTables& tables) const;
+  /// B and C as real matrices.
+  void project_weights(Context& ctx, MutableTensorView B, MutableTensorView C) const;
   /// B u, the drive before gamma: [B, L, 2, N].
   [[nodiscard]] Tensor drive(Context& ctx, const Saved& saved) const;
 

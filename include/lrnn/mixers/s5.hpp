@@ -15,6 +15,9 @@
 #include "lrnn/mixers/mixer.hpp"
 
 namespace lrnn {
+namespace detail {
+struct DiagonalTables;
+}
 
 struct LaneParameters;
 
@@ -67,6 +70,10 @@ class S5 final : public Mixer {
   void do_backward(Context& ctx, MixerSaved& saved, const MixerBackward& args) const override;
   void do_step(Context& ctx, const MixerStep& args) const override;
   [[nodiscard]] LaneParameters lanes() const;
+  /// What a step derives from the parameters, allocated if need be.
+  void tabulate(Context& ctx, DType dtype, detail::DiagonalTables& tables) const;
+  /// C as a real matrix.
+  void read_out(Context& ctx, MutableTensorView C) const;
   /// B u, the drive before gamma: [B, L, N].
   [[nodiscard]] Tensor drive(Context& ctx, const Saved& saved) const;
 

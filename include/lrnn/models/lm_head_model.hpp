@@ -167,6 +167,8 @@ class LRNNLMHeadModel {
   /// From the gradients of norm_f's operands to that of the embedding. Frees what `saved` holds.
   void backward_blocks(Context& ctx, Saved& saved, AddNormGradients gradients);
   [[nodiscard]] Tensor head(Context& ctx, TensorView x) const;
+  /// Logits [T, V] of x [T, H] by products of aligned width.
+  void aligned_head(Context& ctx, TensorView x, MutableTensorView logits) const;
   /// The mean loss of normalised hidden values. Unless dx is absent, also the gradients of x, which
   /// may be overwritten with them, and of the head.
   [[nodiscard]] Tensor head_loss(Context& ctx, TensorView x, TensorView targets, TensorView lengths,

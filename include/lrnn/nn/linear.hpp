@@ -29,6 +29,11 @@ class Linear {
   [[nodiscard]] Parameter& weight() const noexcept { return *weight_; }
   /// Null without bias.
   [[nodiscard]] Parameter* bias() const noexcept { return bias_; }
+  /// Values for ops that project by themselves; no view without bias.
+  [[nodiscard]] TensorView weight_value() const { return weight_->value; }
+  [[nodiscard]] TensorView bias_value() const {
+    return bias_ != nullptr ? TensorView(bias_->value) : TensorView();
+  }
 
  private:
   Parameter* weight_;

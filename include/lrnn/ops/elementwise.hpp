@@ -10,6 +10,11 @@ struct Cast {
   TensorView src;         ///< [..., C] any of float32, float64, bfloat16
   MutableTensorView dst;  ///< same shape
 };
+/// dst = src^T, converted to the dtype of dst.
+struct Transpose {
+  TensorView src;         ///< [R, C] any of float32, float64, bfloat16
+  MutableTensorView dst;  ///< [C, R]
+};
 /// dst += src, computed in float32 (float64). dst may have another float dtype than src.
 struct AddTo {
   TensorView src;         ///< [..., C]
@@ -50,6 +55,7 @@ struct SumColumns {
 
 /// @throws ShapeError, DTypeError, DeviceError
 void cast(Context& ctx, const Cast& args);
+void transpose(Context& ctx, const Transpose& args);
 void add_to(Context& ctx, const AddTo& args);
 void fill(Context& ctx, const Fill& args);
 void mask_padding(Context& ctx, const MaskPadding& args);
@@ -60,6 +66,7 @@ void sum_columns(Context& ctx, const SumColumns& args);
 // Backends. Unchecked: call the functions above.
 namespace cpu {
 void cast(Context& ctx, const Cast& args);
+void transpose(Context& ctx, const Transpose& args);
 void add_to(Context& ctx, const AddTo& args);
 void fill(Context& ctx, const Fill& args);
 void mask_padding(Context& ctx, const MaskPadding& args);
@@ -69,6 +76,7 @@ void sum_columns(Context& ctx, const SumColumns& args);
 }  // namespace cpu
 namespace cuda {
 void cast(Context& ctx, const Cast& args);
+void transpose(Context& ctx, const Transpose& args);
 void add_to(Context& ctx, const AddTo& args);
 void fill(Context& ctx, const Fill& args);
 void mask_padding(Context& ctx, const MaskPadding& args);

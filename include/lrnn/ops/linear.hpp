@@ -19,6 +19,9 @@ struct LinearForward {
   TensorView bias = {};     ///< [O], dtype of x
   MutableTensorView y;      ///< [..., O], overwritten, or accumulated into if `accumulate`
   bool accumulate = false;  ///< y += instead of y =; not together with bias
+  /// The weight was written long ago, as a parameter in decoding: CUDA may read it while kernels
+  /// enqueued before this product still run.
+  bool stable_weight = false;
 };
 
 struct LinearBackward {

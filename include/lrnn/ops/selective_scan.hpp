@@ -70,10 +70,15 @@ struct SelectiveScanBackward {
 };
 
 /// One token; L = 1 in every operand of `in`, and `in.state_in` and `in.lengths` are absent.
+///
+/// The projection of dt may be left to the op: then `in.dt` is absent and dt = dt_low dt_weight^T,
+/// rounded to the dtype of u.
 struct SelectiveScanStep {
   SelectiveScanInputs in;
-  MutableTensorView y;      ///< [B, 1, E]
-  MutableTensorView state;  ///< [B, E, N], updated in place
+  TensorView dt_low = {};     ///< [B, 1, R], rows may be column slices
+  TensorView dt_weight = {};  ///< [E, R], dtype of u
+  MutableTensorView y;        ///< [B, 1, E]
+  MutableTensorView state;    ///< [B, E, N], updated in place
 };
 
 /// @throws ShapeError, DTypeError, DeviceError

@@ -1,0 +1,82 @@
+/// Launches that overlap the kernel before them (programmatic dependent launch, sm_90).
+///
+/// A step of decoding is a chain of kernels of a few microseconds each. A kernel that allows it is
+/// made resident while the one before it still runs, so that neither the launch nor the first
+/// instructions stand in the chain; what is written by others waits for
+/// wait_for_previous_kernel(). Recorded into a graph, such a launch becomes a programmatic edge.
+///
+/// What a kernel launched by launch_overlapped() owes:
+///   - every block calls wait_for_previous_kernel() on every path, before it reads or writes
+///     anything that another kernel touches. Then all kernels before it have ended, because each of
+///     them waited as well;
+///   - before that it may ask for anything by prefetch_to_l2(), a hint, which reads nothing, and
+///     read the parameters of a layer and tables made of them;
+///   - one that may write parameters or such tables does not call let_next_kernel_start(): then
+///     nothing behind it starts before its end.
+/// A kernel that is launched in the ordinary way waits for everything by itself.
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <utility>
+
+#include "common/check.cuh"
+
+namespace lrnn::cuda {
+
+/// Returns when the kernels before this one have ended and what they wrote can be read.
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+/// The next kernel may become resident once every block has said so, or ended. First thing of a
+/// kernel of the chain: the next one waits for the end of this one all the same.
+__device__ __forceinline__ void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+/// The cache line of `p` is on its way to L2, should the kernel read it soon.
+__device__ __forceinline__ void prefetch_to_l2(const void* p) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+}
+
+static __global__ void version_probe_kernel() {}
+
+/// Whether the device runs code that was compiled for sm_90 or later, in which waiting has effect.
+inline bool kernels_wait() {
+  constexpr int kKnownDevices = 64;
+  static std::array<std::atomic<int>, kKnownDevices> known{};  // 0: not yet, 1: no, 2: yes
+  int device = 0;
+  LRNN_CUDA_CHECK(cudaGetDevice(&device));
+  if (device >= kKnownDevices) return false;
+  auto& answer = known[static_cast<std::size_t>(device)];
+  if (answer == 0) {
+    cudaFuncAttributes attributes{};
+    LRNN_CUDA_CHECK(cudaFuncGetAttributes(&attributes, version_probe_kernel));
+    answer = attributes.ptxVersion >= 90 && attributes.binaryVersion >= 90 ? 2 : 1;
+  }
+  return answer == 2;
+}
+
+/// kernel<<<grid, threads, shared, stream>>>(args...), overlapping where the device can.
+template <class... Parameters, class... Args>
+void launch_overlapped(void (*kernel)(Parameters...), dim3 grid, dim3 threads, std::size_t shared,
+                       cudaStream_t stream, Args&&... args) {
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = threads;
+  config.dynamicSmemBytes = shared;
+  config.stream = stream;
+  config.attrs = &overlap;
+  config.numAttrs = kernels_wait() ? 1 : 0;
+  LRNN_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...));
+}
+
+}  // namespace lrnn::cuda

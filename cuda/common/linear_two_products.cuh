@@ -1,0 +1,58 @@
+/// Two products of few rows whose sums meet in one epilogue: gates of the same channel, the real
+/// and the imaginary part of a drive, or two terms of a sum.
+#pragma once
+
+#include "common/linear_few_rows.cuh"
+
+namespace lrnn::cuda::few_rows {
+
+constexpr int kMaxWarpsOfTwo = 8;  // of a block, for each of two products
+
+/// Two products with the same columns, whose x and depth may differ: some warps of a block do the
+/// first, the others the second. The epilogue gets both sums of a row and column.
+template <class T, int kRows, class Epilogue>
+__global__ __launch_bounds__(64 * kMaxWarpsOfTwo) void two_products_kernel(Args<T> a, Args<T> b,
+                                                                           int a_warps,
+                                                                           Epilogue epilogue) {
+  constexpr int kSums = kRows * kPitch<1>;
+  constexpr int kPerLane = sizeof(T) == 2 ? kRows / 8 : kRows;
+  extern __shared__ float sums[];
+  let_next_kernel_start();
+  const int thread = static_cast<int>(threadIdx.x);
+  const int threads = static_cast<int>(blockDim.x);
+  const int warp = thread / 32;
+  const int warps = threads / 32;
+  const int column = static_cast<int>(blockIdx.x) * kColumns;
+  const auto for_each_sum = [&](auto&& f) {
+    for (int k = thread; k < a.rows * kColumns; k += threads)
+      if (column + k % kColumns < a.columns) f(k / kColumns, k % kColumns);
+  };
+  if constexpr (requires { epilogue.prefetch(0, 0); })
+    for_each_sum([&](int r, int c) { epilogue.prefetch(r, column + c); });
+  const bool second = warp >= a_warps;
+  const Args<T> mine = second ? b : a;
+  const Part part = second ? part_of_warp<T>(mine.depth, warp - a_warps, warps - a_warps)
+                           : part_of_warp<T>(mine.depth, warp, a_warps);
+  warp_sums<1, kPerLane>(mine, column, part, thread % 32, sums + warp * kSums);
+  __syncthreads();
+  for_each_sum([&](int r, int c) {
+    const float* const at = sums + r * kPitch<1> + c;
+    float sum[2] = {};
+    for (int w = 0; w < a_warps; ++w) sum[0] += at[w * kSums];
+    for (int w = a_warps; w < warps; ++w) sum[1] += at[w * kSums];
+    epilogue(r, column + c, sum[0], sum[1]);
+  });
+}
+
+template <class T, class Epilogue>
+void launch_two(cudaStream_t stream, const Args<T>& a, const Args<T>& b, const Epilogue& epilogue) {
+  const int a_warps = std::min(warps_of<T>(a.depth), kMaxWarpsOfTwo);
+  const int warps = a_warps + std::min(warps_of<T>(b.depth), kMaxWarpsOfTwo);
+  visit_sizes(a, [&]<int kTiles, int kRows>() {
+    launch_overlapped(two_products_kernel<T, kRows, Epilogue>, blocks_of<1>(a.columns),
+                      static_cast<unsigned>(32 * warps), shared_of<1, kRows>(warps), stream, a, b,
+                      a_warps, epilogue);
+  });
+}
+
+}  // namespace lrnn::cuda::few_rows

@@ -1,0 +1,120 @@
+// Two launches of the product of few rows. In the first, the thread that has the sums of a lane, a
+// real drive or both parts of a complex one, moves its state on. In the second it adds D x: a
+// factor per column, or a product that other warps of the block do beside that with C. Bound by
+// reading the projections. More rows than these kernels take go through the ops one by one.
+#include "lrnn/ops/projected_diagonal.hpp"
+
+#include "common/diagonal_scan.cuh"
+#include "common/linear_two_products.cuh"
+#include "ops/projected_diagonal_parts.hpp"
+
+namespace lrnn::cuda {
+namespace {
+
+/// What becomes of the drive of a lane.
+template <class T>
+struct Lane {
+  diagonal::Sizes sizes;
+  diagonal::MultiplierArgs multiplier;
+  const float* gamma;
+  float* state;  // [B, 2, N]
+  T* states;     // [B, 2, N], rounded
+
+  __device__ __forceinline__ void prefetch(int row, int lane) const {
+    const std::int64_t at = static_cast<std::int64_t>(row) * 2 * sizes.lanes + lane;
+    prefetch_to_l2(state + at);
+    prefetch_to_l2(state + at + sizes.lanes);
+  }
+  __device__ __forceinline__ void operator()(int row, int lane, float re, float im) const {
+    const diagonal::Multiplier<diagonal::Form::Fixed> m(multiplier, sizes, lane);
+    const float2 v{to_float(from_float<T>(re)), to_float(from_float<T>(im))};
+    const float2 drive = diagonal::multiply(diagonal::load_pair(gamma, 0, sizes, lane), v);
+    const float2 x = m.advance(diagonal::load_pair(state, row, sizes, lane), drive);
+    diagonal::store_pair(state, row, sizes, lane, x);
+    diagonal::store_pair(states, row, sizes, lane, x);
+  }
+  __device__ __forceinline__ void operator()(int row, int lane, float re) const {
+    (*this)(row, lane, re, 0.0F);
+  }
+};
+
+/// y = read-out + D x, D a factor per column.
+template <class T>
+struct AddScaled {
+  DeviceRows<const T> x;
+  const float* D;
+  DeviceRows<T> y;
+
+  __device__ __forceinline__ void operator()(int r, int c, float sum) const {
+    y.row(r)[c] = from_float<T>(fmaf(D[c], to_float(x.row(r)[c]), sum));
+  }
+};
+/// y = read-out + D x, both of them products.
+template <class T>
+struct AddProducts {
+  DeviceRows<T> y;
+
+  __device__ __forceinline__ void operator()(int r, int c, float read_out, float skip) const {
+    y.row(r)[c] = from_float<T>(read_out + skip);
+  }
+};
+
+template <class T>
+few_rows::Args<T> product_of(TensorView x, TensorView weight) {
+  return {.x = device_rows<T>(x),
+          .weight = device_rows<T>(weight),
+          .rows = static_cast<int>(x.dim(0)),
+          .columns = static_cast<int>(weight.dim(0)),
+          .depth = static_cast<int>(x.dim(1)),
+          .stable_weight = true};
+}
+
+/// Views of the projections as matrices.
+struct Matrices {
+  TensorView B[2];  // the second: of the imaginary parts, if any
+  TensorView C;
+
+  explicit Matrices(const ProjectedDiagonalStep& a) : C(a.C.reshape({a.C.dim(0), 2 * a.C.dim(2)})) {
+    const std::int64_t lanes = a.a.dim(1);
+    if (a.B.rank() == 2) {
+      B[0] = a.B;
+      return;
+    }
+    const TensorView planes = a.B.reshape({2 * lanes, a.x.dim(1)});
+    for (int part = 0; part < 2; ++part) B[part] = planes.slice(0, part * lanes, lanes);
+  }
+};
+
+template <class T>
+void step(Context& ctx, const ProjectedDiagonalStep& a, const Matrices& m,
+          MutableTensorView states) {
+  const cudaStream_t stream = ctx.stream().handle;
+  const Lane<T> lane{diagonal::Sizes(a.x.dim(0), 1, a.a.dim(1)),
+                     diagonal::MultiplierArgs({.a = a.a, .a_low = a.a_low}), a.gamma.data<float>(),
+                     a.state.data<float>(), states.data<T>()};
+  if (m.B[1])
+    few_rows::launch_two(stream, product_of<T>(a.x, m.B[0]), product_of<T>(a.x, m.B[1]), lane);
+  else
+    few_rows::launch(stream, product_of<T>(a.x, m.B[0]), lane);
+  const auto read_out = product_of<T>(states, m.C);
+  const auto y = device_rows<T>(a.y);
+  if (a.D.rank() == 1)
+    few_rows::launch(stream, read_out, AddScaled<T>{device_rows<T>(a.x), a.D.data<float>(), y});
+  else
+    few_rows::launch_two(stream, read_out, product_of<T>(a.x, a.D), AddProducts<T>{y});
+}
+
+}  // namespace
+
+void projected_diagonal_step(Context& ctx, const ProjectedDiagonalStep& a) {
+  visit_float("projected_diagonal_step", a.x.dtype(), [&]<class T>() {
+    const Matrices m(a);
+    Tensor states = ctx.empty({a.x.dim(0), 2 * a.a.dim(1)}, a.x.dtype());
+    if (few_rows::applies<T>(a.x, m.B[0]) && (!m.B[1] || few_rows::applies<T>(a.x, m.B[1])) &&
+        few_rows::applies<T>(states, m.C) && (a.D.rank() == 1 || few_rows::applies<T>(a.x, a.D)))
+      return step<T>(ctx, a, m, states);
+    lrnn::detail::projected_diagonal_by_parts(ctx, a);
+  });
+}
+
+}  // namespace lrnn::cuda

@@ -1,0 +1,78 @@
+#include "lrnn/ops/projected_conv1d.hpp"
+
+#include "support/op_case.hpp"
+
+namespace lrnn::testing {
+namespace {
+
+struct Sizes {
+  std::int64_t batch, inputs, outputs, channels, width;
+  std::int64_t side = 0;  // columns of the side projection
+  Activation activation = Activation::Silu;
+  bool biases = true;
+};
+
+void forward(const Sizes& z, Context& ctx, Tensors& t) {
+  ctx.copy(t["state_out"], t["state_in"]);
+  projected_conv1d_step(ctx, {.x = t["x"],
+                              .projection = t["projection"],
+                              .projection_bias = t["projection_bias"],
+                              .side_projection = t["side_projection"],
+                              .side_bias = t["side_bias"],
+                              .weight = t["weight"],
+                              .bias = t["bias"],
+                              .activation = z.activation,
+                              .y = t["y"],
+                              .side_y = t["side_y"],
+                              .state = t["state_out"]});
+}
+
+std::string name_of_case(const Sizes& z) {
+  return detail::concat(
+      "projected_conv1d/B:", z.batch, "/H:", z.inputs, "/N:", z.outputs, "/C:", z.channels,
+      "/K:", z.width, z.side > 0 ? detail::concat("/M:", z.side) : "",
+      z.activation == Activation::Silu ? "/silu" : "", z.biases ? "" : "/no_bias");
+}
+
+OpCase projected_conv1d_case(const Sizes& z) {
+  const Shape state = {z.batch, z.channels, z.width};
+  OpCase c{
+      .name = name_of_case(z),
+      .inputs = {{.name = "x", .shape = {z.batch, z.inputs}},
+                 {.name = "state_in", .shape = state, .storage = Storage::Accumulate}},
+      .params = {{.name = "projection", .shape = {z.outputs, z.inputs}},
+                 {.name = "weight", .shape = {z.channels, z.width}}},
+      .outputs = {{.name = "y", .shape = {z.batch, z.outputs}},
+                  {.name = "state_out", .shape = state, .storage = Storage::Accumulate}},
+      .forward = [z](Context& ctx, Tensors& t) { forward(z, ctx, t); },
+  };
+  if (z.biases) {
+    c.params.push_back({.name = "projection_bias", .shape = {z.outputs}});
+    c.params.push_back({.name = "bias", .shape = {z.channels}});
+  }
+  if (z.side > 0) {
+    c.params.push_back({.name = "side_projection", .shape = {z.side, z.inputs}});
+    if (z.biases) c.params.push_back({.name = "side_bias", .shape = {z.side}});
+    c.outputs.push_back({.name = "side_y", .shape = {z.batch, z.side}});
+  }
+  return c;
+}
+
+std::vector<OpCase> cases() {
+  std::vector<OpCase> all;
+  for (const Sizes& z : {
+           Sizes{1, 64, 48, 24, 4},                                 // vectors
+           Sizes{3, 72, 40, 13, 4, 21, Activation::Identity},       // blocks in part, aside
+           Sizes{4, 256, 96, 96, 3, 96, Activation::Silu, false},   // no columns beside
+           Sizes{16, 136, 64, 32, 4, 64, Activation::Silu, false},  // most rows
+           Sizes{17, 64, 32, 16, 4, 8},                             // the ops one by one
+           Sizes{2, 37, 11, 5, 2, 3, Activation::Identity, false},  // the same: odd depth
+           Sizes{1, 768, 3072, 1536, 4},                            // of a small Mamba
+       })
+    all.push_back(projected_conv1d_case(z));
+  return all;
+}
+const RegisterOpCases kRegister(cases());
+
+}  // namespace
+}  // namespace lrnn::testing

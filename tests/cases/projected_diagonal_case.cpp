@@ -1,0 +1,75 @@
+#include <cmath>
+
+#include "lrnn/ops/projected_diagonal.hpp"
+
+#include "support/op_case.hpp"
+
+namespace lrnn::testing {
+namespace {
+
+struct Sizes {
+  std::int64_t batch, width, lanes;
+  bool complex = false;  // drives
+  bool matrix = false;   // D
+};
+
+void forward(Context& ctx, Tensors& t) {
+  ctx.copy(t["state_out"], t["state_in"]);
+  projected_diagonal_step(ctx, {.x = t["x"],
+                                .B = t["B"],
+                                .a = t["a"],
+                                .a_low = t["a_low"],
+                                .gamma = t["gamma"],
+                                .C = t["C"],
+                                .D = t["D"],
+                                .y = t["y"],
+                                .state = t["state_out"]});
+}
+
+OpCase projected_diagonal_case(const Sizes& z) {
+  const Shape rows = {z.batch, z.width};
+  const Shape planes = {2, z.lanes};
+  const Shape state = {z.batch, 2, z.lanes};
+  const auto accumulate = Storage::Accumulate;
+  const double bound = 2.0 / std::sqrt(static_cast<double>(z.width));
+  Operand D{.name = "D", .shape = {z.width}, .storage = accumulate};
+  if (z.matrix) D = {.name = "D", .shape = {z.width, z.width}, .low = -bound, .high = bound};
+  return {
+      .name = detail::concat("projected_diagonal/B:", z.batch, "/H:", z.width, "/N:", z.lanes,
+                             z.complex ? "/complex" : "", z.matrix ? "/matrix" : ""),
+      .inputs = {{.name = "x", .shape = rows},
+                 {.name = "state_in", .shape = state, .storage = accumulate}},
+      .params =
+          {{.name = "B",
+            .shape = z.complex ? Shape{2, z.lanes, z.width} : Shape{z.lanes, z.width},
+            .low = -bound,
+            .high = bound},
+           {.name = "a", .shape = planes, .storage = accumulate},
+           {.name = "a_low", .shape = planes, .low = -1e-8, .high = 1e-8, .storage = accumulate},
+           {.name = "gamma", .shape = planes, .storage = accumulate},
+           {.name = "C", .shape = {z.width, 2, z.lanes}},
+           D},
+      .outputs = {{.name = "y", .shape = rows},
+                  {.name = "state_out", .shape = state, .storage = accumulate}},
+      .forward = forward,
+  };
+}
+
+std::vector<OpCase> cases() {
+  std::vector<OpCase> all;
+  for (const bool complex : {false, true})
+    for (const bool matrix : {false, true})
+      for (const Sizes& z : {
+               Sizes{1, 64, 16}, Sizes{3, 40, 12},  // blocks in part
+               Sizes{4, 264, 72},                   // several steps of a warp
+               Sizes{16, 24, 8},                    // most rows
+               Sizes{17, 32, 16},                   // the ops one by one
+               Sizes{2, 7, 3},                      // the same: odd depths
+           })
+        all.push_back(projected_diagonal_case({z.batch, z.width, z.lanes, complex, matrix}));
+  return all;
+}
+const RegisterOpCases kRegister(cases());
+
+}  // namespace
+}  // namespace lrnn::testing

@@ -1,0 +1,38 @@
+#include <tuple>
+
+#include "lrnn/ops/projected_gate.hpp"
+
+#include "support/op_case.hpp"
+
+namespace lrnn::testing {
+namespace {
+
+OpCase projected_gate_case(std::int64_t rows, std::int64_t inputs, std::int64_t features,
+                           Activation kind) {
+  return {
+      .name = detail::concat("projected_gate/T:", rows, "/H:", inputs, "/F:", features,
+                             kind == Activation::Silu ? "/silu" : "/gelu"),
+      .inputs = {{.name = "x", .shape = {rows, inputs}}},
+      .params = {{.name = "weight", .shape = {2, features, inputs}, .low = -0.3, .high = 0.3}},
+      .outputs = {{.name = "y", .shape = {rows, features}}},
+      .forward =
+          [kind](Context& ctx, Tensors& t) {
+            projected_gate(ctx, {.kind = kind, .x = t["x"], .weight = t["weight"], .y = t["y"]});
+          },
+  };
+}
+
+std::vector<OpCase> cases() {
+  std::vector<OpCase> all;
+  // 17 rows and odd depth: the ops one by one.
+  for (const auto& [rows, inputs, features] :
+       std::initializer_list<std::tuple<std::int64_t, std::int64_t, std::int64_t>>{
+           {1, 64, 40}, {3, 136, 13}, {16, 512, 128}, {17, 32, 16}, {2, 7, 5}})
+    for (const Activation kind : {Activation::Silu, Activation::Gelu})
+      all.push_back(projected_gate_case(rows, inputs, features, kind));
+  return all;
+}
+const RegisterOpCases kRegister(cases());
+
+}  // namespace
+}  // namespace lrnn::testing

@@ -1,0 +1,58 @@
+#include <cmath>
+#include <utility>
+
+#include "lrnn/ops/projected_rglru.hpp"
+
+#include "support/op_case.hpp"
+
+namespace lrnn::testing {
+namespace {
+
+OpCase projected_rglru_case(std::int64_t batch, std::int64_t width) {
+  const Shape rows = {batch, width};
+  const Shape square = {width, width};
+  const double bound = 2.0 / std::sqrt(static_cast<double>(width));
+  return {
+      .name = detail::concat("projected_rglru/B:", batch, "/E:", width),
+      .inputs = {{.name = "v", .shape = rows},
+                 {.name = "gate", .shape = rows},
+                 {.name = "state_in", .shape = rows, .storage = Storage::Accumulate}},
+      .params = {{.name = "r_projection", .shape = square, .low = -bound, .high = bound},
+                 {.name = "r_bias", .shape = {width}},
+                 {.name = "i_projection", .shape = square, .low = -bound, .high = bound},
+                 {.name = "i_bias", .shape = {width}},
+                 {.name = "a_log",
+                  .shape = {width},
+                  .low = 2.0,
+                  .high = 6.0,
+                  .storage = Storage::Accumulate}},
+      .outputs = {{.name = "y", .shape = rows},
+                  {.name = "state_out", .shape = rows, .storage = Storage::Accumulate}},
+      .forward =
+          [](Context& ctx, Tensors& t) {
+            ctx.copy(t["state_out"], t["state_in"]);
+            projected_rglru_step(ctx, {.v = t["v"],
+                                       .r_projection = t["r_projection"],
+                                       .r_bias = t["r_bias"],
+                                       .i_projection = t["i_projection"],
+                                       .i_bias = t["i_bias"],
+                                       .a_log = t["a_log"],
+                                       .gate = t["gate"],
+                                       .y = t["y"],
+                                       .state = t["state_out"]});
+          },
+  };
+}
+
+std::vector<OpCase> cases() {
+  std::vector<OpCase> all;
+  // 5: odd depth, and 17 rows: the ops one by one. 768: several steps of every warp.
+  for (const auto& [batch, width] : std::initializer_list<std::pair<std::int64_t, std::int64_t>>{
+           {1, 64}, {2, 136}, {4, 24}, {16, 40}, {17, 32}, {3, 5}, {1, 768}})
+    all.push_back(projected_rglru_case(batch, width));
+  return all;
+}
+const RegisterOpCases kRegister(cases());
+
+}  // namespace
+}  // namespace lrnn::testing
