@@ -8,6 +8,7 @@
 #include "lrnn/ops/s7_scan.hpp"
 
 #include "common/s7_contract.cuh"
+#include "common/s7_sm90.cuh"
 #include "ops/dispatch.hpp"
 #include "ops/s7_scan.hpp"
 
@@ -148,71 +149,109 @@ void scan(Context& ctx, const S7ScanForward& a, const Chunks& c, const float* A,
 }
 
 template <class T>
-void forward(Context& ctx, const S7ScanForward& a) {
-  const cudaStream_t stream = ctx.stream().handle;
-  const std::int64_t batch = a.x.dim(0);
-  const std::int64_t seqlen = a.x.dim(1);
-  const std::int64_t dim = a.x.dim(2);
-  const std::int64_t dstate = a.base.dim(0);
-  const std::int64_t tokens = batch * seqlen;
-  const detail::S7Rows rows{dim, dstate};
-  const DType dtype = a.x.dtype();
-  const auto H = static_cast<int>(dim);
-  const auto N = static_cast<int>(dstate);
+class Forward {
+ public:
+  Forward(Context& ctx, const S7ScanForward& a)
+      : ctx_(ctx),
+        a_(a),
+        stream_(ctx.stream().handle),
+        seqlen_(a.x.dim(1)),
+        dim_(a.x.dim(2)),
+        dstate_(a.base.dim(0)),
+        tokens_(a.x.dim(0) * seqlen_),
+        rows_{dim_, dstate_} {
+    if (!a.A) A_scratch_ = ctx.empty({tokens_, dstate_}, DType::float32);
+    if (!a.s) s_scratch_ = ctx.empty({tokens_, dstate_}, DType::float32);
+    A_ = a.A ? a.A.data<float>() : A_scratch_.view().data<float>();
+    s_ = a.s ? a.s.data<float>() : s_scratch_.view().data<float>();
+  }
 
-  const TensorView x = a.x.reshape({tokens, dim});
-  const MutableTensorView y = a.y.reshape({tokens, dim});
-  Tensor A_scratch;
-  Tensor s_scratch;
-  if (!a.A) A_scratch = ctx.empty({tokens, dstate}, DType::float32);
-  if (!a.s) s_scratch = ctx.empty({tokens, dstate}, DType::float32);
-  float* const A = a.A ? a.A.data<float>() : A_scratch.view().data<float>();
-  float* const s = a.s ? a.s.data<float>() : s_scratch.view().data<float>();
+  void run() {
+#ifdef LRNN_WITH_SM90A
+    if (s7::fits_sm90(ctx_, a_.x.dtype(), dim_, dstate_, {a_.x.raw(), a_.y.raw()})) {
+      const auto problem = s7::problem_of<T>(a_.x, a_.weight, dstate_, lengths());
+      s7::project_sm90<T>(ctx_, problem, x_data(0), a_.base.data<float>(), A_, s_);
+      scan(ctx_, a_, chunks(), A_, s_);
+      s7::read_out_sm90<T>(ctx_, problem, x_data(0), s_, a_.y.data<T>());
+      return;
+    }
+#endif
+    project_base();
+    D_bias_ = ctx_.empty({tokens_, dim_ + dstate_}, a_.x.dtype());
+    lrnn::linear_forward(ctx_, {.x = x(0, tokens_), .weight = rows_.D_bias(a_.weight), .y = D_bias_});
+    const std::int64_t tile = std::min(tokens_, s7::tile_tokens(dim_, dstate_, sizeof(T)));
+    Tensor P = ctx_.empty({tile, dim_ * dstate_}, a_.x.dtype());
+    for_tiles(tile, [&](std::int64_t t, std::int64_t count) {
+      project(P.view().slice(0, 0, count), t, count);
+    });
+    scan(ctx_, a_, chunks(), A_, s_);
+    for_tiles(tile, [&](std::int64_t t, std::int64_t count) {
+      read_out(P.view().slice(0, 0, count), t, count);
+    });
+  }
 
-  Tensor D_bias = ctx.empty({tokens, dim + dstate}, dtype);
-  lrnn::linear_forward(ctx, {.x = x, .weight = rows.D_bias(a.weight), .y = D_bias});
-  {
-    Tensor pA = ctx.empty({tokens, dstate}, dtype);
-    lrnn::linear_forward(ctx, {.x = x, .weight = rows.A(a.weight), .y = pA});
-    const std::int64_t count = tokens * dstate;
+ private:
+  [[nodiscard]] TensorView x(std::int64_t t, std::int64_t count) const {
+    return a_.x.reshape({tokens_, dim_}).slice(0, t, count);
+  }
+  [[nodiscard]] const T* x_data(std::int64_t t) const { return a_.x.data<T>() + t * dim_; }
+  [[nodiscard]] const T* D_bias_data(std::int64_t t) const {
+    return D_bias_.view().template data<T>() + t * (dim_ + dstate_);
+  }
+  [[nodiscard]] const std::int32_t* lengths() const {
+    return a_.lengths ? a_.lengths.data<std::int32_t>() : nullptr;
+  }
+  [[nodiscard]] int H() const { return static_cast<int>(dim_); }
+  [[nodiscard]] int N() const { return static_cast<int>(dstate_); }
+  [[nodiscard]] Chunks chunks() const {
+    return {static_cast<int>(a_.x.dim(0)), static_cast<int>((seqlen_ + kChunk - 1) / kChunk), N(),
+            seqlen_, lengths()};
+  }
+  template <class F>
+  void for_tiles(std::int64_t tile, F&& f) {
+    for (std::int64_t t = 0; t < tokens_; t += tile) f(t, std::min(tile, tokens_ - t));
+  }
+
+  // A.
+  void project_base() {
+    Tensor pA = ctx_.empty({tokens_, dstate_}, a_.x.dtype());
+    lrnn::linear_forward(ctx_, {.x = x(0, tokens_), .weight = rows_.A(a_.weight), .y = pA});
+    const std::int64_t count = tokens_ * dstate_;
     add_base_kernel<T>
         <<<static_cast<unsigned>(std::min<std::int64_t>((count + kThreads - 1) / kThreads, 4096)),
-           kThreads, 0, stream>>>(pA.view().data<T>(), a.base.data<float>(), A, count, N);
+           kThreads, 0, stream_>>>(pA.view().template data<T>(), a_.base.data<float>(), A_, count,
+                                   N());
     LRNN_CUDA_CHECK_LAUNCH();
   }
-  const std::int64_t tile = std::min(tokens, s7::tile_tokens(dim, dstate, sizeof(T)));
-  Tensor P = ctx.empty({tile, dim * dstate}, dtype);
-  const T* const x_data = a.x.data<T>();
-  const T* const D_bias_data = D_bias.view().data<T>();
-  for (std::int64_t t = 0; t < tokens; t += tile) {
-    const std::int64_t count = std::min(tile, tokens - t);
-    lrnn::linear_forward(
-        ctx,
-        {.x = x.slice(0, t, count), .weight = rows.B(a.weight), .y = P.view().slice(0, 0, count)});
-    s7::contract_channels<T>(stream, count, P.view().data<T>(), x_data + t * dim,
-                             D_bias_data + t * (dim + dstate) + dim, dim + dstate, s + t * dstate,
-                             H, N);
+  // The drive of a tile.
+  void project(MutableTensorView P, std::int64_t t, std::int64_t count) {
+    lrnn::linear_forward(ctx_, {.x = x(t, count), .weight = rows_.B(a_.weight), .y = P});
+    s7::contract_channels<T>(stream_, count, P.data<T>(), x_data(t), D_bias_data(t) + dim_,
+                             dim_ + dstate_, s_ + t * dstate_, H(), N());
   }
-  const std::int32_t* const lengths = a.lengths ? a.lengths.data<std::int32_t>() : nullptr;
-  scan(ctx, a,
-       {static_cast<int>(batch), static_cast<int>((seqlen + kChunk - 1) / kChunk), N, seqlen,
-        lengths},
-       A, s);
-  for (std::int64_t t = 0; t < tokens; t += tile) {
-    const std::int64_t count = std::min(tile, tokens - t);
-    lrnn::linear_forward(
-        ctx,
-        {.x = x.slice(0, t, count), .weight = rows.C(a.weight), .y = P.view().slice(0, 0, count)});
-    s7::contract_states<T>(stream, t, count, P.view().data<T>(), s + t * dstate,
-                           D_bias_data + t * (dim + dstate), dim + dstate, x_data + t * dim,
-                           {lengths, seqlen}, y.data<T>() + t * dim, H, N);
+  void read_out(MutableTensorView P, std::int64_t t, std::int64_t count) {
+    lrnn::linear_forward(ctx_, {.x = x(t, count), .weight = rows_.C(a_.weight), .y = P});
+    s7::contract_states<T>(stream_, t, count, P.data<T>(), s_ + t * dstate_, D_bias_data(t),
+                           dim_ + dstate_, x_data(t), {lengths(), seqlen_},
+                           a_.y.data<T>() + t * dim_, H(), N());
   }
-}
+
+  Context& ctx_;
+  const S7ScanForward& a_;
+  cudaStream_t stream_;
+  std::int64_t seqlen_, dim_, dstate_, tokens_;
+  detail::S7Rows rows_;
+  Tensor A_scratch_;
+  Tensor s_scratch_;
+  Tensor D_bias_;
+  float* A_;
+  float* s_;  // the drive before the scan
+};
 
 }  // namespace
 
 void s7_scan_forward(Context& ctx, const S7ScanForward& a) {
-  visit_float("s7_scan_forward", a.x.dtype(), [&]<class T>() { forward<T>(ctx, a); });
+  visit_float("s7_scan_forward", a.x.dtype(), [&]<class T>() { Forward<T>(ctx, a).run(); });
 }
 
 }  // namespace lrnn::cuda

@@ -17,6 +17,7 @@
 
 #include "common/rows.cuh"
 #include "common/s7_contract.cuh"
+#include "common/s7_sm90.cuh"
 #include "ops/dispatch.hpp"
 #include "ops/s7_scan.hpp"
 
@@ -392,15 +393,36 @@ class Backward {
       dy_ = dy_masked_.view().reshape({tokens_, dim_});
       x_ = x_masked_.view().reshape({tokens_, dim_});
     }
-    output_gradients();
     const std::int32_t* const lengths = a_.lengths ? a_.lengths.data<std::int32_t>() : nullptr;
+#ifdef LRNN_WITH_SM90A
+    const bool sm90 = s7::fits_sm90(ctx_, a_.x.dtype(), dim_, dstate_,
+                                    {x_.raw(), dy_.raw(), a_.dx.raw()});
+#else
+    const bool sm90 = false;
+#endif
+    const auto problem = s7::problem_of<T>(a_.x, a_.weight, dstate_, lengths);
+    if (sm90)
+      s7::state_gradients_sm90<T>(ctx_, problem, x_data(0), dy_.template data<T>(), g_data());
+    else
+      output_gradients();
     Tensor dA = ctx_.empty({tokens_, dstate_}, DType::float32);
     reverse_scan(ctx_, a_,
                  {static_cast<int>(a_.x.dim(0)), static_cast<int>((seqlen_ + kChunk - 1) / kChunk),
                   N(), seqlen_, lengths},
                  g_data(), dA.view().template data<float>());
     lrnn::sum_columns(ctx_, {.a = dA, .out = a_.dbase});
-    small_projections(dA);
+    if (sm90)
+      s7::input_gradients_sm90<T>(ctx_, problem, x_data(0), dy_.template data<T>(),
+                                  a_.s.data<float>(), g_data(), dA.view().template data<float>(),
+                                  a_.dx.data<T>());
+    small_projections(dA, !sm90);
+    if (sm90) {
+      s7::weight_gradients_sm90<T>(ctx_, problem, x_data(0), dy_.template data<T>(),
+                                   a_.s.data<float>(), g_data(),
+                                   rows_.B(a_.dweight).template data<float>(),
+                                   rows_.C(a_.dweight).template data<float>());
+      return;
+    }
     Tensor both = ctx_.empty({dim_, dstate_ * dim_}, a_.x.dtype());
     add_transpose<T>(stream_, rows_.B(a_.weight).template data<T>(), both.view().template data<T>(),
                      H(), N());
@@ -454,7 +476,7 @@ class Backward {
   }
 
   // The rows of A, D and bias, accumulated into dx.
-  void small_projections(const Tensor& dA) {
+  void small_projections(const Tensor& dA, bool with_dx) {
     Tensor dA_rows = ctx_.empty({tokens_, dstate_}, a_.x.dtype());
     Tensor dD_bias = ctx_.empty({tokens_, dim_ + dstate_}, a_.x.dtype());
     small_rows_kernel<T><<<static_cast<unsigned>(tokens_), kThreads, 0, stream_>>>(
@@ -464,19 +486,19 @@ class Backward {
     lrnn::linear_backward(ctx_, {.dy = dA_rows,
                                  .x = x_,
                                  .weight = rows_.A(a_.weight),
-                                 .dx = dx_rows(0, tokens_),
+                                 .dx = with_dx ? dx_rows(0, tokens_) : MutableTensorView(),
                                  .dweight = rows_.A(a_.dweight),
                                  .accumulate_dx = true});
     lrnn::linear_backward(ctx_, {.dy = dD_bias,
                                  .x = x_,
                                  .weight = rows_.D_bias(a_.weight),
-                                 .dx = dx_rows(0, tokens_),
+                                 .dx = with_dx ? dx_rows(0, tokens_) : MutableTensorView(),
                                  .dweight = rows_.D_bias(a_.dweight),
                                  .accumulate_dx = true});
   }
 
   // dW_C, then dW_B and dx through B. `both`: W_B and its transpose, added.
-  void tile_gradients(const Tensor& both, std::int64_t t, std::int64_t count) {
+  void tile_gradients(TensorView both, std::int64_t t, std::int64_t count) {
     const MutableTensorView products = P_.view().slice(0, 0, count);
     const TensorView x = x_.slice(0, t, count);
     outer<T>(stream_, count, x_data(t), a_.s.data<float>() + t * dstate_, P_data(), H(), N());
@@ -486,8 +508,9 @@ class Backward {
     outer<T>(stream_, count, x_data(t), g_data() + t * dstate_, P_data(), H(), N());
     lrnn::linear_backward(ctx_,
                           {.dy = x, .x = products, .dweight = by_channel(rows_.B(a_.dweight))});
-    lrnn::linear_forward(
-        ctx_, {.x = products, .weight = both, .y = dx_rows(t, count), .accumulate = true});
+    if (both)
+      lrnn::linear_forward(
+          ctx_, {.x = products, .weight = both, .y = dx_rows(t, count), .accumulate = true});
   }
 
   Context& ctx_;
