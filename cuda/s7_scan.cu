@@ -1,9 +1,10 @@
 // Forward of S7's factored scan.
 //
 // Per tile of tokens: GEMM x W_B^T into L2, contraction over channels with x -> drive [T, N]; then
-// a chunked scan over time (one thread per (batch, chunk, state): chunk ends, carry, replay); then
-// per tile GEMM x W_C^T and contraction over states with s. Bound by the two GEMMs, 2 T H^2 N
-// multiply-adds; the scan moves 4 N floats per token.
+// a scan over time, a block per (batch, 16 states): ends of 32 chunks, states before them, replay;
+// then per tile GEMM x W_C^T and contraction over states with s. On Hopper and at H up to 256 both
+// contractions are those of s7_scan_sm90.cu. Bound by the two GEMMs, 2 T H^2 N multiply-adds; the
+// scan moves 3 N floats per token and waits for them, a block for 512 steps at once.
 #include "lrnn/ops/linear.hpp"
 #include "lrnn/ops/s7_scan.hpp"
 
@@ -15,10 +16,8 @@
 namespace lrnn::cuda {
 namespace {
 
-using s7::Chunks;
-using s7::kAhead;
-using s7::kChunk;
 using s7::kThreads;
+using s7::Sequences;
 
 template <class T>
 __global__ __launch_bounds__(kThreads) void add_base_kernel(const T* __restrict__ pA,
@@ -31,120 +30,54 @@ __global__ __launch_bounds__(kThreads) void add_base_kernel(const T* __restrict_
     A[i] = to_float(pA[i]) + base[i % dstate];
 }
 
-/// Position of a thread in a chunked scan.
-struct Place {
-  int b, chunk, n;
-  std::int64_t first;  // index of (b, first step, n) in [B, L, N]
-  int steps;           // valid steps of the chunk
-
-  __device__ Place(const Chunks& c, std::int64_t i) {
-    n = static_cast<int>(i % c.dstate);
-    chunk = static_cast<int>(i / c.dstate % c.chunks);
-    b = static_cast<int>(i / c.dstate / c.chunks);
-    const std::int64_t begin = static_cast<std::int64_t>(chunk) * kChunk;
-    first = (b * c.seqlen + begin) * c.dstate + n;
-    const std::int64_t end = min(c.seqlen, begin + kChunk);
-    const std::int64_t valid = min(end, c.length(b));
-    steps = valid > begin ? static_cast<int>(valid - begin) : 0;
-  }
-};
-
-// Multipliers and drives of kAhead steps from t; behind the valid ones such that the state stays.
-__device__ __forceinline__ void load_steps(const Place& p, int t, const float* A,
-                                           const float* drive, int dstate, float (&a)[kAhead],
-                                           float (&b)[kAhead]) {
-#pragma unroll
-  for (int k = 0; k < kAhead; ++k) {
-    const bool valid = t + k < p.steps;
-    const std::int64_t at = p.first + static_cast<std::int64_t>(t + k) * dstate;
-    a[k] = valid ? s7::multiplier(A[at]) : 1.0F;
-    b[k] = valid ? drive[at] : 0.0F;
-  }
-}
-
-__global__ __launch_bounds__(kThreads) void chunk_ends_kernel(Chunks c, const float* __restrict__ A,
-                                                              const float* __restrict__ drive,
-                                                              float2* __restrict__ ends) {
-  const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i >= c.count()) return;
-  const Place p(c, i);
-  float product = 1.0F;
-  float state = 0.0F;
-  for (int t = 0; t < p.steps; t += kAhead) {
-    float a[kAhead];
-    float b[kAhead];
-    load_steps(p, t, A, drive, c.dstate, a, b);
-#pragma unroll
-    for (int k = 0; k < kAhead; ++k) {
-      product *= a[k];
-      state = fmaf(a[k], state, b[k]);
-    }
-  }
-  ends[i] = {product, state};
-}
-
-// One thread per (batch, state); chunk ends become the states before each chunk.
-__global__ __launch_bounds__(kThreads) void carry_kernel(Chunks c,
-                                                         const float* __restrict__ state_in,
-                                                         const float2* __restrict__ ends,
-                                                         float* __restrict__ before) {
-  const int i = static_cast<int>(blockIdx.x) * kThreads + static_cast<int>(threadIdx.x);
-  if (i >= c.batch * c.dstate) return;
-  const int b = i / c.dstate;
-  const int n = i % c.dstate;
-  float state = state_in != nullptr ? state_in[i] : 0.0F;
-#pragma unroll kAhead
-  for (int chunk = 0; chunk < c.chunks; ++chunk) {
-    const std::int64_t at = (static_cast<std::int64_t>(b) * c.chunks + chunk) * c.dstate + n;
-    before[at] = state;
-    if (chunk + 1 < c.chunks) state = fmaf(ends[at].x, state, ends[at].y);
-  }
-}
-
-__global__ __launch_bounds__(kThreads) void replay_kernel(Chunks c, const float* __restrict__ A,
-                                                          const float* __restrict__ before,
-                                                          float* __restrict__ s,
-                                                          float* __restrict__ state_out) {
-  const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i >= c.count()) return;
-  const Place p(c, i);
-  float state = before[i];
-  const std::int64_t end =
-      min(c.seqlen - static_cast<std::int64_t>(p.chunk) * kChunk, std::int64_t{kChunk});
-  for (int t = 0; t < end; t += kAhead) {
-    float a[kAhead];
-    float b[kAhead];
-    load_steps(p, t, A, s, c.dstate, a, b);
-#pragma unroll
-    for (int k = 0; k < kAhead; ++k) {
-      state = fmaf(a[k], state, b[k]);
-      if (t + k < end) s[p.first + static_cast<std::int64_t>(t + k) * c.dstate] = state;
-    }
-  }
-  if (state_out != nullptr && p.chunk + 1 == c.chunks)
-    state_out[static_cast<std::int64_t>(p.b) * c.dstate + p.n] = state;
-}
-
-unsigned blocks_for(std::int64_t count) {
-  return static_cast<unsigned>((count + kThreads - 1) / kThreads);
-}
+constexpr int kSteps = 16;  // of a chunk
 
 // s holds the drive on entry and the states on return.
-void scan(Context& ctx, const S7ScanForward& a, const Chunks& c, const float* A, float* s) {
-  const cudaStream_t stream = ctx.stream().handle;
-  Tensor ends = ctx.empty({c.count(), 2}, DType::float32);
-  Tensor before = ctx.empty({c.count()}, DType::float32);
-  auto* const end_data = reinterpret_cast<float2*>(ends.view().data<float>());
-  float* const before_data = before.view().data<float>();
-  if (c.chunks > 1) {
-    chunk_ends_kernel<<<blocks_for(c.count()), kThreads, 0, stream>>>(c, A, s, end_data);
-    LRNN_CUDA_CHECK_LAUNCH();
+__global__ __launch_bounds__(s7::kScanThreads) void scan_kernel(
+    Sequences z, const float* A, const float* state_in, float* s, float* state_out) {
+  __shared__ s7::Affine ends[s7::kScanChunks][s7::kScanStates];
+  const s7::ScanSeat at(z);
+  float carry = at.exists && state_in != nullptr ? state_in[at.row] : 0.0F;
+  for (std::int64_t begin = 0; begin < z.seqlen; begin += s7::kScanChunks * kSteps) {
+    const std::int64_t first = begin + at.chunk * kSteps;
+    const s7::Window<kSteps> window(at, z, first);
+    float a[kSteps];
+    float b[kSteps];
+    window.load(A, a);
+    window.load(s, b);
+    __syncthreads();  // all loads are under way; and `ends` has been read
+    s7::Affine end = {1.0F, 0.0F};
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) {
+      // Behind the valid steps the state stays.
+      a[k] = k < window.valid ? s7::multiplier(a[k]) : 1.0F;
+      b[k] = k < window.valid ? b[k] : 0.0F;
+      end.product *= a[k];
+      end.sum = fmaf(a[k], end.sum, b[k]);
+    }
+    ends[at.chunk][at.state] = end;
+    __syncthreads();
+    float state = carry;
+#pragma unroll
+    for (int chunk = 0; chunk < s7::kScanChunks; ++chunk) {
+      const s7::Affine e = ends[chunk][at.state];
+      if (chunk == at.chunk) state = carry;
+      carry = fmaf(e.product, carry, e.sum);
+    }
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) {
+      state = fmaf(a[k], state, b[k]);
+      if (at.exists && first + k < z.seqlen)
+        s[at.origin + (first + k) * z.dstate] = state;
+    }
   }
-  carry_kernel<<<blocks_for(static_cast<std::int64_t>(c.batch) * c.dstate), kThreads, 0, stream>>>(
-      c, a.state_in ? a.state_in.data<float>() : nullptr, end_data, before_data);
-  LRNN_CUDA_CHECK_LAUNCH();
-  replay_kernel<<<blocks_for(c.count()), kThreads, 0, stream>>>(
-      c, A, before_data, s, a.state_out ? a.state_out.data<float>() : nullptr);
+  if (state_out != nullptr && at.exists && at.chunk == 0) state_out[at.row] = carry;
+}
+
+void scan(Context& ctx, const S7ScanForward& a, const Sequences& z, const float* A, float* s) {
+  scan_kernel<<<z.blocks(), s7::kScanThreads, 0, ctx.stream().handle>>>(
+      z, A, a.state_in ? a.state_in.data<float>() : nullptr, s,
+      a.state_out ? a.state_out.data<float>() : nullptr);
   LRNN_CUDA_CHECK_LAUNCH();
 }
 
@@ -171,7 +104,7 @@ class Forward {
     if (s7::fits_sm90(ctx_, a_.x.dtype(), dim_, dstate_, {a_.x.raw(), a_.y.raw()})) {
       const auto problem = s7::problem_of<T>(a_.x, a_.weight, dstate_, lengths());
       s7::project_sm90<T>(ctx_, problem, x_data(0), a_.base.data<float>(), A_, s_);
-      scan(ctx_, a_, chunks(), A_, s_);
+      scan(ctx_, a_, sequences(), A_, s_);
       s7::read_out_sm90<T>(ctx_, problem, x_data(0), s_, a_.y.data<T>());
       return;
     }
@@ -184,7 +117,7 @@ class Forward {
     for_tiles(tile, [&](std::int64_t t, std::int64_t count) {
       project(P.view().slice(0, 0, count), t, count);
     });
-    scan(ctx_, a_, chunks(), A_, s_);
+    scan(ctx_, a_, sequences(), A_, s_);
     for_tiles(tile, [&](std::int64_t t, std::int64_t count) {
       read_out(P.view().slice(0, 0, count), t, count);
     });
@@ -203,9 +136,8 @@ class Forward {
   }
   [[nodiscard]] int H() const { return static_cast<int>(dim_); }
   [[nodiscard]] int N() const { return static_cast<int>(dstate_); }
-  [[nodiscard]] Chunks chunks() const {
-    return {static_cast<int>(a_.x.dim(0)), static_cast<int>((seqlen_ + kChunk - 1) / kChunk), N(),
-            seqlen_, lengths()};
+  [[nodiscard]] Sequences sequences() const {
+    return {static_cast<int>(a_.x.dim(0)), N(), seqlen_, lengths()};
   }
   template <class F>
   void for_tiles(std::int64_t tile, F&& f) {

@@ -24,122 +24,75 @@
 namespace lrnn::cuda {
 namespace {
 
-using s7::Chunks;
-using s7::kAhead;
-using s7::kChunk;
 using s7::kThreads;
 using s7::Raw;
+using s7::Sequences;
 
-// Valid steps of a chunk: [first, first + steps) of the sequence.
-struct Span {
-  std::int64_t first;
-  int steps;
+constexpr int kSteps = 16;  // of a chunk
 
-  __device__ Span(const Chunks& c, int b, int chunk) {
-    first = static_cast<std::int64_t>(chunk) * kChunk;
-    const std::int64_t end = min(min(c.seqlen, first + kChunk), c.length(b));
-    steps = end > first ? static_cast<int>(end - first) : 0;
-  }
+struct ReverseArgs {
+  const float* A;
+  const float* s;
+  const float* state_in;
+  const float* dstate_out;
+  float* g;  // the gradient of the states through y on entry
+  float* dA;
+  float* dstate_in;
 };
 
-// What a chunk hands to the one on its left: carry = sum + product * (carry from its right).
-__global__ __launch_bounds__(kThreads) void reverse_ends_kernel(Chunks c,
-                                                                const float* __restrict__ A,
-                                                                const float* __restrict__ P,
-                                                                float2* __restrict__ ends) {
-  const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i >= c.count()) return;
-  const int n = static_cast<int>(i % c.dstate);
-  const int chunk = static_cast<int>(i / c.dstate % c.chunks);
-  const int b = static_cast<int>(i / c.dstate / c.chunks);
-  const Span span(c, b, chunk);
-  float product = 1.0F;
-  float carry = 0.0F;
-  const std::int64_t base = (b * c.seqlen + span.first) * c.dstate + n;
-  for (int last = span.steps - 1; last >= 0; last -= kAhead) {
-    float a[kAhead];
-    float gradient[kAhead];
+// Writes g and dA, 0 at padding. What a chunk hands to the one on its left is affine in what comes
+// from its right: carry = a_t (ds_t + carry).
+__global__ __launch_bounds__(s7::kScanThreads) void reverse_scan_kernel(Sequences z,
+                                                                        ReverseArgs p) {
+  __shared__ s7::Affine ends[s7::kScanChunks][s7::kScanStates];
+  const s7::ScanSeat at(z);
+  constexpr std::int64_t kSpan = s7::kScanChunks * kSteps;
+  float carry = at.exists && p.dstate_out != nullptr ? p.dstate_out[at.row] : 0.0F;
+  for (std::int64_t begin = (z.seqlen - 1) / kSpan * kSpan; begin >= 0; begin -= kSpan) {
+    const std::int64_t first = begin + at.chunk * kSteps;
+    const s7::Window<kSteps> window(at, z, first);
+    float A[kSteps];
+    float ds[kSteps];
+    float before[kSteps];
+    window.load(p.A, A);
+    window.load(p.g, ds);
+    // The state before the first step of all is not in s.
+    window.load(p.s - (first > 0 && window.valid > 0 ? z.dstate : 0), before);
+    __syncthreads();  // all loads are under way; and `ends` has been read
+    if (first == 0) {
 #pragma unroll
-    for (int k = 0; k < kAhead; ++k) {
-      const std::int64_t at = base + static_cast<std::int64_t>(last - k) * c.dstate;
-      a[k] = last >= k ? s7::multiplier(A[at]) : 1.0F;
-      gradient[k] = last >= k ? P[at] : 0.0F;
+      for (int k = kSteps - 1; k > 0; --k) before[k] = before[k - 1];
+      before[0] = at.exists && p.state_in != nullptr ? p.state_in[at.row] : 0.0F;
+    }
+    s7::Affine end = {1.0F, 0.0F};
+#pragma unroll
+    for (int k = kSteps - 1; k >= 0; --k) {
+      const float a = k < window.valid ? s7::multiplier(A[k]) : 1.0F;
+      end.product *= a;
+      end.sum = a * ((k < window.valid ? ds[k] : 0.0F) + end.sum);
+    }
+    ends[at.chunk][at.state] = end;
+    __syncthreads();
+    float entering = carry;
+#pragma unroll
+    for (int chunk = s7::kScanChunks - 1; chunk >= 0; --chunk) {
+      const s7::Affine e = ends[chunk][at.state];
+      if (chunk == at.chunk) entering = carry;
+      carry = fmaf(e.product, carry, e.sum);
     }
 #pragma unroll
-    for (int k = 0; k < kAhead; ++k) {
-      product *= a[k];
-      carry = a[k] * (gradient[k] + carry);
+    for (int k = kSteps - 1; k >= 0; --k) {
+      if (!at.exists || first + k >= z.seqlen) continue;
+      const std::int64_t i = at.origin + (first + k) * z.dstate;
+      const bool valid = k < window.valid;
+      const float damping = s7::damping(A[k]);
+      const float gradient = ds[k] + entering;
+      p.g[i] = valid ? gradient : 0.0F;
+      p.dA[i] = valid ? gradient * before[k] * 2.0F * A[k] * damping * damping : 0.0F;
+      if (valid) entering = (1.0F - damping) * gradient;
     }
   }
-  ends[i] = {product, carry};
-}
-
-// One thread per (batch, state): the carry that enters each chunk from the right.
-__global__ __launch_bounds__(kThreads) void reverse_carry_kernel(
-    Chunks c, const float* __restrict__ dstate_out, const float2* __restrict__ ends,
-    float* __restrict__ entering) {
-  const int i = static_cast<int>(blockIdx.x) * kThreads + static_cast<int>(threadIdx.x);
-  if (i >= c.batch * c.dstate) return;
-  const int b = i / c.dstate;
-  const int n = i % c.dstate;
-  float carry = dstate_out != nullptr ? dstate_out[i] : 0.0F;
-#pragma unroll kAhead
-  for (int chunk = c.chunks - 1; chunk >= 0; --chunk) {
-    const std::int64_t at = (static_cast<std::int64_t>(b) * c.chunks + chunk) * c.dstate + n;
-    entering[at] = carry;
-    if (chunk > 0) carry = fmaf(ends[at].x, carry, ends[at].y);
-  }
-}
-
-// Replaces P by g and writes dA.
-__global__ __launch_bounds__(kThreads) void reverse_replay_kernel(
-    Chunks c, const float* __restrict__ A, const float* __restrict__ s,
-    const float* __restrict__ state_in, const float* __restrict__ entering, float* __restrict__ g,
-    float* __restrict__ dA, float* __restrict__ dstate_in) {
-  const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i >= c.count()) return;
-  const int n = static_cast<int>(i % c.dstate);
-  const int chunk = static_cast<int>(i / c.dstate % c.chunks);
-  const int b = static_cast<int>(i / c.dstate / c.chunks);
-  const Span span(c, b, chunk);
-  const auto steps_in_chunk =
-      static_cast<int>(min(c.seqlen - span.first, static_cast<std::int64_t>(kChunk)));
-  const std::int64_t base = (b * c.seqlen + span.first) * c.dstate + n;
-  for (int t = steps_in_chunk - 1; t >= span.steps; --t) {
-    const std::int64_t at = base + static_cast<std::int64_t>(t) * c.dstate;
-    g[at] = 0.0F;
-    dA[at] = 0.0F;
-  }
-  float carry = entering[i];
-  const std::int64_t row = static_cast<std::int64_t>(b) * c.dstate + n;
-  for (int last = span.steps - 1; last >= 0; last -= kAhead) {
-    float A_t[kAhead];
-    float before[kAhead];
-    float from_output[kAhead];
-#pragma unroll
-    for (int k = 0; k < kAhead; ++k) {
-      const std::int64_t at = base + static_cast<std::int64_t>(last - k) * c.dstate;
-      const bool valid = last >= k;
-      A_t[k] = valid ? A[at] : 0.0F;
-      from_output[k] = valid ? g[at] : 0.0F;
-      before[k] = 0.0F;
-      if (valid && span.first + last > k)
-        before[k] = s[at - c.dstate];
-      else if (valid && state_in != nullptr)
-        before[k] = state_in[row];
-    }
-#pragma unroll
-    for (int k = 0; k < kAhead; ++k) {
-      if (last < k) break;
-      const std::int64_t at = base + static_cast<std::int64_t>(last - k) * c.dstate;
-      const float square = fmaf(A_t[k], A_t[k], 0.5F);
-      const float gradient = from_output[k] + carry;
-      g[at] = gradient;
-      dA[at] = gradient * before[k] * 2.0F * A_t[k] / (square * square);
-      carry = s7::multiplier(A_t[k]) * gradient;
-    }
-  }
-  if (dstate_in != nullptr && chunk == 0) dstate_in[row] = carry;
+  if (p.dstate_in != nullptr && at.exists && at.chunk == 0) p.dstate_in[at.row] = carry;
 }
 
 // rows[t, n] = sum_k Q[t, n, k] x[t, k];  dx[t, k] = pD[t, k] dy[t, k] + sum_n s[t, n] Q[t, n, k].
@@ -343,28 +296,15 @@ __global__ __launch_bounds__(kThreads) void small_rows_kernel(
   }
 }
 
-unsigned blocks_for(std::int64_t count) {
-  return static_cast<unsigned>((count + kThreads - 1) / kThreads);
-}
-
-void reverse_scan(Context& ctx, const S7ScanBackward& a, const Chunks& c, float* g, float* dA) {
-  const cudaStream_t stream = ctx.stream().handle;
-  Tensor ends = ctx.empty({c.count(), 2}, DType::float32);
-  Tensor entering = ctx.empty({c.count()}, DType::float32);
-  auto* const end_data = reinterpret_cast<float2*>(ends.view().data<float>());
-  float* const entering_data = entering.view().data<float>();
-  if (c.chunks > 1) {
-    reverse_ends_kernel<<<blocks_for(c.count()), kThreads, 0, stream>>>(c, a.A.data<float>(), g,
-                                                                        end_data);
-    LRNN_CUDA_CHECK_LAUNCH();
-  }
-  reverse_carry_kernel<<<blocks_for(static_cast<std::int64_t>(c.batch) * c.dstate), kThreads, 0,
-                         stream>>>(c, a.dstate_out ? a.dstate_out.data<float>() : nullptr, end_data,
-                                   entering_data);
-  LRNN_CUDA_CHECK_LAUNCH();
-  reverse_replay_kernel<<<blocks_for(c.count()), kThreads, 0, stream>>>(
-      c, a.A.data<float>(), a.s.data<float>(), a.state_in ? a.state_in.data<float>() : nullptr,
-      entering_data, g, dA, a.dstate_in ? a.dstate_in.data<float>() : nullptr);
+void reverse_scan(Context& ctx, const S7ScanBackward& a, const Sequences& z, float* g, float* dA) {
+  const ReverseArgs args{.A = a.A.data<float>(),
+                         .s = a.s.data<float>(),
+                         .state_in = a.state_in ? a.state_in.data<float>() : nullptr,
+                         .dstate_out = a.dstate_out ? a.dstate_out.data<float>() : nullptr,
+                         .g = g,
+                         .dA = dA,
+                         .dstate_in = a.dstate_in ? a.dstate_in.data<float>() : nullptr};
+  reverse_scan_kernel<<<z.blocks(), s7::kScanThreads, 0, ctx.stream().handle>>>(z, args);
   LRNN_CUDA_CHECK_LAUNCH();
 }
 
@@ -407,9 +347,8 @@ class Backward {
       output_gradients();
     Tensor dA = ctx_.empty({tokens_, dstate_}, DType::float32);
     reverse_scan(ctx_, a_,
-                 {static_cast<int>(a_.x.dim(0)), static_cast<int>((seqlen_ + kChunk - 1) / kChunk),
-                  N(), seqlen_, lengths},
-                 g_data(), dA.view().template data<float>());
+                 {static_cast<int>(a_.x.dim(0)), N(), seqlen_, lengths}, g_data(),
+                 dA.view().template data<float>());
     lrnn::sum_columns(ctx_, {.a = dA, .out = a_.dbase});
     if (sm90)
       s7::input_gradients_sm90<T>(ctx_, problem, x_data(0), dy_.template data<T>(),

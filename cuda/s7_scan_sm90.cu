@@ -159,7 +159,8 @@ constexpr int kPackTile = 32;
 /// A block packs a tile of rows and columns of one n of one part, with the transposed tile if the
 /// part has a use for it.
 template <class T, int kWidth>
-__global__ __launch_bounds__(256) void pack_kernel(const PackArgs<T> p) {
+__global__ __launch_bounds__(256) void pack_kernel(
+    const __grid_constant__ PackArgs<T> p) {
   __shared__ float straight[kPackTile][kPackTile + 1];
   __shared__ float across[kPackTile][kPackTile + 1];
   int n = static_cast<int>(blockIdx.z);
@@ -420,12 +421,12 @@ __device__ __forceinline__ void add_channels(float (&sum)[2][4], const float (&c
   }
 }
 
-template <int kTiles>
-__device__ __forceinline__ void clear(float (&c)[kTiles][4]) {
+template <class Number, int kTiles>
+__device__ __forceinline__ void clear(Number (&c)[kTiles][4]) {
 #pragma unroll
   for (int n = 0; n < kTiles; ++n)
 #pragma unroll
-    for (int e = 0; e < 4; ++e) c[n][e] = 0.0F;
+    for (int e = 0; e < 4; ++e) c[n][e] = Number{};
 }
 
 template <class T, int kWidth, bool kDrive>
@@ -529,32 +530,46 @@ __device__ __forceinline__ void scale_fragment(std::uint32_t (&a)[4], float uppe
   }
 }
 
-/// c += (factors x operand) times the next `panels` buffers. Fragments of one panel are made while
-/// the products of the panel before run.
+/// Products read the fragments of a panel while those of the next are made: two sets, of which one
+/// may be overwritten when started() has returned for the other.
+using Fragments = std::uint32_t[kPanelSteps][4];
+
+/// Keeps the registers of fragments from other use up to here.
+__device__ __forceinline__ void keep(const Fragments& a) {
+#pragma unroll
+  for (int s = 0; s < kPanelSteps; ++s)
+    asm volatile("" ::"r"(a[s][0]), "r"(a[s][1]), "r"(a[s][2]), "r"(a[s][3]) : "memory");
+}
+
+/// c += (factors x operand) times the next `panels` buffers, an even number.
 template <class Z, bool kScaled, int kTiles>
 __device__ __forceinline__ void mix(float (&c)[kTiles][4], Reader<Z>& in, const Seat& at,
                                     int panels, float upper, float lower) {
   using T = typename Z::T;
   const int row = at.group * 64 + at.warp * 16 + at.lane % 16;
-  for (int panel = 0; panel < panels; panel += 2)
+  Fragments sets[2];
+  const auto multiply = [&](Fragments& a, const Fragments& other, int panel) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      std::uint32_t a[kPanelSteps][4];
-#pragma unroll
-      for (int s = 0; s < kPanelSteps; ++s) {
-        const int chunk = 2 * s + at.lane / 16;
-        load_fragment(a[s], in.shared.base +
-                                static_cast<std::uint32_t>((panel + half) * Z::kPanelBytes +
-                                                           packed_at<T>(row, chunk * kWide<T>)));
-        if constexpr (kScaled) scale_fragment<T>(a[s], upper, lower);
-      }
-      const std::uint64_t right = panel_descriptor(in.take(), 16);
-      products_begin();
-#pragma unroll
-      for (int s = 0; s < kPanelSteps; ++s)
-        multiply_step<T>(c, a[s], advance(right, s * kStepBytes));
-      in.started();
+    for (int s = 0; s < kPanelSteps; ++s) {
+      const int chunk = 2 * s + at.lane / 16;
+      load_fragment(a[s], in.shared.base + static_cast<std::uint32_t>(
+                                               panel * Z::kPanelBytes +
+                                               packed_at<T>(row, chunk * kWide<T>)));
+      if constexpr (kScaled) scale_fragment<T>(a[s], upper, lower);
     }
+    const std::uint64_t right = panel_descriptor(in.take(), 16);
+    products_begin();
+#pragma unroll
+    for (int s = 0; s < kPanelSteps; ++s)
+      multiply_step<T>(c, a[s], advance(right, s * kStepBytes));
+    in.started();
+    keep(other);
+  };
+  clear(sets[1]);
+  for (int panel = 0; panel < panels; panel += 2) {
+    multiply(sets[0], sets[1], panel);
+    multiply(sets[1], sets[0], panel + 1);
+  }
 }
 
 /// The passes of all states, each with its own factors of rows.
@@ -576,13 +591,28 @@ __device__ __forceinline__ void mix_states(float (&c)[kTiles][4], Reader<Z>& in,
   }
 }
 
-/// Two neighbouring numbers of a row.
-template <class T>
-__device__ __forceinline__ float2 load_pair(const Rows<T>& rows, std::int64_t token, int column) {
-  if (token >= rows.tokens || column >= rows.dim) return {0.0F, 0.0F};
-  Packed<T, 2> v;
-  v.load_constant(rows.data + token * rows.dim + column);
-  return {v.get(0), v.get(1)};
+/// c *= skip, whose rows and columns beyond the last repeat it: loads under conditions would wait
+/// for each other.
+template <class T, int kTiles>
+__device__ __forceinline__ void multiply_skip(float (&c)[kTiles][4], const Seat& at,
+                                              const Rows<T>& skip) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const std::int64_t token = min(at.token + half * 8, skip.tokens - 1);
+    const T* const row = skip.data + token * skip.dim;
+#pragma unroll
+    for (int first = 0; first < kTiles; first += 16) {
+      Packed<T, 2> v[16];
+#pragma unroll
+      for (int i = 0; i < 16; ++i)
+        v[i].load_constant(row + min((first + i) * 8 + at.lane % 4 * 2, skip.dim - 2));
+#pragma unroll
+      for (int i = 0; i < 16; ++i) {
+        c[first + i][2 * half] *= v[i].get(0);
+        c[first + i][2 * half + 1] *= v[i].get(1);
+      }
+    }
+  }
 }
 
 /// What passes through W_D, W_A and W_bias to x: fragments of dy x and of [dA | g].
@@ -632,14 +662,7 @@ __device__ __forceinline__ void mix_block(const MixArgs<T>& a,
   mix<Z, false>(c, in, at, Z::kPanels, 1.0F, 1.0F);
   in.finish();
   pin(c);
-#pragma unroll
-  for (int i = 0; i < kWidth / 8; ++i)
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float2 skip = load_pair(a.skip, at.token + half * 8, i * 8 + at.lane % 4 * 2);
-      c[i][2 * half] *= skip.x;
-      c[i][2 * half + 1] *= skip.y;
-    }
+  multiply_skip(c, at, a.skip);
   mix_states(c, in, at, a.scale, a.x.tokens, a.dstate);
   if constexpr (kBackward) {
     in.finish();
@@ -698,35 +721,48 @@ struct PairTile {
   static constexpr int kShared = 1024 + kBuffers * kBufferBytes + 16 * kBuffers;
 };
 
+constexpr int kTurn = 64;  // tokens and channels of a transposed tile
+
 /// Activations transposed and packed in panels of tokens: [panels, kWidth] rows of 128 bytes.
 template <class T, int kWidth>
 __global__ __launch_bounds__(256) void transpose_rows_kernel(Rows<T> x, Rows<T> dy, T* x_packed,
                                                              T* dy_packed) {
-  __shared__ float tile[kPackTile][kPackTile + 1];
+  __shared__ float tile[kTurn][kTurn + 1];
+  constexpr int kVec = kWide<T>;
+  constexpr int kPerRow = kTurn / kVec;
+  constexpr int kPerThread = kTurn * kPerRow / 256;
   const Rows<T>& rows = blockIdx.z == 0 ? x : dy;
   T* const packed = blockIdx.z == 0 ? x_packed : dy_packed;
-  const std::int64_t t0 = static_cast<std::int64_t>(blockIdx.x) * kPackTile;
-  const int h0 = static_cast<int>(blockIdx.y) * kPackTile;
-  const int lane = static_cast<int>(threadIdx.x) % kPackTile;
-  for (int i = static_cast<int>(threadIdx.x) / kPackTile; i < kPackTile; i += 256 / kPackTile) {
-    const bool exists = t0 + i < rows.tokens && h0 + lane < rows.dim;
-    tile[i][lane] = exists ? to_float(rows.data[(t0 + i) * rows.dim + h0 + lane]) : 0.0F;
+  const std::int64_t t0 = static_cast<std::int64_t>(blockIdx.x) * kTurn;
+  const int h0 = static_cast<int>(blockIdx.y) * kTurn;
+  Packed<T, kVec> in[kPerThread];
+#pragma unroll
+  for (int i = 0; i < kPerThread; ++i) {
+    const int at = i * 256 + static_cast<int>(threadIdx.x);
+    in[i] = rows(t0 + at / kPerRow, h0 + at % kPerRow * kVec);
+  }
+#pragma unroll
+  for (int i = 0; i < kPerThread; ++i) {
+    const int at = i * 256 + static_cast<int>(threadIdx.x);
+#pragma unroll
+    for (int k = 0; k < kVec; ++k) tile[at / kPerRow][at % kPerRow * kVec + k] = in[i].get(k);
   }
   __syncthreads();
-  constexpr int kVec = kWide<T>;
-  constexpr int kPerRow = kPackTile / kVec;
-  const int h = static_cast<int>(threadIdx.x) / kPerRow;
-  const int j = static_cast<int>(threadIdx.x) % kPerRow * kVec;
-  if (h >= kPackTile) return;
-  float values[kVec];
 #pragma unroll
-  for (int k = 0; k < kVec; ++k)
-    values[k] = sizeof(T) == 4 ? round_tf32(tile[j + k][h]) : tile[j + k][h];
-  const std::int64_t panel = (t0 + j) / kPanelColumns<T>;
-  const int column = static_cast<int>((t0 + j) % kPanelColumns<T>);
-  auto* const to = reinterpret_cast<unsigned char*>(packed) + panel * kWidth * kPanelRowBytes +
-                   packed_at<T>(h0 + h, column);
-  store_packed<T, kVec>(reinterpret_cast<T*>(to), values);
+  for (int i = 0; i < kPerThread; ++i) {
+    const int at = i * 256 + static_cast<int>(threadIdx.x);
+    const int h = at / kPerRow;
+    const int j = at % kPerRow * kVec;
+    float values[kVec];
+#pragma unroll
+    for (int k = 0; k < kVec; ++k)
+      values[k] = sizeof(T) == 4 ? round_tf32(tile[j + k][h]) : tile[j + k][h];
+    const std::int64_t panel = (t0 + j) / kPanelColumns<T>;
+    const int column = static_cast<int>((t0 + j) % kPanelColumns<T>);
+    auto* const to = reinterpret_cast<unsigned char*>(packed) + panel * kWidth * kPanelRowBytes +
+                     packed_at<T>(h0 + h, column);
+    store_packed<T, kVec>(reinterpret_cast<T*>(to), values);
+  }
 }
 
 /// scales[kind, n, t] = s[t, n], g[t, n]; zero beyond the tokens.
@@ -828,7 +864,7 @@ __device__ __forceinline__ void scale_columns(std::uint32_t (&a)[4], std::uint32
 template <class T, int kWidth>
 __device__ __forceinline__ void multiply_pairs(const PairArgs<T>& a, const PairWork<kWidth>& work,
                                                const Shared<PairTile<T, kWidth>>& shared,
-                                               std::int64_t count) {
+                                               int count) {
   using Z = PairTile<T, kWidth>;
   const Seat at;
   Reader<Z> in{shared};
@@ -837,11 +873,11 @@ __device__ __forceinline__ void multiply_pairs(const PairArgs<T>& a, const PairW
   pin(c);
   const int row = at.warp * 16 + at.lane % 16;
   constexpr int kStepColumns = kStepBytes / static_cast<int>(sizeof(T));
-  for (std::int64_t p = 0; p < count; ++p) {
+  Fragments sets[2];
+  const auto multiply = [&](Fragments& left, const Fragments& other) {
     const std::uint32_t buffer = in.take();
-    const std::uint32_t scales =
-        buffer + static_cast<std::uint32_t>(Z::kLeftBytes + Z::kRightBytes + at.group * Z::kScaleBytes);
-    std::uint32_t left[kPanelSteps][4];
+    const std::uint32_t scales = buffer + static_cast<std::uint32_t>(Z::kLeftBytes + Z::kRightBytes +
+                                                                     at.group * Z::kScaleBytes);
 #pragma unroll
     for (int s = 0; s < kPanelSteps; ++s) {
       load_fragment(left[s], buffer + static_cast<std::uint32_t>(packed_at<T>(
@@ -854,7 +890,14 @@ __device__ __forceinline__ void multiply_pairs(const PairArgs<T>& a, const PairW
     for (int s = 0; s < kPanelSteps; ++s)
       multiply_step<T>(c, left[s], advance(right, s * kStepBytes));
     in.started();
+    keep(other);
+  };
+  clear(sets[1]);
+  for (int p = 0; p + 1 < count; p += 2) {
+    multiply(sets[0], sets[1]);
+    multiply(sets[1], sets[0]);
   }
+  if (count % 2 == 1) multiply(sets[0], sets[1]);
   in.finish();
   pin(c);
   float* const out =
@@ -878,11 +921,11 @@ __global__ __launch_bounds__(kBlock, 1) void pair_kernel(const PairArgs<T> a) {
   prepare(shared);
   const PairWork<kWidth> work(a.states);
   const std::int64_t begin = work.split * a.panels_of_split;
-  const std::int64_t end = min(a.panels, begin + a.panels_of_split);
+  const std::int64_t end = max(begin, min(a.panels, begin + a.panels_of_split));
   if (copies())
     copy_pairs<T, kWidth>(a, work, shared, begin, end);
   else
-    multiply_pairs<T, kWidth>(a, work, shared, end > begin ? end - begin : 0);
+    multiply_pairs<T, kWidth>(a, work, shared, static_cast<int>(end - begin));
 }
 
 /// dweight[(h, n), k] += partial sums, in order. One block per (h, n) and kind.
@@ -1034,8 +1077,8 @@ void weight_gradients_sm90(Context& ctx, const Problem<T>& p, const T* x, const 
   visit_width(p.dim, [&]<int kWidth>() {
     using Z = PairTile<T, kWidth>;
     const cudaStream_t stream = ctx.stream().handle;
-    const std::int64_t panels = (p.tokens + kPanelColumns<T> - 1) / kPanelColumns<T>;
-    const std::int64_t padded = panels * kPanelColumns<T>;
+    const std::int64_t padded = (p.tokens + kTurn - 1) / kTurn * kTurn;
+    const std::int64_t panels = padded / kPanelColumns<T>;
     const int states = (p.dstate + kPairStates - 1) / kPairStates * kPairStates;
     const int units = 2 * (kWidth / kPairRows) * (states / kPairStates);
     const std::int64_t splits =
@@ -1046,7 +1089,7 @@ void weight_gradients_sm90(Context& ctx, const Problem<T>& p, const T* x, const 
     T* const x_packed = packed.view().template data<T>();
     T* const dy_packed = x_packed + padded * kWidth;
     transpose_rows_kernel<T, kWidth>
-        <<<dim3(static_cast<unsigned>(padded / kPackTile), kWidth / kPackTile, 2), 256, 0, stream>>>(
+        <<<dim3(static_cast<unsigned>(padded / kTurn), kWidth / kTurn, 2), 256, 0, stream>>>(
             {x, p.tokens, p.dim}, {dy, p.tokens, p.dim}, x_packed, dy_packed);
     LRNN_CUDA_CHECK_LAUNCH();
     transpose_states_kernel<<<dim3(static_cast<unsigned>((padded + 255) / 256),

@@ -237,26 +237,76 @@ void contract_states(cudaStream_t stream, std::int64_t first_token, std::int64_t
     launch(contract_states_kernel<T, 1>);
 }
 
+/// 1 / (A_t^2 + 0.5) to 2 units in the last place. The exact division is a call, across which the
+/// operands of other steps would leave the registers; its argument is at least 0.5.
+__device__ __forceinline__ float damping(float A) {
+  return __fdividef(1.0F, fmaf(A, A, 0.5F));
+}
 /// a_t = 1 - 1 / (A_t^2 + 0.5).
-__device__ inline float multiplier(float A) {
-  return 1.0F - 1.0F / fmaf(A, A, 0.5F);
+__device__ __forceinline__ float multiplier(float A) {
+  return 1.0F - damping(A);
 }
 
-/// Time steps of one chunk of the scans, which run one thread per (batch, chunk, state): short,
-/// since a thread waits for its loads, and there are few threads.
-constexpr int kChunk = 64;
-/// Steps whose operands a thread asks for at once.
-constexpr int kAhead = 8;
+/// The scans run one block per sequence and kScanStates states: kScanChunks chunks at a time, a
+/// thread owning one state of one chunk, whose operands it holds in registers. More blocks would
+/// need the states before theirs; they are few, but what a scan reads is N numbers per token.
+constexpr int kScanStates = 16;
+constexpr int kScanChunks = 32;
+constexpr int kScanThreads = kScanStates * kScanChunks;
 
-struct Chunks {
-  int batch, chunks, dstate;
+struct Sequences {
+  int batch, dstate;
   std::int64_t seqlen;
   const std::int32_t* lengths;
 
-  __host__ __device__ std::int64_t count() const {
-    return static_cast<std::int64_t>(batch) * chunks * dstate;
+  [[nodiscard]] dim3 blocks() const {
+    return {static_cast<unsigned>((dstate + kScanStates - 1) / kScanStates),
+            static_cast<unsigned>(batch)};
   }
-  __device__ std::int64_t length(int b) const { return lengths != nullptr ? lengths[b] : seqlen; }
+};
+
+/// What a thread of a scan owns.
+struct ScanSeat {
+  int state, chunk, n, b;
+  bool exists;
+  std::int64_t valid;   // steps of the sequence
+  std::int64_t origin;  // of (b, step 0, n) in [B, L, N]
+  std::int64_t row;     // of (b, n) in [B, N]
+
+  __device__ explicit ScanSeat(const Sequences& z)
+      : state(static_cast<int>(threadIdx.x) % kScanStates),
+        chunk(static_cast<int>(threadIdx.x) / kScanStates),
+        n(static_cast<int>(blockIdx.x) * kScanStates + state),
+        b(static_cast<int>(blockIdx.y)),
+        exists(n < z.dstate),
+        valid(z.lengths != nullptr ? z.lengths[b] : z.seqlen),
+        origin(b * z.seqlen * z.dstate + n),
+        row(static_cast<std::int64_t>(b) * z.dstate + n) {}
+};
+
+/// The valid steps of a thread's chunk. Others read the first one, or that of the sequence: with
+/// loads under conditions the compiler would wait for one before it starts the next.
+template <int kSteps>
+struct Window {
+  std::int64_t place;  // of the first step, in [B, L, N]
+  int valid;
+  int dstate;
+
+  __device__ Window(const ScanSeat& at, const Sequences& z, std::int64_t first)
+      : valid(static_cast<int>(max(std::int64_t{0}, min(at.valid - first, std::int64_t{kSteps})))),
+        dstate(z.dstate) {
+    const std::int64_t spare = at.n < z.dstate ? 0 : z.dstate - 1 - at.n;
+    place = at.origin + spare + (valid > 0 ? first * z.dstate : 0);
+  }
+  __device__ __forceinline__ void load(const float* p, float (&out)[kSteps]) const {
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) out[k] = p[place + (k < valid ? k : 0) * dstate];
+  }
+};
+
+/// out = product * in + sum, of one chunk.
+struct Affine {
+  float product, sum;
 };
 
 }  // namespace lrnn::cuda::s7
