@@ -1,10 +1,12 @@
 // Forward of S7's factored scan.
 //
 // Per tile of tokens: GEMM x W_B^T into L2, contraction over channels with x -> drive [T, N]; then
-// a scan over time, a block per (batch, 16 states): ends of 32 chunks, states before them, replay;
-// then per tile GEMM x W_C^T and contraction over states with s. On Hopper and at H up to 256 both
-// contractions are those of s7_scan_sm90.cu. Bound by the two GEMMs, 2 T H^2 N multiply-adds; the
-// scan moves 3 N floats per token and waits for them, a block for 512 steps at once.
+// a scan over time, a block per segment of 256 steps of 16 states: what it does to the state, then
+// the states from those of all segments before; then per tile GEMM x W_C^T and contraction over
+// states with s. On Hopper and at H up to 256 both contractions are those of s7_scan_sm90.cu. One
+// token of each sequence takes two kernels: a product with the whole weight and, a block per
+// sequence, all that follows. Bound by the two GEMMs, 2 T H^2 N multiply-adds; the scan moves 5 N
+// floats per token.
 #include "lrnn/ops/linear.hpp"
 #include "lrnn/ops/s7_scan.hpp"
 
@@ -16,6 +18,7 @@
 namespace lrnn::cuda {
 namespace {
 
+using s7::kScanSteps;
 using s7::kThreads;
 using s7::Sequences;
 
@@ -30,55 +33,152 @@ __global__ __launch_bounds__(kThreads) void add_base_kernel(const T* __restrict_
     A[i] = to_float(pA[i]) + base[i % dstate];
 }
 
-constexpr int kSteps = 16;  // of a chunk
-
-// s holds the drive on entry and the states on return.
-__global__ __launch_bounds__(s7::kScanThreads) void scan_kernel(
-    Sequences z, const float* A, const float* state_in, float* s, float* state_out) {
+// s holds the drive on entry and the states on return. kEnds writes what each segment does to the
+// state instead.
+template <bool kEnds>
+__global__ __launch_bounds__(s7::kScanThreads) void scan_kernel(Sequences z, const float* A,
+                                                                const float* state_in, float* s,
+                                                                float* state_out,
+                                                                s7::Affine* segments) {
   __shared__ s7::Affine ends[s7::kScanChunks][s7::kScanStates];
   const s7::ScanSeat at(z);
-  float carry = at.exists && state_in != nullptr ? state_in[at.row] : 0.0F;
-  for (std::int64_t begin = 0; begin < z.seqlen; begin += s7::kScanChunks * kSteps) {
-    const std::int64_t first = begin + at.chunk * kSteps;
-    const s7::Window<kSteps> window(at, z, first);
-    float a[kSteps];
-    float b[kSteps];
-    window.load(A, a);
-    window.load(s, b);
-    __syncthreads();  // all loads are under way; and `ends` has been read
-    s7::Affine end = {1.0F, 0.0F};
+  const std::int64_t first = at.first();
+  const s7::Window window(at, z, first);
+  float a[kScanSteps];
+  float b[kScanSteps];
+  window.load(A, a);
+  window.load(s, b);
+  float state = at.exists && state_in != nullptr ? state_in[at.row] : 0.0F;
+  if constexpr (!kEnds)
+    for (std::int64_t i = 0; i < at.segment; ++i)
+      state = segments[z.segment_at(at, i)].apply(state);
+  s7::Affine end = {1.0F, 0.0F};
 #pragma unroll
-    for (int k = 0; k < kSteps; ++k) {
-      // Behind the valid steps the state stays.
-      a[k] = k < window.valid ? s7::multiplier(a[k]) : 1.0F;
-      b[k] = k < window.valid ? b[k] : 0.0F;
-      end.product *= a[k];
-      end.sum = fmaf(a[k], end.sum, b[k]);
-    }
-    ends[at.chunk][at.state] = end;
-    __syncthreads();
-    float state = carry;
-#pragma unroll
-    for (int chunk = 0; chunk < s7::kScanChunks; ++chunk) {
-      const s7::Affine e = ends[chunk][at.state];
-      if (chunk == at.chunk) state = carry;
-      carry = fmaf(e.product, carry, e.sum);
-    }
-#pragma unroll
-    for (int k = 0; k < kSteps; ++k) {
-      state = fmaf(a[k], state, b[k]);
-      if (at.exists && first + k < z.seqlen)
-        s[at.origin + (first + k) * z.dstate] = state;
-    }
+  for (int k = 0; k < kScanSteps; ++k) {
+    // Behind the valid steps the state stays.
+    a[k] = k < window.valid ? s7::multiplier(a[k]) : 1.0F;
+    b[k] = k < window.valid ? b[k] : 0.0F;
+    end.product *= a[k];
+    end.sum = fmaf(a[k], end.sum, b[k]);
   }
-  if (state_out != nullptr && at.exists && at.chunk == 0) state_out[at.row] = carry;
+  ends[at.chunk][at.state] = end;
+  __syncthreads();
+  if constexpr (kEnds) {
+    if (at.chunk + 1 != s7::kScanChunks) return;
+    for (int chunk = s7::kScanChunks - 2; chunk >= 0; --chunk)
+      end = end.after(ends[chunk][at.state]);
+    segments[z.segment_at(at, at.segment)] = end;
+  } else {
+    for (int chunk = 0; chunk < at.chunk; ++chunk) state = ends[chunk][at.state].apply(state);
+    if (!at.exists) return;
+#pragma unroll
+    for (int k = 0; k < kScanSteps; ++k) {
+      state = fmaf(a[k], state, b[k]);
+      if (first + k < z.seqlen) s[at.origin + (first + k) * z.dstate] = state;
+    }
+    const bool last = at.segment + 1 == z.segments() && at.chunk + 1 == s7::kScanChunks;
+    if (state_out != nullptr && last) state_out[at.row] = state;
+  }
 }
 
 void scan(Context& ctx, const S7ScanForward& a, const Sequences& z, const float* A, float* s) {
-  scan_kernel<<<z.blocks(), s7::kScanThreads, 0, ctx.stream().handle>>>(
-      z, A, a.state_in ? a.state_in.data<float>() : nullptr, s,
-      a.state_out ? a.state_out.data<float>() : nullptr);
+  const cudaStream_t stream = ctx.stream().handle;
+  const float* const state_in = a.state_in ? a.state_in.data<float>() : nullptr;
+  float* const state_out = a.state_out ? a.state_out.data<float>() : nullptr;
+  Tensor scratch = ctx.empty({z.segment_count(), 2}, DType::float32);
+  auto* const segments = reinterpret_cast<s7::Affine*>(scratch.view().data<float>());
+  if (z.segments() > 1) {
+    scan_kernel<true>
+        <<<z.blocks(), s7::kScanThreads, 0, stream>>>(z, A, state_in, s, state_out, segments);
+    LRNN_CUDA_CHECK_LAUNCH();
+  }
+  scan_kernel<false>
+      <<<z.blocks(), s7::kScanThreads, 0, stream>>>(z, A, state_in, s, state_out, segments);
   LRNN_CUDA_CHECK_LAUNCH();
+}
+
+// States whose sums of one token fit the shared memory that every device has.
+constexpr std::int64_t kMostStepStates = 1024;
+
+template <class T>
+struct StepArgs {
+  const T* P;  // [tokens, 2 H N + H + 2 N], all projections
+  const T* x;
+  const float* base;
+  const std::int32_t* lengths;
+  const float* state_in;
+  T* y;
+  float* state_out;
+  float* A;
+  float* s;
+  int dim, dstate;
+};
+
+// Lanes that serve the states of one channel in the step: a power of two.
+__host__ __device__ constexpr int step_lanes(int dstate) {
+  int lanes = 1;
+  while (lanes < 32 && lanes < dstate) lanes *= 2;
+  return lanes;
+}
+
+// One token of one sequence per block. Groups of lanes walk the channels; sums over channels are
+// added by butterfly and over the warps in order.
+template <class T>
+__global__ __launch_bounds__(kThreads) void step_kernel(const StepArgs<T> a) {
+  extern __shared__ float shared[];
+  const int N = a.dstate;
+  const int lanes = step_lanes(N);
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  const int first = warp * (32 / lanes) + lane / lanes;
+  const int step = s7::kWarps * (32 / lanes);
+  const std::int64_t token = blockIdx.x;
+  const std::int64_t HN = static_cast<std::int64_t>(a.dim) * N;
+  const T* const pA = a.P + token * (2 * HN + a.dim + 2 * N);
+  const T* const pB = pA + N;
+  const T* const pC = pB + HN;
+  const T* const pD = pC + HN;
+  const T* const x = a.x + token * a.dim;
+  float* const states = shared + s7::kWarps * N;
+  const int rounds = (N + lanes - 1) / lanes;
+  for (int r = 0; r < rounds; ++r) {
+    const int n = r * lanes + lane % lanes;
+    float sum = 0.0F;
+    if (n < N)
+#pragma unroll 8
+      for (int h = first; h < a.dim; h += step)
+        sum = fmaf(to_float(pB[static_cast<std::int64_t>(h) * N + n]), to_float(x[h]), sum);
+    for (int offset = lanes; offset < 32; offset *= 2)
+      sum += __shfl_xor_sync(0xFFFFFFFFU, sum, offset);
+    if (lane < lanes && n < N) shared[warp * N + n] = sum;
+  }
+  __syncthreads();
+  const bool valid = a.lengths == nullptr || a.lengths[token] > 0;
+  for (int n = static_cast<int>(threadIdx.x); n < N; n += kThreads) {
+    float drive = to_float(pD[a.dim + n]);
+    for (int w = 0; w < s7::kWarps; ++w) drive += shared[w * N + n];
+    const std::int64_t i = token * N + n;
+    const float A = to_float(pA[n]) + a.base[n];
+    const float before = a.state_in != nullptr ? a.state_in[i] : 0.0F;
+    const float state = valid ? fmaf(s7::multiplier(A), before, drive) : before;
+    states[n] = state;
+    if (a.A != nullptr) a.A[i] = A;
+    if (a.s != nullptr) a.s[i] = state;
+    if (a.state_out != nullptr) a.state_out[i] = state;
+  }
+  __syncthreads();
+  // The bound is that of the first group, so that all lanes reach the shuffles.
+  for (int begin = warp * (32 / lanes); begin < a.dim; begin += step) {
+    const int h = begin + lane / lanes;
+    float sum = 0.0F;
+    for (int n = lane % lanes; h < a.dim && n < N; n += lanes)
+      sum = fmaf(to_float(pC[static_cast<std::int64_t>(h) * N + n]), states[n], sum);
+    for (int offset = lanes / 2; offset > 0; offset /= 2)
+      sum += __shfl_xor_sync(0xFFFFFFFFU, sum, offset);
+    if (h < a.dim && lane % lanes == 0)
+      a.y[token * a.dim + h] =
+          from_float<T>(valid ? fmaf(to_float(pD[h]), to_float(x[h]), sum) : 0.0F);
+  }
 }
 
 template <class T>
@@ -100,19 +200,25 @@ class Forward {
   }
 
   void run() {
+    const std::int64_t tile = std::min(tokens_, s7::tile_tokens(dim_, dstate_, sizeof(T)));
+    // Twice, because the step has the projections of B and C at once.
+    if (seqlen_ == 1 && 2 * tokens_ <= s7::tile_tokens(dim_, dstate_, sizeof(T)) &&
+        dstate_ <= kMostStepStates)
+      return step();
 #ifdef LRNN_WITH_SM90A
-    if (s7::fits_sm90(ctx_, a_.x.dtype(), dim_, dstate_, {a_.x.raw(), a_.y.raw()})) {
+    if (s7::fits_sm90(ctx_, a_.x.dtype(), tokens_, dim_, dstate_, {a_.x.raw(), a_.y.raw()})) {
       const auto problem = s7::problem_of<T>(a_.x, a_.weight, dstate_, lengths());
-      s7::project_sm90<T>(ctx_, problem, x_data(0), a_.base.data<float>(), A_, s_);
+      const Tensor packed = s7::pack_forward_sm90<T>(ctx_, problem);
+      s7::project_sm90<T>(ctx_, problem, packed, x_data(0), a_.base.data<float>(), A_, s_);
       scan(ctx_, a_, sequences(), A_, s_);
-      s7::read_out_sm90<T>(ctx_, problem, x_data(0), s_, a_.y.data<T>());
+      s7::read_out_sm90<T>(ctx_, problem, packed, x_data(0), s_, a_.y.data<T>());
       return;
     }
 #endif
     project_base();
     D_bias_ = ctx_.empty({tokens_, dim_ + dstate_}, a_.x.dtype());
-    lrnn::linear_forward(ctx_, {.x = x(0, tokens_), .weight = rows_.D_bias(a_.weight), .y = D_bias_});
-    const std::int64_t tile = std::min(tokens_, s7::tile_tokens(dim_, dstate_, sizeof(T)));
+    lrnn::linear_forward(ctx_,
+                         {.x = x(0, tokens_), .weight = rows_.D_bias(a_.weight), .y = D_bias_});
     Tensor P = ctx_.empty({tile, dim_ * dstate_}, a_.x.dtype());
     for_tiles(tile, [&](std::int64_t t, std::int64_t count) {
       project(P.view().slice(0, 0, count), t, count);
@@ -127,15 +233,21 @@ class Forward {
   [[nodiscard]] TensorView x(std::int64_t t, std::int64_t count) const {
     return a_.x.reshape({tokens_, dim_}).slice(0, t, count);
   }
-  [[nodiscard]] const T* x_data(std::int64_t t) const { return a_.x.data<T>() + t * dim_; }
+  [[nodiscard]] const T* x_data(std::int64_t t) const {
+    return a_.x.data<T>() + t * dim_;
+  }
   [[nodiscard]] const T* D_bias_data(std::int64_t t) const {
     return D_bias_.view().template data<T>() + t * (dim_ + dstate_);
   }
   [[nodiscard]] const std::int32_t* lengths() const {
     return a_.lengths ? a_.lengths.data<std::int32_t>() : nullptr;
   }
-  [[nodiscard]] int H() const { return static_cast<int>(dim_); }
-  [[nodiscard]] int N() const { return static_cast<int>(dstate_); }
+  [[nodiscard]] int H() const {
+    return static_cast<int>(dim_);
+  }
+  [[nodiscard]] int N() const {
+    return static_cast<int>(dstate_);
+  }
   [[nodiscard]] Sequences sequences() const {
     return {static_cast<int>(a_.x.dim(0)), N(), seqlen_, lengths()};
   }
@@ -153,6 +265,24 @@ class Forward {
         <<<static_cast<unsigned>(std::min<std::int64_t>((count + kThreads - 1) / kThreads, 4096)),
            kThreads, 0, stream_>>>(pA.view().template data<T>(), a_.base.data<float>(), A_, count,
                                    N());
+    LRNN_CUDA_CHECK_LAUNCH();
+  }
+  void step() {
+    Tensor P = ctx_.empty({tokens_, rows_.count()}, a_.x.dtype());
+    lrnn::linear_forward(ctx_, {.x = x(0, tokens_), .weight = a_.weight, .y = P});
+    const StepArgs<T> args{.P = P.view().template data<T>(),
+                           .x = x_data(0),
+                           .base = a_.base.data<float>(),
+                           .lengths = lengths(),
+                           .state_in = a_.state_in ? a_.state_in.data<float>() : nullptr,
+                           .y = a_.y.data<T>(),
+                           .state_out = a_.state_out ? a_.state_out.data<float>() : nullptr,
+                           .A = A_,
+                           .s = s_,
+                           .dim = H(),
+                           .dstate = N()};
+    const std::size_t shared = sizeof(float) * (s7::kWarps + 1) * static_cast<std::size_t>(N());
+    step_kernel<T><<<static_cast<unsigned>(tokens_), kThreads, shared, stream_>>>(args);
     LRNN_CUDA_CHECK_LAUNCH();
   }
   // The drive of a tile.

@@ -24,11 +24,10 @@
 namespace lrnn::cuda {
 namespace {
 
+using s7::kScanSteps;
 using s7::kThreads;
 using s7::Raw;
 using s7::Sequences;
-
-constexpr int kSteps = 16;  // of a chunk
 
 struct ReverseArgs {
   const float* A;
@@ -40,59 +39,63 @@ struct ReverseArgs {
   float* dstate_in;
 };
 
-// Writes g and dA, 0 at padding. What a chunk hands to the one on its left is affine in what comes
-// from its right: carry = a_t (ds_t + carry).
-__global__ __launch_bounds__(s7::kScanThreads) void reverse_scan_kernel(Sequences z,
-                                                                        ReverseArgs p) {
+// Writes g and dA, 0 at padding; of what a chunk hands to the one on its left, affine in what comes
+// from its right by carry = a_t (ds_t + carry), kEnds writes that of the segment instead.
+template <bool kEnds>
+__global__ __launch_bounds__(s7::kScanThreads) void reverse_scan_kernel(Sequences z, ReverseArgs p,
+                                                                        s7::Affine* segments) {
   __shared__ s7::Affine ends[s7::kScanChunks][s7::kScanStates];
   const s7::ScanSeat at(z);
-  constexpr std::int64_t kSpan = s7::kScanChunks * kSteps;
-  float carry = at.exists && p.dstate_out != nullptr ? p.dstate_out[at.row] : 0.0F;
-  for (std::int64_t begin = (z.seqlen - 1) / kSpan * kSpan; begin >= 0; begin -= kSpan) {
-    const std::int64_t first = begin + at.chunk * kSteps;
-    const s7::Window<kSteps> window(at, z, first);
-    float A[kSteps];
-    float ds[kSteps];
-    float before[kSteps];
-    window.load(p.A, A);
-    window.load(p.g, ds);
+  const std::int64_t first = at.first();
+  const s7::Window window(at, z, first);
+  float A[kScanSteps];
+  float ds[kScanSteps];
+  float before[kScanSteps];
+  window.load(p.A, A);
+  window.load(p.g, ds);
+  if constexpr (!kEnds) {
     // The state before the first step of all is not in s.
     window.load(p.s - (first > 0 && window.valid > 0 ? z.dstate : 0), before);
-    __syncthreads();  // all loads are under way; and `ends` has been read
     if (first == 0) {
 #pragma unroll
-      for (int k = kSteps - 1; k > 0; --k) before[k] = before[k - 1];
+      for (int k = kScanSteps - 1; k > 0; --k) before[k] = before[k - 1];
       before[0] = at.exists && p.state_in != nullptr ? p.state_in[at.row] : 0.0F;
     }
-    s7::Affine end = {1.0F, 0.0F};
+  }
+  float carry = at.exists && p.dstate_out != nullptr ? p.dstate_out[at.row] : 0.0F;
+  if constexpr (!kEnds)
+    for (std::int64_t i = z.segments() - 1; i > at.segment; --i)
+      carry = segments[z.segment_at(at, i)].apply(carry);
+  s7::Affine end = {1.0F, 0.0F};
 #pragma unroll
-    for (int k = kSteps - 1; k >= 0; --k) {
-      const float a = k < window.valid ? s7::multiplier(A[k]) : 1.0F;
-      end.product *= a;
-      end.sum = a * ((k < window.valid ? ds[k] : 0.0F) + end.sum);
-    }
-    ends[at.chunk][at.state] = end;
-    __syncthreads();
-    float entering = carry;
+  for (int k = kScanSteps - 1; k >= 0; --k) {
+    const float a = k < window.valid ? s7::multiplier(A[k]) : 1.0F;
+    end.product *= a;
+    end.sum = a * ((k < window.valid ? ds[k] : 0.0F) + end.sum);
+  }
+  ends[at.chunk][at.state] = end;
+  __syncthreads();
+  if constexpr (kEnds) {
+    if (at.chunk != 0) return;
+    for (int chunk = 1; chunk < s7::kScanChunks; ++chunk) end = end.after(ends[chunk][at.state]);
+    segments[z.segment_at(at, at.segment)] = end;
+  } else {
+    for (int chunk = s7::kScanChunks - 1; chunk > at.chunk; --chunk)
+      carry = ends[chunk][at.state].apply(carry);
+    if (!at.exists) return;
 #pragma unroll
-    for (int chunk = s7::kScanChunks - 1; chunk >= 0; --chunk) {
-      const s7::Affine e = ends[chunk][at.state];
-      if (chunk == at.chunk) entering = carry;
-      carry = fmaf(e.product, carry, e.sum);
-    }
-#pragma unroll
-    for (int k = kSteps - 1; k >= 0; --k) {
-      if (!at.exists || first + k >= z.seqlen) continue;
+    for (int k = kScanSteps - 1; k >= 0; --k) {
+      if (first + k >= z.seqlen) continue;
       const std::int64_t i = at.origin + (first + k) * z.dstate;
       const bool valid = k < window.valid;
       const float damping = s7::damping(A[k]);
-      const float gradient = ds[k] + entering;
+      const float gradient = ds[k] + carry;
       p.g[i] = valid ? gradient : 0.0F;
       p.dA[i] = valid ? gradient * before[k] * 2.0F * A[k] * damping * damping : 0.0F;
-      if (valid) entering = (1.0F - damping) * gradient;
+      if (valid) carry = (1.0F - damping) * gradient;
     }
+    if (p.dstate_in != nullptr && first == 0) p.dstate_in[at.row] = carry;
   }
-  if (p.dstate_in != nullptr && at.exists && at.chunk == 0) p.dstate_in[at.row] = carry;
 }
 
 // rows[t, n] = sum_k Q[t, n, k] x[t, k];  dx[t, k] = pD[t, k] dy[t, k] + sum_n s[t, n] Q[t, n, k].
@@ -304,7 +307,14 @@ void reverse_scan(Context& ctx, const S7ScanBackward& a, const Sequences& z, flo
                          .g = g,
                          .dA = dA,
                          .dstate_in = a.dstate_in ? a.dstate_in.data<float>() : nullptr};
-  reverse_scan_kernel<<<z.blocks(), s7::kScanThreads, 0, ctx.stream().handle>>>(z, args);
+  const cudaStream_t stream = ctx.stream().handle;
+  Tensor scratch = ctx.empty({z.segment_count(), 2}, DType::float32);
+  auto* const segments = reinterpret_cast<s7::Affine*>(scratch.view().data<float>());
+  if (z.segments() > 1) {
+    reverse_scan_kernel<true><<<z.blocks(), s7::kScanThreads, 0, stream>>>(z, args, segments);
+    LRNN_CUDA_CHECK_LAUNCH();
+  }
+  reverse_scan_kernel<false><<<z.blocks(), s7::kScanThreads, 0, stream>>>(z, args, segments);
   LRNN_CUDA_CHECK_LAUNCH();
 }
 
@@ -323,7 +333,6 @@ class Backward {
         tile_(std::min(tokens_, s7::tile_tokens(dim_, dstate_, sizeof(T)))),
         x_(a.x.reshape({tokens_, dim_})),
         dy_(a.dy.reshape({tokens_, dim_})),
-        P_(ctx.empty({tile_, dim_ * dstate_}, a.x.dtype())),
         g_(ctx.empty({tokens_, dstate_}, DType::float32)) {}
 
   void run() {
@@ -333,35 +342,15 @@ class Backward {
       dy_ = dy_masked_.view().reshape({tokens_, dim_});
       x_ = x_masked_.view().reshape({tokens_, dim_});
     }
-    const std::int32_t* const lengths = a_.lengths ? a_.lengths.data<std::int32_t>() : nullptr;
 #ifdef LRNN_WITH_SM90A
-    const bool sm90 = s7::fits_sm90(ctx_, a_.x.dtype(), dim_, dstate_,
-                                    {x_.raw(), dy_.raw(), a_.dx.raw()});
-#else
-    const bool sm90 = false;
+    if (s7::fits_sm90(ctx_, a_.x.dtype(), tokens_, dim_, dstate_,
+                      {x_.raw(), dy_.raw(), a_.dx.raw()}))
+      return run_sm90();
 #endif
-    const auto problem = s7::problem_of<T>(a_.x, a_.weight, dstate_, lengths);
-    if (sm90)
-      s7::state_gradients_sm90<T>(ctx_, problem, x_data(0), dy_.template data<T>(), g_data());
-    else
-      output_gradients();
-    Tensor dA = ctx_.empty({tokens_, dstate_}, DType::float32);
-    reverse_scan(ctx_, a_,
-                 {static_cast<int>(a_.x.dim(0)), N(), seqlen_, lengths}, g_data(),
-                 dA.view().template data<float>());
-    lrnn::sum_columns(ctx_, {.a = dA, .out = a_.dbase});
-    if (sm90)
-      s7::input_gradients_sm90<T>(ctx_, problem, x_data(0), dy_.template data<T>(),
-                                  a_.s.data<float>(), g_data(), dA.view().template data<float>(),
-                                  a_.dx.data<T>());
-    small_projections(dA, !sm90);
-    if (sm90) {
-      s7::weight_gradients_sm90<T>(ctx_, problem, x_data(0), dy_.template data<T>(),
-                                   a_.s.data<float>(), g_data(),
-                                   rows_.B(a_.dweight).template data<float>(),
-                                   rows_.C(a_.dweight).template data<float>());
-      return;
-    }
+    P_ = ctx_.empty({tile_, dim_ * dstate_}, a_.x.dtype());
+    output_gradients();
+    const Tensor dA = reversed();
+    small_projections(dA);
     Tensor both = ctx_.empty({dim_, dstate_ * dim_}, a_.x.dtype());
     add_transpose<T>(stream_, rows_.B(a_.weight).template data<T>(), both.view().template data<T>(),
                      H(), N());
@@ -369,6 +358,31 @@ class Backward {
   }
 
  private:
+#ifdef LRNN_WITH_SM90A
+  void run_sm90() {
+    const auto problem = s7::problem_of<T>(a_.x, a_.weight, dstate_, lengths());
+    const T* const dy = dy_.template data<T>();
+    const float* const s = a_.s.data<float>();
+    const Tensor packed = s7::pack_backward_sm90<T>(ctx_, problem);
+    s7::state_gradients_sm90<T>(ctx_, problem, packed, x_data(0), dy, g_data());
+    const Tensor dA = reversed();
+    s7::input_gradients_sm90<T>(ctx_, problem, packed, x_data(0), dy, s, g_data(),
+                                dA.view().template data<float>(), a_.dx.data<T>());
+    s7::weight_gradients_sm90<T>(ctx_, problem, x_data(0), dy, s, g_data(),
+                                 dA.view().template data<float>(), a_.dweight.data<float>());
+  }
+#endif
+  // Turns the gradient of the states through y into g; returns dA.
+  Tensor reversed() {
+    Tensor dA = ctx_.empty({tokens_, dstate_}, DType::float32);
+    reverse_scan(ctx_, a_, {static_cast<int>(a_.x.dim(0)), N(), seqlen_, lengths()}, g_data(),
+                 dA.view().template data<float>());
+    lrnn::sum_columns(ctx_, {.a = dA, .out = a_.dbase});
+    return dA;
+  }
+  [[nodiscard]] const std::int32_t* lengths() const {
+    return a_.lengths ? a_.lengths.data<std::int32_t>() : nullptr;
+  }
   Tensor masked(TensorView rows) {
     Tensor copy = ctx_.clone(rows);
     lrnn::mask_padding(ctx_, {.x = copy, .lengths = a_.lengths});
@@ -378,11 +392,21 @@ class Backward {
   void for_tiles(F&& f) {
     for (std::int64_t t = 0; t < tokens_; t += tile_) f(t, std::min(tile_, tokens_ - t));
   }
-  T* P_data() { return P_.view().template data<T>(); }
-  float* g_data() { return g_.view().template data<float>(); }
-  [[nodiscard]] const T* x_data(std::int64_t t) const { return x_.template data<T>() + t * dim_; }
-  [[nodiscard]] int H() const { return static_cast<int>(dim_); }
-  [[nodiscard]] int N() const { return static_cast<int>(dstate_); }
+  T* P_data() {
+    return P_.view().template data<T>();
+  }
+  float* g_data() {
+    return g_.view().template data<float>();
+  }
+  [[nodiscard]] const T* x_data(std::int64_t t) const {
+    return x_.template data<T>() + t * dim_;
+  }
+  [[nodiscard]] int H() const {
+    return static_cast<int>(dim_);
+  }
+  [[nodiscard]] int N() const {
+    return static_cast<int>(dstate_);
+  }
   MutableTensorView dx_rows(std::int64_t t, std::int64_t count) {
     return a_.dx.reshape({tokens_, dim_}).slice(0, t, count);
   }
@@ -415,7 +439,7 @@ class Backward {
   }
 
   // The rows of A, D and bias, accumulated into dx.
-  void small_projections(const Tensor& dA, bool with_dx) {
+  void small_projections(const Tensor& dA) {
     Tensor dA_rows = ctx_.empty({tokens_, dstate_}, a_.x.dtype());
     Tensor dD_bias = ctx_.empty({tokens_, dim_ + dstate_}, a_.x.dtype());
     small_rows_kernel<T><<<static_cast<unsigned>(tokens_), kThreads, 0, stream_>>>(
@@ -425,19 +449,19 @@ class Backward {
     lrnn::linear_backward(ctx_, {.dy = dA_rows,
                                  .x = x_,
                                  .weight = rows_.A(a_.weight),
-                                 .dx = with_dx ? dx_rows(0, tokens_) : MutableTensorView(),
+                                 .dx = dx_rows(0, tokens_),
                                  .dweight = rows_.A(a_.dweight),
                                  .accumulate_dx = true});
     lrnn::linear_backward(ctx_, {.dy = dD_bias,
                                  .x = x_,
                                  .weight = rows_.D_bias(a_.weight),
-                                 .dx = with_dx ? dx_rows(0, tokens_) : MutableTensorView(),
+                                 .dx = dx_rows(0, tokens_),
                                  .dweight = rows_.D_bias(a_.dweight),
                                  .accumulate_dx = true});
   }
 
   // dW_C, then dW_B and dx through B. `both`: W_B and its transpose, added.
-  void tile_gradients(TensorView both, std::int64_t t, std::int64_t count) {
+  void tile_gradients(const Tensor& both, std::int64_t t, std::int64_t count) {
     const MutableTensorView products = P_.view().slice(0, 0, count);
     const TensorView x = x_.slice(0, t, count);
     outer<T>(stream_, count, x_data(t), a_.s.data<float>() + t * dstate_, P_data(), H(), N());
@@ -447,9 +471,8 @@ class Backward {
     outer<T>(stream_, count, x_data(t), g_data() + t * dstate_, P_data(), H(), N());
     lrnn::linear_backward(ctx_,
                           {.dy = x, .x = products, .dweight = by_channel(rows_.B(a_.dweight))});
-    if (both)
-      lrnn::linear_forward(
-          ctx_, {.x = products, .weight = both, .y = dx_rows(t, count), .accumulate = true});
+    lrnn::linear_forward(
+        ctx_, {.x = products, .weight = both, .y = dx_rows(t, count), .accumulate = true});
   }
 
   Context& ctx_;

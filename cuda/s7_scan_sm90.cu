@@ -3,9 +3,9 @@
 //
 // drive and ds are sums over channels of products: drive[n] = sum_h x[h] sum_k W[(h, n), k] x[k].
 //   A block owns 128 tokens, whose rows of x stay in shared memory; a warpgroup owns 64 of them and
-//   walks tiles of 16 channels by 16 states. Columns (h, n) of a tile, n fastest, put the same states
-//   of all channels into the same thread: its sums over channels need no other thread. The quadratic
-//   form of the drive reads one triangle of W_n + W_n^T only, half of the products.
+//   walks tiles of 16 channels by 16 states. Columns (h, n) of a tile, n fastest, put the same
+//   states of all channels into the same thread: its sums over channels need no other thread. The
+//   quadratic form of the drive reads one triangle of W_n + W_n^T only, half of the products.
 // y and dx are products over (n, k): y[h] = sum_{n, k} W_C[(h, n), k] (s[n] x[k]).
 //   A block owns 128 tokens and all columns; fragments of x are scaled by s[n] in registers.
 //   dx[k] adds sum_{n, h} (g[n] x[h]) (W_B[(k, n), h] + W_B[(h, n), k]), the gradient of the
@@ -21,8 +21,8 @@
 namespace lrnn::cuda::s7 {
 namespace {
 
-constexpr int kRows = 128;   // tokens of a block
-constexpr int kGroups = 2;   // warpgroups that compute
+constexpr int kRows = 128;  // tokens of a block
+constexpr int kGroups = 2;  // warpgroups that compute
 constexpr int kBlock = kWarpgroup * (kGroups + 1);
 // Of a thread of those that copy and those that compute.
 constexpr int kCopyRegisters = 24;
@@ -78,9 +78,18 @@ struct ChannelOrder {
   static constexpr int kPerStates = before(kTiles) + (kTriangle ? 1 : 0);
 };
 
-/// What a part of a packed buffer is made of.
-enum class Source { Triangle, Small, ChannelRows, Skip, StateRows, BothRows, TransposedRows,
-                    SkipTransposed, SmallTransposed };
+/// What a part of the packed weights is made of.
+enum class Source {
+  Triangle,
+  Small,
+  ChannelRows,
+  Skip,
+  StateRows,
+  BothRows,
+  TransposedRows,
+  SkipTransposed,
+  SmallTransposed
+};
 
 struct Part {
   Source source;
@@ -92,7 +101,7 @@ struct PackArgs {
   Weights<T> weights;
   int dim, dstate;
   T* packed;
-  Part parts[5];
+  Part parts[6];
 };
 
 /// Row a, state n of the weights a part is made of; null beyond them.
@@ -114,7 +123,8 @@ __device__ __forceinline__ const T* source_row(const PackArgs<T>& p, Source sour
     default: {
       if (a >= p.dim || n >= p.dstate) return nullptr;
       const bool from_B = source == Source::Triangle || source == Source::BothRows;
-      return (from_B ? p.weights.B : p.weights.C) + (static_cast<std::int64_t>(a) * p.dstate + n) * H;
+      return (from_B ? p.weights.B : p.weights.C) +
+             (static_cast<std::int64_t>(a) * p.dstate + n) * H;
     }
   }
 }
@@ -159,8 +169,7 @@ constexpr int kPackTile = 32;
 /// A block packs a tile of rows and columns of one n of one part, with the transposed tile if the
 /// part has a use for it.
 template <class T, int kWidth>
-__global__ __launch_bounds__(256) void pack_kernel(
-    const __grid_constant__ PackArgs<T> p) {
+__global__ __launch_bounds__(256) void pack_kernel(const __grid_constant__ PackArgs<T> p) {
   __shared__ float straight[kPackTile][kPackTile + 1];
   __shared__ float across[kPackTile][kPackTile + 1];
   int n = static_cast<int>(blockIdx.z);
@@ -206,11 +215,11 @@ __global__ __launch_bounds__(256) void pack_kernel(
 }
 
 template <class T, int kWidth>
-Tensor pack(Context& ctx, const Problem<T>& problem, std::int64_t bytes,
+Tensor pack(Context& ctx, const Problem<T>& problem, int buffers,
             std::initializer_list<Part> parts) {
-  Tensor packed = ctx.empty({bytes / static_cast<std::int64_t>(sizeof(T))}, dtype_of<T>::value);
-  PackArgs<T> args{problem.weights, problem.dim, problem.dstate, packed.view().template data<T>(),
-                   {}};
+  Tensor packed = ctx.empty({buffers, kWidth * kPanelColumns<T>}, dtype_of<T>::value);
+  PackArgs<T> args{
+      problem.weights, problem.dim, problem.dstate, packed.view().template data<T>(), {}};
   unsigned count = 0;
   int i = 0;
   for (const Part& part : parts) {
@@ -254,7 +263,8 @@ __device__ __forceinline__ void prepare(const Shared<Z>& shared) {
 
 /// Whether this warpgroup is the one that copies; shifts registers from it to the others.
 __device__ __forceinline__ bool copies() {
-  const bool last = __shfl_sync(0xFFFFFFFFU, static_cast<int>(threadIdx.x) / kWarpgroup, 0) == kGroups;
+  const bool last =
+      __shfl_sync(0xFFFFFFFFU, static_cast<int>(threadIdx.x) / kWarpgroup, 0) == kGroups;
   if (last)
     give_registers<kCopyRegisters>();
   else
@@ -335,7 +345,8 @@ struct Seat {
   }
 };
 
-/// Fills the warpgroup's 64 rows of the resident operand: fetch(token, first column) gives 16 bytes.
+/// Fills the warpgroup's 64 rows of the resident operand: fetch(token, first column) gives 16
+/// bytes.
 template <class Z, class Fetch>
 __device__ __forceinline__ void load_operand(const Shared<Z>& shared, const Seat& at, int panels,
                                              Fetch fetch) {
@@ -351,10 +362,9 @@ __device__ __forceinline__ void load_operand(const Shared<Z>& shared, const Seat
 #pragma unroll
       for (int k = 0; k < 4; ++k)
         v.words[k] = __float_as_uint(round_tf32(__uint_as_float(v.words[k])));
-    const std::uint32_t to =
-        shared.base + static_cast<std::uint32_t>(
-                          chunk / 8 * Z::kPanelBytes +
-                          packed_at<T>(at.group * 64 + row, chunk % 8 * kVec));
+    const std::uint32_t to = shared.base + static_cast<std::uint32_t>(
+                                               chunk / 8 * Z::kPanelBytes +
+                                               packed_at<T>(at.group * 64 + row, chunk % 8 * kVec));
     asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v.words[0]),
                  "r"(v.words[1]), "r"(v.words[2]), "r"(v.words[3])
                  : "memory");
@@ -407,8 +417,9 @@ __device__ __forceinline__ void store_states(float* out, const Seat& at, std::in
 
 /// sum += rows of weights times a tile's products.
 template <class T>
-__device__ __forceinline__ void add_channels(float (&sum)[2][4], const float (&c)[32][4],
-                                             const Packed<T, kWide<T>> (&w)[2][kChannels / kWide<T>]) {
+__device__ __forceinline__ void add_channels(
+    float (&sum)[2][4], const float (&c)[32][4],
+    const Packed<T, kWide<T>> (&w)[2][kChannels / kWide<T>]) {
 #pragma unroll
   for (int h = 0; h < kChannels; ++h) {
     const float upper = w[0][h / kWide<T>].get(h % kWide<T>);
@@ -450,8 +461,8 @@ __device__ __forceinline__ void contract(const ContractArgs<T>& a,
       for (int s = 0; s < Z::kPanels * kPanelSteps; ++s)
         multiply_step<T>(
             c, advance(left, s / kPanelSteps * Z::kPanelBytes + s % kPanelSteps * kStepBytes),
-            advance(right, s / kPanelSteps * kSmallRows * kPanelRowBytes +
-                               s % kPanelSteps * kStepBytes));
+            advance(right,
+                    s / kPanelSteps * kSmallRows * kPanelRowBytes + s % kPanelSteps * kStepBytes));
       in.started();
       in.finish();
       pin(c);
@@ -465,8 +476,7 @@ __device__ __forceinline__ void contract(const ContractArgs<T>& a,
       Packed<T, kWide<T>> w[2][kChannels / kWide<T>];
 #pragma unroll
       for (int i = 0; i < 2 * kChannels / kWide<T>; ++i)
-        w[i % 2][i / 2] =
-            a.weights(at.token + i % 2 * 8, tile * kChannels + i / 2 * kWide<T>);
+        w[i % 2][i / 2] = a.weights(at.token + i % 2 * 8, tile * kChannels + i / 2 * kWide<T>);
       float c[32][4];
       clear(c);
       for (int panel = Order::first_panel(tile); panel < Z::kPanels; ++panel) {
@@ -552,16 +562,15 @@ __device__ __forceinline__ void mix(float (&c)[kTiles][4], Reader<Z>& in, const 
 #pragma unroll
     for (int s = 0; s < kPanelSteps; ++s) {
       const int chunk = 2 * s + at.lane / 16;
-      load_fragment(a[s], in.shared.base + static_cast<std::uint32_t>(
-                                               panel * Z::kPanelBytes +
-                                               packed_at<T>(row, chunk * kWide<T>)));
+      load_fragment(
+          a[s], in.shared.base + static_cast<std::uint32_t>(panel * Z::kPanelBytes +
+                                                            packed_at<T>(row, chunk * kWide<T>)));
       if constexpr (kScaled) scale_fragment<T>(a[s], upper, lower);
     }
     const std::uint64_t right = panel_descriptor(in.take(), 16);
     products_begin();
 #pragma unroll
-    for (int s = 0; s < kPanelSteps; ++s)
-      multiply_step<T>(c, a[s], advance(right, s * kStepBytes));
+    for (int s = 0; s < kPanelSteps; ++s) multiply_step<T>(c, a[s], advance(right, s * kStepBytes));
     in.started();
     keep(other);
   };
@@ -650,6 +659,51 @@ __device__ __forceinline__ void mix_small(float (&c)[kTiles][4], Reader<Z>& in, 
   mix<Z, false>(c, in, at, a.small_panels, 1.0F, 1.0F);
 }
 
+/// Writes C tiles through the memory of the operand, in rows of 16 bytes a thread; 0 at padding.
+template <class Z, class T, int kTiles>
+__device__ __forceinline__ void store_operand(const Shared<Z>& shared, const Seat& at,
+                                              const float (&c)[kTiles][4], const MixArgs<T>& a) {
+  constexpr int kVec = kWide<T>;
+  const int row = at.group * 64 + at.warp * 16 + at.lane / 4;
+  group_wait(1 + at.group, kWarpgroup);
+#pragma unroll
+  for (int half = 0; half < 2; ++half)
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+      const int column = i * 8 + at.lane % 4 * 2;
+      const std::uint32_t to =
+          shared.base +
+          static_cast<std::uint32_t>(column / kPanelColumns<T> * Z::kPanelBytes +
+                                     packed_at<T>(row + half * 8, column % kPanelColumns<T>));
+      if constexpr (sizeof(T) == 4)
+        asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(to), "f"(c[i][2 * half]),
+                     "f"(c[i][2 * half + 1])
+                     : "memory");
+      else
+        asm volatile("st.shared.b32 [%0], %1;" ::"r"(to),
+                     "r"(pack_bf16(c[i][2 * half], c[i][2 * half + 1]))
+                     : "memory");
+    }
+  group_wait(1 + at.group, kWarpgroup);
+  constexpr int kPerRow = kTiles * 8 / kVec;
+#pragma unroll 4
+  for (int i = at.thread; i < 64 * kPerRow; i += kWarpgroup) {
+    const int r = i / kPerRow;
+    const int chunk = i % kPerRow;
+    const std::int64_t token = at.first_token() + r;
+    if (token >= a.x.tokens || chunk * kVec >= a.x.dim) continue;
+    const bool valid = a.lengths == nullptr || token % a.seqlen < a.lengths[token / a.seqlen];
+    Packed<T, kVec> v = {};
+    if (valid)
+      asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(v.words[0]), "=r"(v.words[1]), "=r"(v.words[2]), "=r"(v.words[3])
+                   : "r"(shared.base + static_cast<std::uint32_t>(
+                                           chunk / 8 * Z::kPanelBytes +
+                                           packed_at<T>(at.group * 64 + r, chunk % 8 * kVec))));
+    v.store(a.out + token * a.x.dim + chunk * kVec);
+  }
+}
+
 template <class T, int kWidth, bool kBackward>
 __device__ __forceinline__ void mix_block(const MixArgs<T>& a,
                                           const Shared<MixTile<T, kWidth>>& shared) {
@@ -673,18 +727,7 @@ __device__ __forceinline__ void mix_block(const MixArgs<T>& a,
   }
   in.finish();
   pin(c);
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const std::int64_t token = at.token + half * 8;
-    if (token >= a.x.tokens) continue;
-    const bool valid = a.lengths == nullptr || token % a.seqlen < a.lengths[token / a.seqlen];
-#pragma unroll
-    for (int i = 0; i < kWidth / 8; ++i) {
-      const int column = i * 8 + at.lane % 4 * 2;
-      const float pair[2] = {valid ? c[i][2 * half] : 0.0F, valid ? c[i][2 * half + 1] : 0.0F};
-      if (column < a.x.dim) store_packed<T, 2>(a.out + token * a.x.dim + column, pair);
-    }
-  }
+  store_operand(shared, at, c, a);
 }
 
 template <class T, int kWidth, bool kBackward>
@@ -694,65 +737,61 @@ __global__ __launch_bounds__(kBlock, 1) void mix_kernel(const MixArgs<T> a) {
   const Shared<Z> shared(memory);
   prepare(shared);
   if (copies())
-    copy_buffers(shared, a.packed,
-                 kBackward ? Z::kPanels * (2 + 2 * a.dstate) + a.small_panels
-                           : Z::kPanels * (1 + a.dstate));
+    copy_buffers(
+        shared, a.packed,
+        kBackward ? Z::kPanels * (2 + 2 * a.dstate) + a.small_panels : Z::kPanels * (1 + a.dstate));
   else
     mix_block<T, kWidth, kBackward>(a, shared);
 }
 
 // ---- Gradients of the weights -------------------------------------------------------------------
 
-constexpr int kPairRows = 64;   // channels of a block
-constexpr int kPairStates = 2;  // states of a block, one of each warpgroup
+constexpr int kPairRows = 64;      // rows of a warpgroup
+constexpr int kPairStates = 2;     // states of a block, one of each warpgroup
+constexpr int kSingleRows = 128;   // rows of a block without factors
+constexpr int kSmallPacked = 128;  // rows of dA and g, filled up
 
-/// A buffer: rows of the left operand, rows of x^T, factors of both states.
-template <class T_, int kWidth_>
+/// A buffer: rows of the left operand, rows of x^T, factors of both states. With factors the
+/// warpgroups share the rows of the left operand, else each has its own.
+template <class T_, int kWidth_, bool kScaled_>
 struct PairTile {
   using T = T_;
   static constexpr int kWidth = kWidth_;
+  static constexpr bool kScaled = kScaled_;
   static constexpr int kOperandBytes = 0;
-  static constexpr int kLeftBytes = kPairRows * kPanelRowBytes;
+  static constexpr int kLeftRows = kScaled ? kPairRows : kSingleRows;
+  static constexpr int kLeftBytes = kLeftRows * kPanelRowBytes;
   static constexpr int kRightBytes = kWidth * kPanelRowBytes;
-  static constexpr int kScaleBytes = kPanelColumns<T> * static_cast<int>(sizeof(float));
+  static constexpr int kScaleBytes =
+      kScaled ? kPanelColumns<T> * static_cast<int>(sizeof(float)) : 0;
   static constexpr int kFilledBytes = kLeftBytes + kRightBytes + kPairStates * kScaleBytes;
-  static constexpr int kBufferBytes = kLeftBytes + kRightBytes + 1024;
+  static constexpr int kBufferBytes = kLeftBytes + kRightBytes + (kScaled ? 1024 : 0);
   static constexpr int kBuffers = std::min(224 * 1024 / kBufferBytes, 8);
   static constexpr int kShared = 1024 + kBuffers * kBufferBytes + 16 * kBuffers;
 };
 
 constexpr int kTurn = 64;  // tokens and channels of a transposed tile
 
-/// Activations transposed and packed in panels of tokens: [panels, kWidth] rows of 128 bytes.
+/// Left and right operands: activations transposed and packed in panels of tokens.
+template <class T>
+struct Turned {
+  T* x;           // [panels, kWidth] rows of 128 bytes
+  T* dy;          // the same
+  T* dy_x;        // the same, of dy x
+  T* small;       // [panels, kSmallPacked], of dA, then g
+  float* scales;  // [kind, states, padded tokens], s and g
+};
+
+/// Writes a tile from shared memory, its tokens along rows of the packed panels.
 template <class T, int kWidth>
-__global__ __launch_bounds__(256) void transpose_rows_kernel(Rows<T> x, Rows<T> dy, T* x_packed,
-                                                             T* dy_packed) {
-  __shared__ float tile[kTurn][kTurn + 1];
+__device__ __forceinline__ void write_turned(const float (&tile)[kTurn][kTurn + 1], T* packed,
+                                             std::int64_t t0, int h0) {
   constexpr int kVec = kWide<T>;
   constexpr int kPerRow = kTurn / kVec;
-  constexpr int kPerThread = kTurn * kPerRow / 256;
-  const Rows<T>& rows = blockIdx.z == 0 ? x : dy;
-  T* const packed = blockIdx.z == 0 ? x_packed : dy_packed;
-  const std::int64_t t0 = static_cast<std::int64_t>(blockIdx.x) * kTurn;
-  const int h0 = static_cast<int>(blockIdx.y) * kTurn;
-  Packed<T, kVec> in[kPerThread];
 #pragma unroll
-  for (int i = 0; i < kPerThread; ++i) {
-    const int at = i * 256 + static_cast<int>(threadIdx.x);
-    in[i] = rows(t0 + at / kPerRow, h0 + at % kPerRow * kVec);
-  }
-#pragma unroll
-  for (int i = 0; i < kPerThread; ++i) {
-    const int at = i * 256 + static_cast<int>(threadIdx.x);
-#pragma unroll
-    for (int k = 0; k < kVec; ++k) tile[at / kPerRow][at % kPerRow * kVec + k] = in[i].get(k);
-  }
-  __syncthreads();
-#pragma unroll
-  for (int i = 0; i < kPerThread; ++i) {
-    const int at = i * 256 + static_cast<int>(threadIdx.x);
-    const int h = at / kPerRow;
-    const int j = at % kPerRow * kVec;
+  for (int i = static_cast<int>(threadIdx.x); i < kTurn * kPerRow; i += 256) {
+    const int h = i / kPerRow;
+    const int j = i % kPerRow * kVec;
     float values[kVec];
 #pragma unroll
     for (int k = 0; k < kVec; ++k)
@@ -765,53 +804,106 @@ __global__ __launch_bounds__(256) void transpose_rows_kernel(Rows<T> x, Rows<T> 
   }
 }
 
-/// scales[kind, n, t] = s[t, n], g[t, n]; zero beyond the tokens.
-__global__ __launch_bounds__(256) void transpose_states_kernel(const float* s, const float* g,
-                                                               float* scales, std::int64_t tokens,
-                                                               std::int64_t padded, int dstate) {
-  const std::int64_t t = static_cast<std::int64_t>(blockIdx.x) * 256 + threadIdx.x;
-  const int n = static_cast<int>(blockIdx.y);
-  if (t >= padded) return;
-  const float* const from = blockIdx.z == 0 ? s : g;
-  scales[(static_cast<std::int64_t>(blockIdx.z) * gridDim.y + n) * padded + t] =
-      t < tokens && n < dstate ? from[t * dstate + n] : 0.0F;
+/// x, dy and their products; a block turns a tile of tokens and channels.
+template <class T, int kWidth>
+__global__ __launch_bounds__(256) void turn_rows_kernel(Rows<T> x, Rows<T> dy, Turned<T> out) {
+  __shared__ float tile[kTurn][kTurn + 1];
+  constexpr int kVec = kWide<T>;
+  constexpr int kPerRow = kTurn / kVec;
+  constexpr int kPerThread = kTurn * kPerRow / 256;
+  const std::int64_t t0 = static_cast<std::int64_t>(blockIdx.x) * kTurn;
+  const int h0 = static_cast<int>(blockIdx.y) * kTurn;
+  Packed<T, kVec> in[2][kPerThread];
+#pragma unroll
+  for (int i = 0; i < kPerThread; ++i) {
+    const int at = i * 256 + static_cast<int>(threadIdx.x);
+    in[0][i] = x(t0 + at / kPerRow, h0 + at % kPerRow * kVec);
+    in[1][i] = dy(t0 + at / kPerRow, h0 + at % kPerRow * kVec);
+  }
+#pragma unroll
+  for (int which = 0; which < 3; ++which) {
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i) {
+      const int at = i * 256 + static_cast<int>(threadIdx.x);
+#pragma unroll
+      for (int k = 0; k < kVec; ++k)
+        tile[at / kPerRow][at % kPerRow * kVec + k] =
+            which < 2 ? in[which][i].get(k) : in[0][i].get(k) * in[1][i].get(k);
+    }
+    __syncthreads();
+    write_turned<T, kWidth>(tile, which == 0 ? out.x : which == 1 ? out.dy : out.dy_x, t0, h0);
+  }
 }
 
+/// Factors s and g and the rows of dA and g; a block turns 256 tokens of one row.
 template <class T>
-struct PairArgs {
-  const T* left[2];  // packed dy^T for C, x^T for B
-  const T* right;    // packed x^T
-  const float* scales;
-  float* partial;  // [splits, kind, states, kWidth, kWidth]
-  std::int64_t panels, panels_of_split;
-  int states;  // padded to kPairStates
+__global__ __launch_bounds__(256) void turn_states_kernel(const float* s, const float* g,
+                                                          const float* dA, Turned<T> out,
+                                                          std::int64_t tokens, std::int64_t padded,
+                                                          int states, int dstate) {
+  const std::int64_t t = static_cast<std::int64_t>(blockIdx.x) * 256 + threadIdx.x;
+  if (t >= padded) return;
+  const auto value = [&](const float* from, int n) {
+    return t < tokens && n < dstate ? from[t * dstate + n] : 0.0F;
+  };
+  int row = static_cast<int>(blockIdx.y);
+  if (row < 2 * states) {
+    out.scales[row * padded + t] = row < states ? value(s, row) : value(g, row - states);
+    return;
+  }
+  row -= 2 * states;
+  const float v = row < dstate ? value(dA, row) : value(g, row - dstate);
+  auto* const to = reinterpret_cast<unsigned char*>(out.small) +
+                   t / kPanelColumns<T> * kSmallPacked * kPanelRowBytes +
+                   packed_at<T>(row, static_cast<int>(t % kPanelColumns<T>));
+  *reinterpret_cast<T*>(to) = from_float<T>(sizeof(T) == 4 ? round_tf32(v) : v);
+}
+
+/// Rows of a left operand and where its sums go: [split, states, rows, kWidth] floats.
+template <class T>
+struct Left {
+  const T* packed;
+  std::int64_t panel_rows;  // of one panel
 };
 
-/// What a block works on.
-template <int kWidth>
+/// With factors: kinds are C (dy, s) and B (x, g). Without: dy x and the small rows.
+template <class T>
+struct PairArgs {
+  Left<T> left[2];
+  const T* right;  // packed x^T
+  const float* scales;
+  float* partial;  // [splits, blocks of a split, warpgroups, 64, kWidth]
+  std::int64_t panels, panels_of_split;
+  int states;      // padded to kPairStates
+  int row_blocks;  // of the first kind
+};
+
+/// What a block works on: rows of a left operand and, with factors, a pair of states.
 struct PairWork {
   int kind, row, state;
-  std::int64_t split;
 
-  __device__ explicit PairWork(int states) {
-    constexpr int kRowBlocks = kWidth / kPairRows;
-    int i = static_cast<int>(blockIdx.x);
-    row = i % kRowBlocks * kPairRows;
-    i /= kRowBlocks;
-    state = i % (states / kPairStates) * kPairStates;
-    kind = i / (states / kPairStates);
-    split = blockIdx.y;
+  template <class Z, class T>
+  __device__ static PairWork of(const PairArgs<T>& a) {
+    const int i = static_cast<int>(blockIdx.x);
+    if (!Z::kScaled) {
+      const int kind = i < a.row_blocks ? 0 : 1;
+      return {kind, (i - kind * a.row_blocks) * kSingleRows, 0};
+    }
+    const int pairs = a.states / kPairStates;
+    const int rest = i / a.row_blocks;
+    return {rest / pairs, i % a.row_blocks * kPairRows, rest % pairs * kPairStates};
   }
 };
 
-template <class T, int kWidth>
-__device__ __forceinline__ void copy_pairs(const PairArgs<T>& a, const PairWork<kWidth>& work,
-                                           const Shared<PairTile<T, kWidth>>& shared,
-                                           std::int64_t begin, std::int64_t end) {
-  using Z = PairTile<T, kWidth>;
+template <class Z, class T>
+__device__ __forceinline__ void copy_pairs(const PairArgs<T>& a, const PairWork& work,
+                                           const Shared<Z>& shared, std::int64_t begin,
+                                           std::int64_t end) {
   if (threadIdx.x % kWarpgroup != 0) return;
   constexpr std::int64_t kColumns = kPanelColumns<T>;
-  const auto* left = reinterpret_cast<const unsigned char*>(a.left[work.kind]);
+  const Left<T> left = a.left[work.kind];
+  const auto* rows = reinterpret_cast<const unsigned char*>(left.packed);
   const auto* right = reinterpret_cast<const unsigned char*>(a.right);
   const float* scale = a.scales + (static_cast<std::int64_t>(work.kind) * a.states + work.state) *
                                       a.panels * kColumns;
@@ -822,11 +914,13 @@ __device__ __forceinline__ void copy_pairs(const PairArgs<T>& a, const PairWork<
     const std::uint32_t full = shared.full(at);
     const std::uint32_t to = shared.buffer(at);
     barrier_expect(full, Z::kFilledBytes);
-    copy_bytes(to, left + p * Z::kRightBytes + work.row * kPanelRowBytes, Z::kLeftBytes, full);
+    copy_bytes(to, rows + (p * left.panel_rows + work.row) * kPanelRowBytes, Z::kLeftBytes, full);
     copy_bytes(to + Z::kLeftBytes, right + p * Z::kRightBytes, Z::kRightBytes, full);
-    for (int i = 0; i < kPairStates; ++i)
-      copy_bytes(to + static_cast<std::uint32_t>(Z::kLeftBytes + Z::kRightBytes + i * Z::kScaleBytes),
-                 scale + (i * a.panels + p) * kColumns, Z::kScaleBytes, full);
+    if constexpr (Z::kScaled)
+      for (int i = 0; i < kPairStates; ++i)
+        copy_bytes(
+            to + static_cast<std::uint32_t>(Z::kLeftBytes + Z::kRightBytes + i * Z::kScaleBytes),
+            scale + (i * a.panels + p) * kColumns, Z::kScaleBytes, full);
     if (++at == Z::kBuffers) {
       at = 0;
       parity ^= 1;
@@ -836,7 +930,8 @@ __device__ __forceinline__ void copy_pairs(const PairArgs<T>& a, const PairWork<
 
 /// Factors of the numbers of a fragment along its columns, from shared memory.
 template <class T>
-__device__ __forceinline__ void scale_columns(std::uint32_t (&a)[4], std::uint32_t scales, int lane) {
+__device__ __forceinline__ void scale_columns(std::uint32_t (&a)[4], std::uint32_t scales,
+                                              int lane) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     if constexpr (sizeof(T) == 4) {
@@ -861,28 +956,29 @@ __device__ __forceinline__ void scale_columns(std::uint32_t (&a)[4], std::uint32
   }
 }
 
-template <class T, int kWidth>
-__device__ __forceinline__ void multiply_pairs(const PairArgs<T>& a, const PairWork<kWidth>& work,
-                                               const Shared<PairTile<T, kWidth>>& shared,
-                                               int count) {
-  using Z = PairTile<T, kWidth>;
+template <class Z>
+__device__ __forceinline__ void multiply_pairs(float* out, const Shared<Z>& shared, int count) {
+  using T = typename Z::T;
   const Seat at;
   Reader<Z> in{shared};
-  float c[kWidth / 8][4];
+  float c[Z::kWidth / 8][4];
   clear(c);
   pin(c);
-  const int row = at.warp * 16 + at.lane % 16;
-  constexpr int kStepColumns = kStepBytes / static_cast<int>(sizeof(T));
+  const int row = (Z::kScaled ? 0 : at.group * kPairRows) + at.warp * 16 + at.lane % 16;
   Fragments sets[2];
   const auto multiply = [&](Fragments& left, const Fragments& other) {
     const std::uint32_t buffer = in.take();
-    const std::uint32_t scales = buffer + static_cast<std::uint32_t>(Z::kLeftBytes + Z::kRightBytes +
-                                                                     at.group * Z::kScaleBytes);
+    const std::uint32_t scales =
+        buffer +
+        static_cast<std::uint32_t>(Z::kLeftBytes + Z::kRightBytes + at.group * Z::kScaleBytes);
 #pragma unroll
     for (int s = 0; s < kPanelSteps; ++s) {
-      load_fragment(left[s], buffer + static_cast<std::uint32_t>(packed_at<T>(
-                                          row, (2 * s + at.lane / 16) * kWide<T>)));
-      scale_columns<T>(left[s], scales + static_cast<std::uint32_t>(4 * s * kStepColumns), at.lane);
+      load_fragment(left[s], buffer + static_cast<std::uint32_t>(
+                                          packed_at<T>(row, (2 * s + at.lane / 16) * kWide<T>)));
+      if constexpr (Z::kScaled)
+        scale_columns<T>(
+            left[s], scales + static_cast<std::uint32_t>(4 * s * kPanelColumns<T> / kPanelSteps),
+            at.lane);
     }
     const std::uint64_t right = panel_descriptor(buffer + Z::kLeftBytes, 16);
     products_begin();
@@ -900,53 +996,75 @@ __device__ __forceinline__ void multiply_pairs(const PairArgs<T>& a, const PairW
   if (count % 2 == 1) multiply(sets[0], sets[1]);
   in.finish();
   pin(c);
-  float* const out =
-      a.partial + ((work.split * 2 + work.kind) * a.states + work.state + at.group) * kWidth * kWidth;
+  out += (at.group * kPairRows + at.warp * 16 + at.lane / 4) * Z::kWidth + at.lane % 4 * 2;
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const std::int64_t h = work.row + at.warp * 16 + at.lane / 4 + half * 8;
+  for (int half = 0; half < 2; ++half)
 #pragma unroll
-    for (int i = 0; i < kWidth / 8; ++i) {
+    for (int i = 0; i < Z::kWidth / 8; ++i) {
       const float pair[2] = {c[i][2 * half], c[i][2 * half + 1]};
-      store_vec<float, 2>(out + h * kWidth + i * 8 + at.lane % 4 * 2, pair);
+      store_vec<float, 2>(out + half * 8 * Z::kWidth + i * 8, pair);
     }
-  }
 }
 
-template <class T, int kWidth>
-__global__ __launch_bounds__(kBlock, 1) void pair_kernel(const PairArgs<T> a) {
-  using Z = PairTile<T, kWidth>;
+template <class T, int kWidth, bool kScaled>
+__global__ __launch_bounds__(kBlock, 1) void pair_kernel(const __grid_constant__ PairArgs<T> a) {
+  using Z = PairTile<T, kWidth, kScaled>;
   extern __shared__ unsigned char memory[];
   const Shared<Z> shared(memory);
   prepare(shared);
-  const PairWork<kWidth> work(a.states);
-  const std::int64_t begin = work.split * a.panels_of_split;
+  const auto work = PairWork::of<Z>(a);
+  const std::int64_t begin = blockIdx.y * a.panels_of_split;
   const std::int64_t end = max(begin, min(a.panels, begin + a.panels_of_split));
-  if (copies())
-    copy_pairs<T, kWidth>(a, work, shared, begin, end);
-  else
-    multiply_pairs<T, kWidth>(a, work, shared, static_cast<int>(end - begin));
+  if (copies()) {
+    copy_pairs(a, work, shared, begin, end);
+    return;
+  }
+  constexpr std::int64_t kOut = kGroups * kPairRows * kWidth;
+  float* const out =
+      a.partial + (static_cast<std::int64_t>(blockIdx.y) * gridDim.x + blockIdx.x) * kOut;
+  multiply_pairs(out, shared, static_cast<int>(end - begin));
 }
 
-/// dweight[(h, n), k] += partial sums, in order. One block per (h, n) and kind.
+/// Partial sums of one kind of pair_kernel.
+struct Partial {
+  const float* data;
+  int splits;
+  std::int64_t split_rows;  // of kWidth numbers
+};
+
+/// dweight += partial sums, in order. One block per row of the weight.
 template <int kWidth>
-__global__ __launch_bounds__(kWidth / 4) void add_partial_kernel(const float* partial, int splits,
-                                                                int states, int dim, int dstate,
-                                                                float* dC, float* dB) {
+__global__ __launch_bounds__(kWidth / 4) void add_partial_kernel(Partial scaled, Partial single,
+                                                                 int states, int dim, int dstate,
+                                                                 float* dweight) {
   const int k = static_cast<int>(threadIdx.x) * 4;
   if (k >= dim) return;
-  const auto n = static_cast<int>(blockIdx.x) % dstate;
-  const auto h = static_cast<int>(blockIdx.x) / dstate;
-  const std::int64_t kind = blockIdx.y;
-  float* const to = (kind == 0 ? dC : dB) + static_cast<std::int64_t>(blockIdx.x) * dim + k;
+  const int B = dstate;
+  const int C = B + dim * dstate;
+  const int D = C + dim * dstate;
+  const int row = static_cast<int>(blockIdx.x);
+  const bool from_scaled = row >= B && row < D;
+  std::int64_t at;
+  if (from_scaled) {
+    const int kind = row < C ? 1 : 0;
+    const int n = (row - (kind == 1 ? B : C)) % dstate;
+    const int h = (row - (kind == 1 ? B : C)) / dstate;
+    const int block =
+        (kind * (states / kPairStates) + n / kPairStates) * (kWidth / kPairRows) + h / kPairRows;
+    at = (static_cast<std::int64_t>(block) * kGroups + n % kPairStates) * kPairRows + h % kPairRows;
+  } else {
+    const int bias = D + dim;
+    at = row < B ? kWidth + row : row < bias ? row - D : kWidth + dstate + row - bias;
+  }
+  const Partial part = from_scaled ? scaled : single;
+  float* const to = dweight + static_cast<std::int64_t>(row) * dim + k;
   float sum[4];
   load_vec<float, 4>(to, sum);
-  for (int split = 0; split < splits; ++split) {
-    float part[4];
-    load_vec<float, 4>(
-        partial + ((((split * 2 + kind) * states + n) * kWidth + h) * kWidth + k), part);
+  for (int split = 0; split < part.splits; ++split) {
+    float v[4];
+    load_vec<float, 4>(part.data + (split * part.split_rows + at) * kWidth + k, v);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) sum[i] += part[i];
+    for (int i = 0; i < 4; ++i) sum[i] += v[i];
   }
   store_vec<float, 4>(to, sum);
 }
@@ -955,7 +1073,8 @@ __global__ __launch_bounds__(kWidth / 4) void add_partial_kernel(const float* pa
 
 template <class T>
 void launch(Context& ctx, void (*kernel)(T), int shared, dim3 blocks, const T& args) {
-  LRNN_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
+  LRNN_CUDA_CHECK(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
   kernel<<<blocks, kBlock, static_cast<std::size_t>(shared), ctx.stream().handle>>>(args);
   LRNN_CUDA_CHECK_LAUNCH();
 }
@@ -972,67 +1091,116 @@ void visit_width(int dim, F&& f) {
     f.template operator()<256>();
 }
 
+/// Buffers of a contraction over channels, and the first one of a mix that is packed behind it.
 template <class T, int kWidth, bool kDrive>
-void run_contract(Context& ctx, const Problem<T>& p, ContractArgs<T> args) {
-  using Z = ContractTile<T, kWidth>;
-  using Order = ChannelOrder<T, kWidth, kDrive>;
-  const int blocks = (p.dstate + kStates - 1) / kStates;
-  const std::int64_t bytes = std::int64_t{blocks} * Order::kPerStates * Z::kBufferBytes;
-  const Tensor packed =
-      kDrive ? pack<T, kWidth>(ctx, p, bytes,
-                               {{Source::Triangle, 0, blocks * kStates}, {Source::Small, 0, blocks}})
-             : pack<T, kWidth>(ctx, p, bytes, {{Source::ChannelRows, 0, blocks * kStates}});
+int contract_buffers(int dstate) {
+  return (dstate + kStates - 1) / kStates * ChannelOrder<T, kWidth, kDrive>::kPerStates;
+}
+template <class T, int kWidth, bool kDrive>
+int first_mix_buffer(int dstate) {
+  constexpr int kRatio = ContractTile<T, kWidth>::kBufferBytes / MixTile<T, kWidth>::kBufferBytes;
+  return contract_buffers<T, kWidth, kDrive>(dstate) * kRatio;
+}
+template <class T, int kWidth, bool kDrive>
+const T* mix_weights(const Tensor& packed, int dstate) {
+  constexpr std::int64_t kNumbers = MixTile<T, kWidth>::kBufferBytes / static_cast<int>(sizeof(T));
+  return packed.view().template data<T>() + first_mix_buffer<T, kWidth, kDrive>(dstate) * kNumbers;
+}
+
+/// Panels of the rows of A and bias, an even number.
+template <class T>
+int small_panels(int dstate) {
+  constexpr int kPair = 2 * kPanelColumns<T>;
+  return (2 * dstate + kPair - 1) / kPair * 2;
+}
+
+template <class T, int kWidth, bool kDrive>
+void run_contract(Context& ctx, const Problem<T>& p, const Tensor& packed, ContractArgs<T> args) {
   args.packed = packed.view().template data<T>();
   args.dstate = p.dstate;
-  launch(ctx, contract_kernel<T, kWidth, kDrive>, Z::kShared, token_blocks(p.tokens), args);
+  launch(ctx, contract_kernel<T, kWidth, kDrive>, ContractTile<T, kWidth>::kShared,
+         token_blocks(p.tokens), args);
 }
 
 }  // namespace
 
-bool fits_sm90(const Context& ctx, DType dtype, std::int64_t dim, std::int64_t dstate,
-               std::initializer_list<const void*> activations) {
+bool fits_sm90(const Context& ctx, DType dtype, std::int64_t tokens, std::int64_t dim,
+               std::int64_t dstate, std::initializer_list<const void*> activations) {
+  constexpr std::int64_t kLeastTokens = 2048;
   const bool half = dtype == DType::bfloat16;
   const std::int64_t wide = half ? kWide<bf16> : kWide<float>;
   const bool aligned = std::all_of(activations.begin(), activations.end(), [](const void* p) {
     return reinterpret_cast<std::uintptr_t>(p) % 16 == 0;
   });
-  return (half || ctx.allow_tf32()) && dim >= 64 && dim <= 256 && dim % wide == 0 &&
-         dstate <= 64 && aligned && compute_capability() == 90;
+  return (half || ctx.allow_tf32()) && tokens >= kLeastTokens && dim >= 64 && dim <= 256 &&
+         dim % wide == 0 && dstate <= 64 && aligned && compute_capability() == 90;
 }
 
 template <class T>
-void project_sm90(Context& ctx, const Problem<T>& p, const T* x, const float* base, float* A,
-                  float* drive) {
+Tensor pack_forward_sm90(Context& ctx, const Problem<T>& p) {
+  Tensor packed;
+  visit_width(p.dim, [&]<int kWidth>() {
+    const int N = p.dstate;
+    const int blocks = (N + kStates - 1) / kStates;
+    const int mix = first_mix_buffer<T, kWidth, true>(N);
+    constexpr int kPanels = MixTile<T, kWidth>::kPanels;
+    packed = pack<T, kWidth>(ctx, p, mix + (1 + N) * kPanels,
+                             {{Source::Triangle, 0, blocks * kStates},
+                              {Source::Small, 0, blocks},
+                              {Source::Skip, mix, 1},
+                              {Source::StateRows, mix + kPanels, N}});
+  });
+  return packed;
+}
+
+template <class T>
+Tensor pack_backward_sm90(Context& ctx, const Problem<T>& p) {
+  Tensor packed;
+  visit_width(p.dim, [&]<int kWidth>() {
+    const int N = p.dstate;
+    const int blocks = (N + kStates - 1) / kStates;
+    const int mix = first_mix_buffer<T, kWidth, false>(N);
+    constexpr int kPanels = MixTile<T, kWidth>::kPanels;
+    packed = pack<T, kWidth>(ctx, p, mix + (2 + 2 * N) * kPanels + small_panels<T>(N),
+                             {{Source::ChannelRows, 0, blocks * kStates},
+                              {Source::Skip, mix, 1},
+                              {Source::BothRows, mix + kPanels, N},
+                              {Source::TransposedRows, mix + (1 + N) * kPanels, N},
+                              {Source::SkipTransposed, mix + (1 + 2 * N) * kPanels, 1},
+                              {Source::SmallTransposed, mix + (2 + 2 * N) * kPanels, 1}});
+  });
+  return packed;
+}
+
+template <class T>
+void project_sm90(Context& ctx, const Problem<T>& p, const Tensor& packed, const T* x,
+                  const float* base, float* A, float* drive) {
   const Rows<T> rows{x, p.tokens, p.dim};
   visit_width(p.dim, [&]<int kWidth>() {
-    run_contract<T, kWidth, true>(ctx, p,
+    run_contract<T, kWidth, true>(ctx, p, packed,
                                   {.x = rows, .weights = rows, .out = drive, .base = base, .A = A});
   });
 }
 
 template <class T>
-void state_gradients_sm90(Context& ctx, const Problem<T>& p, const T* x, const T* dy, float* ds) {
+void state_gradients_sm90(Context& ctx, const Problem<T>& p, const Tensor& packed, const T* x,
+                          const T* dy, float* ds) {
   visit_width(p.dim, [&]<int kWidth>() {
-    run_contract<T, kWidth, false>(ctx, p,
-                                   {.x = {x, p.tokens, p.dim},
-                                    .weights = {dy, p.tokens, p.dim},
-                                    .out = ds});
+    run_contract<T, kWidth, false>(
+        ctx, p, packed, {.x = {x, p.tokens, p.dim}, .weights = {dy, p.tokens, p.dim}, .out = ds});
   });
 }
 
 template <class T>
-void read_out_sm90(Context& ctx, const Problem<T>& p, const T* x, const float* s, T* y) {
+void read_out_sm90(Context& ctx, const Problem<T>& p, const Tensor& packed, const T* x,
+                   const float* s, T* y) {
   const Rows<T> rows{x, p.tokens, p.dim};
   visit_width(p.dim, [&]<int kWidth>() {
-    using Z = MixTile<T, kWidth>;
-    const Tensor packed = pack<T, kWidth>(
-        ctx, p, std::int64_t{1 + p.dstate} * Z::kPanels * Z::kBufferBytes,
-        {{Source::Skip, 0, 1}, {Source::StateRows, Z::kPanels, p.dstate}});
-    launch(ctx, mix_kernel<T, kWidth, false>, Z::kShared, token_blocks(p.tokens),
+    launch(ctx, mix_kernel<T, kWidth, false>, MixTile<T, kWidth>::kShared, token_blocks(p.tokens),
            MixArgs<T>{.x = rows,
                       .skip = rows,
                       .scale = s,
-                      .packed = packed.view().template data<T>(),
+                      .packed = mix_weights<T, kWidth, true>(packed, p.dstate),
                       .out = y,
                       .dstate = p.dstate,
                       .lengths = p.lengths,
@@ -1041,87 +1209,107 @@ void read_out_sm90(Context& ctx, const Problem<T>& p, const T* x, const float* s
 }
 
 template <class T>
-void input_gradients_sm90(Context& ctx, const Problem<T>& p, const T* x, const T* dy,
-                          const float* s, const float* g, const float* dA, T* dx) {
+void input_gradients_sm90(Context& ctx, const Problem<T>& p, const Tensor& packed, const T* x,
+                          const T* dy, const float* s, const float* g, const float* dA, T* dx) {
   visit_width(p.dim, [&]<int kWidth>() {
-    using Z = MixTile<T, kWidth>;
-    constexpr int kPanels = Z::kPanels;
-    const int N = p.dstate;
-    const int pair = 2 * kPanelColumns<T>;
-    const int small = (2 * N + pair - 1) / pair * 2;
-    const Tensor packed = pack<T, kWidth>(
-        ctx, p, (std::int64_t{2 + 2 * N} * kPanels + small) * Z::kBufferBytes,
-        {{Source::Skip, 0, 1},
-         {Source::BothRows, kPanels, N},
-         {Source::TransposedRows, (1 + N) * kPanels, N},
-         {Source::SkipTransposed, (1 + 2 * N) * kPanels, 1},
-         {Source::SmallTransposed, (2 + 2 * N) * kPanels, 1}});
-    launch(ctx, mix_kernel<T, kWidth, true>, Z::kShared, token_blocks(p.tokens),
+    launch(ctx, mix_kernel<T, kWidth, true>, MixTile<T, kWidth>::kShared, token_blocks(p.tokens),
            MixArgs<T>{.x = {x, p.tokens, p.dim},
                       .skip = {dy, p.tokens, p.dim},
                       .scale = g,
-                      .packed = packed.view().template data<T>(),
+                      .packed = mix_weights<T, kWidth, false>(packed, p.dstate),
                       .out = dx,
-                      .dstate = N,
+                      .dstate = p.dstate,
                       .lengths = nullptr,
                       .seqlen = p.seqlen,
                       .dy_scale = s,
                       .dA = dA,
-                      .small_panels = small});
+                      .small_panels = small_panels<T>(p.dstate)});
   });
 }
+
+namespace {
+
+/// Runs pair_kernel over `blocks` row blocks, tokens split so that about `target` blocks run.
+template <class T, int kWidth, bool kScaled>
+Tensor run_pairs(Context& ctx, PairArgs<T> args, int blocks, int target, Partial& partial) {
+  using Z = PairTile<T, kWidth, kScaled>;
+  const std::int64_t splits = std::clamp<std::int64_t>((target + blocks - 1) / blocks, 1,
+                                                       std::max<std::int64_t>(1, args.panels / 4));
+  const std::int64_t rows = std::int64_t{blocks} * kGroups * kPairRows;
+  Tensor sums = ctx.empty({splits, rows, kWidth}, DType::float32);
+  args.partial = sums.view().template data<float>();
+  args.panels_of_split = (args.panels + splits - 1) / splits;
+  partial = {args.partial, static_cast<int>(splits), rows};
+  launch(ctx, pair_kernel<T, kWidth, kScaled>, Z::kShared,
+         dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(splits)), args);
+  return sums;
+}
+
+template <class T, int kWidth>
+void weight_gradients(Context& ctx, const Problem<T>& p, const T* x, const T* dy, const float* s,
+                      const float* g, const float* dA, float* dweight) {
+  const cudaStream_t stream = ctx.stream().handle;
+  const std::int64_t padded = (p.tokens + kTurn - 1) / kTurn * kTurn;
+  const std::int64_t panels = padded / kPanelColumns<T>;
+  const int states = (p.dstate + kPairStates - 1) / kPairStates * kPairStates;
+  Tensor packed = ctx.empty({padded, 3 * kWidth + kSmallPacked}, dtype_of<T>::value);
+  Tensor scales = ctx.empty({2, states, padded}, DType::float32);
+  T* const first = packed.view().template data<T>();
+  const Turned<T> turned{first, first + padded * kWidth, first + 2 * padded * kWidth,
+                         first + 3 * padded * kWidth, scales.view().template data<float>()};
+  turn_rows_kernel<T, kWidth>
+      <<<dim3(static_cast<unsigned>(padded / kTurn), kWidth / kTurn), 256, 0, stream>>>(
+          {x, p.tokens, p.dim}, {dy, p.tokens, p.dim}, turned);
+  LRNN_CUDA_CHECK_LAUNCH();
+  turn_states_kernel<T><<<dim3(static_cast<unsigned>((padded + 255) / 256),
+                               static_cast<unsigned>(2 * states + kSmallPacked)),
+                          256, 0, stream>>>(s, g, dA, turned, p.tokens, padded, states, p.dstate);
+  LRNN_CUDA_CHECK_LAUNCH();
+  PairArgs<T> args{.left = {{turned.dy, kWidth}, {turned.x, kWidth}},
+                   .right = turned.x,
+                   .scales = turned.scales,
+                   .partial = nullptr,
+                   .panels = panels,
+                   .panels_of_split = panels,
+                   .states = states,
+                   .row_blocks = kWidth / kPairRows};
+  Partial scaled{};
+  Partial single{};
+  const Tensor scaled_sums = run_pairs<T, kWidth, true>(
+      ctx, args, 2 * args.row_blocks * (states / kPairStates), 128, scaled);
+  args.left[0] = {turned.dy_x, kWidth};
+  args.left[1] = {turned.small, kSmallPacked};
+  args.row_blocks = kWidth / kSingleRows;
+  const Tensor single_sums =
+      run_pairs<T, kWidth, false>(ctx, args, args.row_blocks + 1, 64, single);
+  const int rows = 2 * p.dim * p.dstate + p.dim + 2 * p.dstate;
+  add_partial_kernel<kWidth><<<static_cast<unsigned>(rows), kWidth / 4, 0, stream>>>(
+      scaled, single, states, p.dim, p.dstate, dweight);
+  LRNN_CUDA_CHECK_LAUNCH();
+}
+
+}  // namespace
 
 template <class T>
 void weight_gradients_sm90(Context& ctx, const Problem<T>& p, const T* x, const T* dy,
-                           const float* s, const float* g, float* dB, float* dC) {
-  visit_width(p.dim, [&]<int kWidth>() {
-    using Z = PairTile<T, kWidth>;
-    const cudaStream_t stream = ctx.stream().handle;
-    const std::int64_t padded = (p.tokens + kTurn - 1) / kTurn * kTurn;
-    const std::int64_t panels = padded / kPanelColumns<T>;
-    const int states = (p.dstate + kPairStates - 1) / kPairStates * kPairStates;
-    const int units = 2 * (kWidth / kPairRows) * (states / kPairStates);
-    const std::int64_t splits =
-        std::clamp<std::int64_t>((128 + units - 1) / units, 1, std::max<std::int64_t>(1, panels / 8));
-    Tensor packed = ctx.empty({2, padded, kWidth}, dtype_of<T>::value);
-    Tensor scales = ctx.empty({2, states, padded}, DType::float32);
-    Tensor partial = ctx.empty({splits, 2, states, kWidth, kWidth}, DType::float32);
-    T* const x_packed = packed.view().template data<T>();
-    T* const dy_packed = x_packed + padded * kWidth;
-    transpose_rows_kernel<T, kWidth>
-        <<<dim3(static_cast<unsigned>(padded / kTurn), kWidth / kTurn, 2), 256, 0, stream>>>(
-            {x, p.tokens, p.dim}, {dy, p.tokens, p.dim}, x_packed, dy_packed);
-    LRNN_CUDA_CHECK_LAUNCH();
-    transpose_states_kernel<<<dim3(static_cast<unsigned>((padded + 255) / 256),
-                                   static_cast<unsigned>(states), 2),
-                              256, 0, stream>>>(s, g, scales.view().template data<float>(), p.tokens,
-                                                padded, p.dstate);
-    LRNN_CUDA_CHECK_LAUNCH();
-    const PairArgs<T> args{.left = {dy_packed, x_packed},
-                           .right = x_packed,
-                           .scales = scales.view().template data<float>(),
-                           .partial = partial.view().template data<float>(),
-                           .panels = panels,
-                           .panels_of_split = (panels + splits - 1) / splits,
-                           .states = states};
-    launch(ctx, pair_kernel<T, kWidth>, Z::kShared,
-           dim3(static_cast<unsigned>(units), static_cast<unsigned>(splits)), args);
-    add_partial_kernel<kWidth>
-        <<<dim3(static_cast<unsigned>(p.dim * p.dstate), 2), kWidth / 4, 0, stream>>>(
-            args.partial, static_cast<int>(splits), states, p.dim, p.dstate, dC, dB);
-    LRNN_CUDA_CHECK_LAUNCH();
-  });
+                           const float* s, const float* g, const float* dA, float* dweight) {
+  visit_width(p.dim,
+              [&]<int kWidth>() { weight_gradients<T, kWidth>(ctx, p, x, dy, s, g, dA, dweight); });
 }
 
-#define LRNN_S7_INSTANTIATE(T)                                                                    \
-  template void project_sm90<T>(Context&, const Problem<T>&, const T*, const float*, float*,      \
-                                float*);                                                          \
-  template void read_out_sm90<T>(Context&, const Problem<T>&, const T*, const float*, T*);        \
-  template void state_gradients_sm90<T>(Context&, const Problem<T>&, const T*, const T*, float*); \
-  template void input_gradients_sm90<T>(Context&, const Problem<T>&, const T*, const T*,          \
-                                        const float*, const float*, const float*, T*);          \
-  template void weight_gradients_sm90<T>(Context&, const Problem<T>&, const T*, const T*,         \
-                                         const float*, const float*, float*, float*);
+#define LRNN_S7_INSTANTIATE(T)                                                                   \
+  template Tensor pack_forward_sm90<T>(Context&, const Problem<T>&);                             \
+  template Tensor pack_backward_sm90<T>(Context&, const Problem<T>&);                            \
+  template void project_sm90<T>(Context&, const Problem<T>&, const Tensor&, const T*,            \
+                                const float*, float*, float*);                                   \
+  template void read_out_sm90<T>(Context&, const Problem<T>&, const Tensor&, const T*,           \
+                                 const float*, T*);                                              \
+  template void state_gradients_sm90<T>(Context&, const Problem<T>&, const Tensor&, const T*,    \
+                                        const T*, float*);                                       \
+  template void input_gradients_sm90<T>(Context&, const Problem<T>&, const Tensor&, const T*,    \
+                                        const T*, const float*, const float*, const float*, T*); \
+  template void weight_gradients_sm90<T>(Context&, const Problem<T>&, const T*, const T*,        \
+                                         const float*, const float*, const float*, float*);
 LRNN_S7_INSTANTIATE(float)
 LRNN_S7_INSTANTIATE(bf16)
 #undef LRNN_S7_INSTANTIATE

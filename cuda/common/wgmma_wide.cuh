@@ -1,8 +1,8 @@
 /// Warpgroup products of bfloat16 and TF32 with up to 256 columns (sm_90a only).
 ///
-/// Tiles are panels as in common/wgmma.cuh, rows of 128 bytes: 64 numbers of bfloat16 or 32 of TF32.
-/// A step sums over 32 bytes of a row, 16 or 8 numbers. The fragments of TF32 hold one number where
-/// those of bfloat16 hold two, so that matrix loads serve both.
+/// Tiles are panels as in common/wgmma.cuh, rows of 128 bytes: 64 numbers of bfloat16 or 32 of
+/// TF32. A step sums over 32 bytes of a row, 16 or 8 numbers. The fragments of TF32 hold one number
+/// where those of bfloat16 hold two, so that matrix loads serve both.
 #pragma once
 
 #include "common/wgmma.cuh"
@@ -30,36 +30,34 @@ __device__ __forceinline__ void load_fragment(std::uint32_t (&a)[4], std::uint32
 }
 
 #define LRNN_TILE(n) "+f"(c[n][0]), "+f"(c[n][1]), "+f"(c[n][2]), "+f"(c[n][3])
-#define LRNN_TILES_4(n)                                                                           \
-  LRNN_TILE(n), LRNN_TILE(n + 1), LRNN_TILE(n + 2), LRNN_TILE(n + 3)
-#define LRNN_TILES_16(n)                                                                          \
+#define LRNN_TILES_4(n) LRNN_TILE(n), LRNN_TILE(n + 1), LRNN_TILE(n + 2), LRNN_TILE(n + 3)
+#define LRNN_TILES_16(n) \
   LRNN_TILES_4(n), LRNN_TILES_4(n + 4), LRNN_TILES_4(n + 8), LRNN_TILES_4(n + 12)
 #define LRNN_TILES_32(n) LRNN_TILES_16(n), LRNN_TILES_16(n + 16)
-#define LRNN_LIST_4                                                                               \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
-#define LRNN_LIST_16                                                                              \
-  LRNN_LIST_4                                                                                     \
-  ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"              \
-  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"              \
+#define LRNN_LIST_4 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define LRNN_LIST_16                                                                 \
+  LRNN_LIST_4                                                                        \
+  ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31" \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
   ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define LRNN_LIST_32                                                                              \
-  LRNN_LIST_16                                                                                    \
-  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"              \
-  ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"              \
-  ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109"              \
-  ", %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122"                \
+#define LRNN_LIST_32                                                                 \
+  LRNN_LIST_16                                                                       \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
+  ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95" \
+  ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109" \
+  ", %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122"   \
   ", %123, %124, %125, %126, %127"
-#define LRNN_SHARED(tiles, columns, type, transposes, a_at, b_at)                                 \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n" columns type " {" LRNN_LIST_##tiles "}, %" a_at\
-               ", %" b_at ", 1, 1, 1" transposes ";"                                              \
-               : LRNN_TILES_##tiles(0)                                                            \
-               : "l"(a), "l"(b)                                                                   \
+#define LRNN_SHARED(tiles, columns, type, transposes, a_at, b_at)                      \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n" columns type " {" LRNN_LIST_##tiles \
+               "}, %" a_at ", %" b_at ", 1, 1, 1" transposes ";"                       \
+               : LRNN_TILES_##tiles(0)                                                 \
+               : "l"(a), "l"(b)                                                        \
                : "memory")
-#define LRNN_REGISTERS(tiles, columns, type, transposes, a0, a1, a2, a3, b_at)                    \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n" columns type " {" LRNN_LIST_##tiles "}, {%" a0 \
-               ", %" a1 ", %" a2 ", %" a3 "}, %" b_at ", 1, 1, 1" transposes ";"                  \
-               : LRNN_TILES_##tiles(0)                                                            \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)                               \
+#define LRNN_REGISTERS(tiles, columns, type, transposes, a0, a1, a2, a3, b_at)              \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n" columns type " {" LRNN_LIST_##tiles      \
+               "}, {%" a0 ", %" a1 ", %" a2 ", %" a3 "}, %" b_at ", 1, 1, 1" transposes ";" \
+               : LRNN_TILES_##tiles(0)                                                      \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)                         \
                : "memory")
 #define LRNN_BF16 "k16.f32.bf16.bf16"
 #define LRNN_TF32 "k8.f32.tf32.tf32"

@@ -90,10 +90,11 @@ const RegisterOpCases kRegister({
     s7_scan_case({1, 20, 16, 8}),  // 16-byte accesses
     s7_scan_case({2, 9, 24, 8, true}),
     s7_scan_case({1, 6, 776, 2}),  // above the width that one pass of a contraction covers
-    // Contractions by warpgroup products: one and two halves of the width, states beyond a tile.
-    s7_scan_case({2, 70, 64, 3, true}),
-    s7_scan_case({1, 33, 136, 18}),
-    s7_scan_case({1, 530, 80, 2}),  // several rounds of the scans
+    // Enough tokens for contractions by warpgroup products: one and two halves of the width, states
+    // beyond a tile, several segments of the scans.
+    s7_scan_case({1, 2050, 64, 2}),
+    s7_scan_case({5, 420, 72, 17, true}),
+    s7_scan_case({2, 1030, 136, 3}),
 });
 
 }  // namespace
