@@ -1,23 +1,26 @@
 // Forward of S7's factored scan.
 //
 // Per tile of tokens: GEMM x W_B^T into L2, contraction over channels with x -> drive [T, N]; then
-// a chunked scan over time (one thread per (batch, chunk, state): chunk ends, carry, replay); then
-// per tile GEMM x W_C^T and contraction over states with s. Bound by the two GEMMs, 2 T H^2 N
-// multiply-adds; the scan moves 4 N floats per token.
+// a scan over time, a block per segment of 256 steps of 16 states: what it does to the state, then
+// the states from those of all segments before; then per tile GEMM x W_C^T and contraction over
+// states with s. On Hopper and at H up to 256 both contractions are those of s7_scan_sm90.cu. One
+// token of each sequence takes two kernels: a product with the whole weight and, a block per
+// sequence, all that follows. Bound by the two GEMMs, 2 T H^2 N multiply-adds; the scan moves 5 N
+// floats per token.
 #include "lrnn/ops/linear.hpp"
 #include "lrnn/ops/s7_scan.hpp"
 
 #include "common/s7_contract.cuh"
+#include "common/s7_sm90.cuh"
 #include "ops/dispatch.hpp"
 #include "ops/s7_scan.hpp"
 
 namespace lrnn::cuda {
 namespace {
 
-using s7::Chunks;
-using s7::kAhead;
-using s7::kChunk;
+using s7::kScanSteps;
 using s7::kThreads;
+using s7::Sequences;
 
 template <class T>
 __global__ __launch_bounds__(kThreads) void add_base_kernel(const T* __restrict__ pA,
@@ -30,189 +33,287 @@ __global__ __launch_bounds__(kThreads) void add_base_kernel(const T* __restrict_
     A[i] = to_float(pA[i]) + base[i % dstate];
 }
 
-/// Position of a thread in a chunked scan.
-struct Place {
-  int b, chunk, n;
-  std::int64_t first;  // index of (b, first step, n) in [B, L, N]
-  int steps;           // valid steps of the chunk
-
-  __device__ Place(const Chunks& c, std::int64_t i) {
-    n = static_cast<int>(i % c.dstate);
-    chunk = static_cast<int>(i / c.dstate % c.chunks);
-    b = static_cast<int>(i / c.dstate / c.chunks);
-    const std::int64_t begin = static_cast<std::int64_t>(chunk) * kChunk;
-    first = (b * c.seqlen + begin) * c.dstate + n;
-    const std::int64_t end = min(c.seqlen, begin + kChunk);
-    const std::int64_t valid = min(end, c.length(b));
-    steps = valid > begin ? static_cast<int>(valid - begin) : 0;
-  }
-};
-
-// Multipliers and drives of kAhead steps from t; behind the valid ones such that the state stays.
-__device__ __forceinline__ void load_steps(const Place& p, int t, const float* A,
-                                           const float* drive, int dstate, float (&a)[kAhead],
-                                           float (&b)[kAhead]) {
+// s holds the drive on entry and the states on return. kEnds writes what each segment does to the
+// state instead.
+template <bool kEnds>
+__global__ __launch_bounds__(s7::kScanThreads) void scan_kernel(Sequences z, const float* A,
+                                                                const float* state_in, float* s,
+                                                                float* state_out,
+                                                                s7::Affine* segments) {
+  __shared__ s7::Affine ends[s7::kScanChunks][s7::kScanStates];
+  const s7::ScanSeat at(z);
+  const std::int64_t first = at.first();
+  const s7::Window window(at, z, first);
+  float a[kScanSteps];
+  float b[kScanSteps];
+  window.load(A, a);
+  window.load(s, b);
+  float state = at.exists && state_in != nullptr ? state_in[at.row] : 0.0F;
+  if constexpr (!kEnds)
+    for (std::int64_t i = 0; i < at.segment; ++i)
+      state = segments[z.segment_at(at, i)].apply(state);
+  s7::Affine end = {1.0F, 0.0F};
 #pragma unroll
-  for (int k = 0; k < kAhead; ++k) {
-    const bool valid = t + k < p.steps;
-    const std::int64_t at = p.first + static_cast<std::int64_t>(t + k) * dstate;
-    a[k] = valid ? s7::multiplier(A[at]) : 1.0F;
-    b[k] = valid ? drive[at] : 0.0F;
+  for (int k = 0; k < kScanSteps; ++k) {
+    // Behind the valid steps the state stays.
+    a[k] = k < window.valid ? s7::multiplier(a[k]) : 1.0F;
+    b[k] = k < window.valid ? b[k] : 0.0F;
+    end.product *= a[k];
+    end.sum = fmaf(a[k], end.sum, b[k]);
   }
-}
-
-__global__ __launch_bounds__(kThreads) void chunk_ends_kernel(Chunks c, const float* __restrict__ A,
-                                                              const float* __restrict__ drive,
-                                                              float2* __restrict__ ends) {
-  const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i >= c.count()) return;
-  const Place p(c, i);
-  float product = 1.0F;
-  float state = 0.0F;
-  for (int t = 0; t < p.steps; t += kAhead) {
-    float a[kAhead];
-    float b[kAhead];
-    load_steps(p, t, A, drive, c.dstate, a, b);
+  ends[at.chunk][at.state] = end;
+  __syncthreads();
+  if constexpr (kEnds) {
+    if (at.chunk + 1 != s7::kScanChunks) return;
+    for (int chunk = s7::kScanChunks - 2; chunk >= 0; --chunk)
+      end = end.after(ends[chunk][at.state]);
+    segments[z.segment_at(at, at.segment)] = end;
+  } else {
+    for (int chunk = 0; chunk < at.chunk; ++chunk) state = ends[chunk][at.state].apply(state);
+    if (!at.exists) return;
 #pragma unroll
-    for (int k = 0; k < kAhead; ++k) {
-      product *= a[k];
+    for (int k = 0; k < kScanSteps; ++k) {
       state = fmaf(a[k], state, b[k]);
+      if (first + k < z.seqlen) s[at.origin + (first + k) * z.dstate] = state;
     }
-  }
-  ends[i] = {product, state};
-}
-
-// One thread per (batch, state); chunk ends become the states before each chunk.
-__global__ __launch_bounds__(kThreads) void carry_kernel(Chunks c,
-                                                         const float* __restrict__ state_in,
-                                                         const float2* __restrict__ ends,
-                                                         float* __restrict__ before) {
-  const int i = static_cast<int>(blockIdx.x) * kThreads + static_cast<int>(threadIdx.x);
-  if (i >= c.batch * c.dstate) return;
-  const int b = i / c.dstate;
-  const int n = i % c.dstate;
-  float state = state_in != nullptr ? state_in[i] : 0.0F;
-#pragma unroll kAhead
-  for (int chunk = 0; chunk < c.chunks; ++chunk) {
-    const std::int64_t at = (static_cast<std::int64_t>(b) * c.chunks + chunk) * c.dstate + n;
-    before[at] = state;
-    if (chunk + 1 < c.chunks) state = fmaf(ends[at].x, state, ends[at].y);
+    const bool last = at.segment + 1 == z.segments() && at.chunk + 1 == s7::kScanChunks;
+    if (state_out != nullptr && last) state_out[at.row] = state;
   }
 }
 
-__global__ __launch_bounds__(kThreads) void replay_kernel(Chunks c, const float* __restrict__ A,
-                                                          const float* __restrict__ before,
-                                                          float* __restrict__ s,
-                                                          float* __restrict__ state_out) {
-  const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i >= c.count()) return;
-  const Place p(c, i);
-  float state = before[i];
-  const std::int64_t end =
-      min(c.seqlen - static_cast<std::int64_t>(p.chunk) * kChunk, std::int64_t{kChunk});
-  for (int t = 0; t < end; t += kAhead) {
-    float a[kAhead];
-    float b[kAhead];
-    load_steps(p, t, A, s, c.dstate, a, b);
-#pragma unroll
-    for (int k = 0; k < kAhead; ++k) {
-      state = fmaf(a[k], state, b[k]);
-      if (t + k < end) s[p.first + static_cast<std::int64_t>(t + k) * c.dstate] = state;
-    }
-  }
-  if (state_out != nullptr && p.chunk + 1 == c.chunks)
-    state_out[static_cast<std::int64_t>(p.b) * c.dstate + p.n] = state;
-}
-
-unsigned blocks_for(std::int64_t count) {
-  return static_cast<unsigned>((count + kThreads - 1) / kThreads);
-}
-
-// s holds the drive on entry and the states on return.
-void scan(Context& ctx, const S7ScanForward& a, const Chunks& c, const float* A, float* s) {
+void scan(Context& ctx, const S7ScanForward& a, const Sequences& z, const float* A, float* s) {
   const cudaStream_t stream = ctx.stream().handle;
-  Tensor ends = ctx.empty({c.count(), 2}, DType::float32);
-  Tensor before = ctx.empty({c.count()}, DType::float32);
-  auto* const end_data = reinterpret_cast<float2*>(ends.view().data<float>());
-  float* const before_data = before.view().data<float>();
-  if (c.chunks > 1) {
-    chunk_ends_kernel<<<blocks_for(c.count()), kThreads, 0, stream>>>(c, A, s, end_data);
+  const float* const state_in = a.state_in ? a.state_in.data<float>() : nullptr;
+  float* const state_out = a.state_out ? a.state_out.data<float>() : nullptr;
+  Tensor scratch = ctx.empty({z.segment_count(), 2}, DType::float32);
+  auto* const segments = reinterpret_cast<s7::Affine*>(scratch.view().data<float>());
+  if (z.segments() > 1) {
+    scan_kernel<true>
+        <<<z.blocks(), s7::kScanThreads, 0, stream>>>(z, A, state_in, s, state_out, segments);
     LRNN_CUDA_CHECK_LAUNCH();
   }
-  carry_kernel<<<blocks_for(static_cast<std::int64_t>(c.batch) * c.dstate), kThreads, 0, stream>>>(
-      c, a.state_in ? a.state_in.data<float>() : nullptr, end_data, before_data);
+  scan_kernel<false>
+      <<<z.blocks(), s7::kScanThreads, 0, stream>>>(z, A, state_in, s, state_out, segments);
   LRNN_CUDA_CHECK_LAUNCH();
-  replay_kernel<<<blocks_for(c.count()), kThreads, 0, stream>>>(
-      c, A, before_data, s, a.state_out ? a.state_out.data<float>() : nullptr);
-  LRNN_CUDA_CHECK_LAUNCH();
+}
+
+// States whose sums of one token fit the shared memory that every device has.
+constexpr std::int64_t kMostStepStates = 1024;
+
+template <class T>
+struct StepArgs {
+  const T* P;  // [tokens, 2 H N + H + 2 N], all projections
+  const T* x;
+  const float* base;
+  const std::int32_t* lengths;
+  const float* state_in;
+  T* y;
+  float* state_out;
+  float* A;
+  float* s;
+  int dim, dstate;
+};
+
+// Lanes that serve the states of one channel in the step: a power of two.
+__host__ __device__ constexpr int step_lanes(int dstate) {
+  int lanes = 1;
+  while (lanes < 32 && lanes < dstate) lanes *= 2;
+  return lanes;
+}
+
+// One token of one sequence per block. Groups of lanes walk the channels; sums over channels are
+// added by butterfly and over the warps in order.
+template <class T>
+__global__ __launch_bounds__(kThreads) void step_kernel(const StepArgs<T> a) {
+  extern __shared__ float shared[];
+  const int N = a.dstate;
+  const int lanes = step_lanes(N);
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  const int first = warp * (32 / lanes) + lane / lanes;
+  const int step = s7::kWarps * (32 / lanes);
+  const std::int64_t token = blockIdx.x;
+  const std::int64_t HN = static_cast<std::int64_t>(a.dim) * N;
+  const T* const pA = a.P + token * (2 * HN + a.dim + 2 * N);
+  const T* const pB = pA + N;
+  const T* const pC = pB + HN;
+  const T* const pD = pC + HN;
+  const T* const x = a.x + token * a.dim;
+  float* const states = shared + s7::kWarps * N;
+  const int rounds = (N + lanes - 1) / lanes;
+  for (int r = 0; r < rounds; ++r) {
+    const int n = r * lanes + lane % lanes;
+    float sum = 0.0F;
+    if (n < N)
+#pragma unroll 8
+      for (int h = first; h < a.dim; h += step)
+        sum = fmaf(to_float(pB[static_cast<std::int64_t>(h) * N + n]), to_float(x[h]), sum);
+    for (int offset = lanes; offset < 32; offset *= 2)
+      sum += __shfl_xor_sync(0xFFFFFFFFU, sum, offset);
+    if (lane < lanes && n < N) shared[warp * N + n] = sum;
+  }
+  __syncthreads();
+  const bool valid = a.lengths == nullptr || a.lengths[token] > 0;
+  for (int n = static_cast<int>(threadIdx.x); n < N; n += kThreads) {
+    float drive = to_float(pD[a.dim + n]);
+    for (int w = 0; w < s7::kWarps; ++w) drive += shared[w * N + n];
+    const std::int64_t i = token * N + n;
+    const float A = to_float(pA[n]) + a.base[n];
+    const float before = a.state_in != nullptr ? a.state_in[i] : 0.0F;
+    const float state = valid ? fmaf(s7::multiplier(A), before, drive) : before;
+    states[n] = state;
+    if (a.A != nullptr) a.A[i] = A;
+    if (a.s != nullptr) a.s[i] = state;
+    if (a.state_out != nullptr) a.state_out[i] = state;
+  }
+  __syncthreads();
+  // The bound is that of the first group, so that all lanes reach the shuffles.
+  for (int begin = warp * (32 / lanes); begin < a.dim; begin += step) {
+    const int h = begin + lane / lanes;
+    float sum = 0.0F;
+    for (int n = lane % lanes; h < a.dim && n < N; n += lanes)
+      sum = fmaf(to_float(pC[static_cast<std::int64_t>(h) * N + n]), states[n], sum);
+    for (int offset = lanes / 2; offset > 0; offset /= 2)
+      sum += __shfl_xor_sync(0xFFFFFFFFU, sum, offset);
+    if (h < a.dim && lane % lanes == 0)
+      a.y[token * a.dim + h] =
+          from_float<T>(valid ? fmaf(to_float(pD[h]), to_float(x[h]), sum) : 0.0F);
+  }
 }
 
 template <class T>
-void forward(Context& ctx, const S7ScanForward& a) {
-  const cudaStream_t stream = ctx.stream().handle;
-  const std::int64_t batch = a.x.dim(0);
-  const std::int64_t seqlen = a.x.dim(1);
-  const std::int64_t dim = a.x.dim(2);
-  const std::int64_t dstate = a.base.dim(0);
-  const std::int64_t tokens = batch * seqlen;
-  const detail::S7Rows rows{dim, dstate};
-  const DType dtype = a.x.dtype();
-  const auto H = static_cast<int>(dim);
-  const auto N = static_cast<int>(dstate);
+class Forward {
+ public:
+  Forward(Context& ctx, const S7ScanForward& a)
+      : ctx_(ctx),
+        a_(a),
+        stream_(ctx.stream().handle),
+        seqlen_(a.x.dim(1)),
+        dim_(a.x.dim(2)),
+        dstate_(a.base.dim(0)),
+        tokens_(a.x.dim(0) * seqlen_),
+        rows_{dim_, dstate_} {
+    if (!a.A) A_scratch_ = ctx.empty({tokens_, dstate_}, DType::float32);
+    if (!a.s) s_scratch_ = ctx.empty({tokens_, dstate_}, DType::float32);
+    A_ = a.A ? a.A.data<float>() : A_scratch_.view().data<float>();
+    s_ = a.s ? a.s.data<float>() : s_scratch_.view().data<float>();
+  }
 
-  const TensorView x = a.x.reshape({tokens, dim});
-  const MutableTensorView y = a.y.reshape({tokens, dim});
-  Tensor A_scratch;
-  Tensor s_scratch;
-  if (!a.A) A_scratch = ctx.empty({tokens, dstate}, DType::float32);
-  if (!a.s) s_scratch = ctx.empty({tokens, dstate}, DType::float32);
-  float* const A = a.A ? a.A.data<float>() : A_scratch.view().data<float>();
-  float* const s = a.s ? a.s.data<float>() : s_scratch.view().data<float>();
+  void run() {
+    const std::int64_t tile = std::min(tokens_, s7::tile_tokens(dim_, dstate_, sizeof(T)));
+    // Twice, because the step has the projections of B and C at once.
+    if (seqlen_ == 1 && 2 * tokens_ <= s7::tile_tokens(dim_, dstate_, sizeof(T)) &&
+        dstate_ <= kMostStepStates)
+      return step();
+#ifdef LRNN_WITH_SM90A
+    if (s7::fits_sm90(ctx_, a_.x.dtype(), tokens_, dim_, dstate_, {a_.x.raw(), a_.y.raw()})) {
+      const auto problem = s7::problem_of<T>(a_.x, a_.weight, dstate_, lengths());
+      const Tensor packed = s7::pack_forward_sm90<T>(ctx_, problem);
+      s7::project_sm90<T>(ctx_, problem, packed, x_data(0), a_.base.data<float>(), A_, s_);
+      scan(ctx_, a_, sequences(), A_, s_);
+      s7::read_out_sm90<T>(ctx_, problem, packed, x_data(0), s_, a_.y.data<T>());
+      return;
+    }
+#endif
+    project_base();
+    D_bias_ = ctx_.empty({tokens_, dim_ + dstate_}, a_.x.dtype());
+    lrnn::linear_forward(ctx_,
+                         {.x = x(0, tokens_), .weight = rows_.D_bias(a_.weight), .y = D_bias_});
+    Tensor P = ctx_.empty({tile, dim_ * dstate_}, a_.x.dtype());
+    for_tiles(tile, [&](std::int64_t t, std::int64_t count) {
+      project(P.view().slice(0, 0, count), t, count);
+    });
+    scan(ctx_, a_, sequences(), A_, s_);
+    for_tiles(tile, [&](std::int64_t t, std::int64_t count) {
+      read_out(P.view().slice(0, 0, count), t, count);
+    });
+  }
 
-  Tensor D_bias = ctx.empty({tokens, dim + dstate}, dtype);
-  lrnn::linear_forward(ctx, {.x = x, .weight = rows.D_bias(a.weight), .y = D_bias});
-  {
-    Tensor pA = ctx.empty({tokens, dstate}, dtype);
-    lrnn::linear_forward(ctx, {.x = x, .weight = rows.A(a.weight), .y = pA});
-    const std::int64_t count = tokens * dstate;
+ private:
+  [[nodiscard]] TensorView x(std::int64_t t, std::int64_t count) const {
+    return a_.x.reshape({tokens_, dim_}).slice(0, t, count);
+  }
+  [[nodiscard]] const T* x_data(std::int64_t t) const {
+    return a_.x.data<T>() + t * dim_;
+  }
+  [[nodiscard]] const T* D_bias_data(std::int64_t t) const {
+    return D_bias_.view().template data<T>() + t * (dim_ + dstate_);
+  }
+  [[nodiscard]] const std::int32_t* lengths() const {
+    return a_.lengths ? a_.lengths.data<std::int32_t>() : nullptr;
+  }
+  [[nodiscard]] int H() const {
+    return static_cast<int>(dim_);
+  }
+  [[nodiscard]] int N() const {
+    return static_cast<int>(dstate_);
+  }
+  [[nodiscard]] Sequences sequences() const {
+    return {static_cast<int>(a_.x.dim(0)), N(), seqlen_, lengths()};
+  }
+  template <class F>
+  void for_tiles(std::int64_t tile, F&& f) {
+    for (std::int64_t t = 0; t < tokens_; t += tile) f(t, std::min(tile, tokens_ - t));
+  }
+
+  // A.
+  void project_base() {
+    Tensor pA = ctx_.empty({tokens_, dstate_}, a_.x.dtype());
+    lrnn::linear_forward(ctx_, {.x = x(0, tokens_), .weight = rows_.A(a_.weight), .y = pA});
+    const std::int64_t count = tokens_ * dstate_;
     add_base_kernel<T>
         <<<static_cast<unsigned>(std::min<std::int64_t>((count + kThreads - 1) / kThreads, 4096)),
-           kThreads, 0, stream>>>(pA.view().data<T>(), a.base.data<float>(), A, count, N);
+           kThreads, 0, stream_>>>(pA.view().template data<T>(), a_.base.data<float>(), A_, count,
+                                   N());
     LRNN_CUDA_CHECK_LAUNCH();
   }
-  const std::int64_t tile = std::min(tokens, s7::tile_tokens(dim, dstate, sizeof(T)));
-  Tensor P = ctx.empty({tile, dim * dstate}, dtype);
-  const T* const x_data = a.x.data<T>();
-  const T* const D_bias_data = D_bias.view().data<T>();
-  for (std::int64_t t = 0; t < tokens; t += tile) {
-    const std::int64_t count = std::min(tile, tokens - t);
-    lrnn::linear_forward(
-        ctx,
-        {.x = x.slice(0, t, count), .weight = rows.B(a.weight), .y = P.view().slice(0, 0, count)});
-    s7::contract_channels<T>(stream, count, P.view().data<T>(), x_data + t * dim,
-                             D_bias_data + t * (dim + dstate) + dim, dim + dstate, s + t * dstate,
-                             H, N);
+  void step() {
+    Tensor P = ctx_.empty({tokens_, rows_.count()}, a_.x.dtype());
+    lrnn::linear_forward(ctx_, {.x = x(0, tokens_), .weight = a_.weight, .y = P});
+    const StepArgs<T> args{.P = P.view().template data<T>(),
+                           .x = x_data(0),
+                           .base = a_.base.data<float>(),
+                           .lengths = lengths(),
+                           .state_in = a_.state_in ? a_.state_in.data<float>() : nullptr,
+                           .y = a_.y.data<T>(),
+                           .state_out = a_.state_out ? a_.state_out.data<float>() : nullptr,
+                           .A = A_,
+                           .s = s_,
+                           .dim = H(),
+                           .dstate = N()};
+    const std::size_t shared = sizeof(float) * (s7::kWarps + 1) * static_cast<std::size_t>(N());
+    step_kernel<T><<<static_cast<unsigned>(tokens_), kThreads, shared, stream_>>>(args);
+    LRNN_CUDA_CHECK_LAUNCH();
   }
-  const std::int32_t* const lengths = a.lengths ? a.lengths.data<std::int32_t>() : nullptr;
-  scan(ctx, a,
-       {static_cast<int>(batch), static_cast<int>((seqlen + kChunk - 1) / kChunk), N, seqlen,
-        lengths},
-       A, s);
-  for (std::int64_t t = 0; t < tokens; t += tile) {
-    const std::int64_t count = std::min(tile, tokens - t);
-    lrnn::linear_forward(
-        ctx,
-        {.x = x.slice(0, t, count), .weight = rows.C(a.weight), .y = P.view().slice(0, 0, count)});
-    s7::contract_states<T>(stream, t, count, P.view().data<T>(), s + t * dstate,
-                           D_bias_data + t * (dim + dstate), dim + dstate, x_data + t * dim,
-                           {lengths, seqlen}, y.data<T>() + t * dim, H, N);
+  // The drive of a tile.
+  void project(MutableTensorView P, std::int64_t t, std::int64_t count) {
+    lrnn::linear_forward(ctx_, {.x = x(t, count), .weight = rows_.B(a_.weight), .y = P});
+    s7::contract_channels<T>(stream_, count, P.data<T>(), x_data(t), D_bias_data(t) + dim_,
+                             dim_ + dstate_, s_ + t * dstate_, H(), N());
   }
-}
+  void read_out(MutableTensorView P, std::int64_t t, std::int64_t count) {
+    lrnn::linear_forward(ctx_, {.x = x(t, count), .weight = rows_.C(a_.weight), .y = P});
+    s7::contract_states<T>(stream_, t, count, P.data<T>(), s_ + t * dstate_, D_bias_data(t),
+                           dim_ + dstate_, x_data(t), {lengths(), seqlen_},
+                           a_.y.data<T>() + t * dim_, H(), N());
+  }
+
+  Context& ctx_;
+  const S7ScanForward& a_;
+  cudaStream_t stream_;
+  std::int64_t seqlen_, dim_, dstate_, tokens_;
+  detail::S7Rows rows_;
+  Tensor A_scratch_;
+  Tensor s_scratch_;
+  Tensor D_bias_;
+  float* A_;
+  float* s_;  // the drive before the scan
+};
 
 }  // namespace
 
 void s7_scan_forward(Context& ctx, const S7ScanForward& a) {
-  visit_float("s7_scan_forward", a.x.dtype(), [&]<class T>() { forward<T>(ctx, a); });
+  visit_float("s7_scan_forward", a.x.dtype(), [&]<class T>() { Forward<T>(ctx, a).run(); });
 }
 
 }  // namespace lrnn::cuda

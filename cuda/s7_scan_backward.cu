@@ -17,128 +17,85 @@
 
 #include "common/rows.cuh"
 #include "common/s7_contract.cuh"
+#include "common/s7_sm90.cuh"
 #include "ops/dispatch.hpp"
 #include "ops/s7_scan.hpp"
 
 namespace lrnn::cuda {
 namespace {
 
-using s7::Chunks;
-using s7::kAhead;
-using s7::kChunk;
+using s7::kScanSteps;
 using s7::kThreads;
 using s7::Raw;
+using s7::Sequences;
 
-// Valid steps of a chunk: [first, first + steps) of the sequence.
-struct Span {
-  std::int64_t first;
-  int steps;
-
-  __device__ Span(const Chunks& c, int b, int chunk) {
-    first = static_cast<std::int64_t>(chunk) * kChunk;
-    const std::int64_t end = min(min(c.seqlen, first + kChunk), c.length(b));
-    steps = end > first ? static_cast<int>(end - first) : 0;
-  }
+struct ReverseArgs {
+  const float* A;
+  const float* s;
+  const float* state_in;
+  const float* dstate_out;
+  float* g;  // the gradient of the states through y on entry
+  float* dA;
+  float* dstate_in;
 };
 
-// What a chunk hands to the one on its left: carry = sum + product * (carry from its right).
-__global__ __launch_bounds__(kThreads) void reverse_ends_kernel(Chunks c,
-                                                                const float* __restrict__ A,
-                                                                const float* __restrict__ P,
-                                                                float2* __restrict__ ends) {
-  const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i >= c.count()) return;
-  const int n = static_cast<int>(i % c.dstate);
-  const int chunk = static_cast<int>(i / c.dstate % c.chunks);
-  const int b = static_cast<int>(i / c.dstate / c.chunks);
-  const Span span(c, b, chunk);
-  float product = 1.0F;
-  float carry = 0.0F;
-  const std::int64_t base = (b * c.seqlen + span.first) * c.dstate + n;
-  for (int last = span.steps - 1; last >= 0; last -= kAhead) {
-    float a[kAhead];
-    float gradient[kAhead];
+// Writes g and dA, 0 at padding; of what a chunk hands to the one on its left, affine in what comes
+// from its right by carry = a_t (ds_t + carry), kEnds writes that of the segment instead.
+template <bool kEnds>
+__global__ __launch_bounds__(s7::kScanThreads) void reverse_scan_kernel(Sequences z, ReverseArgs p,
+                                                                        s7::Affine* segments) {
+  __shared__ s7::Affine ends[s7::kScanChunks][s7::kScanStates];
+  const s7::ScanSeat at(z);
+  const std::int64_t first = at.first();
+  const s7::Window window(at, z, first);
+  float A[kScanSteps];
+  float ds[kScanSteps];
+  float before[kScanSteps];
+  window.load(p.A, A);
+  window.load(p.g, ds);
+  if constexpr (!kEnds) {
+    // The state before the first step of all is not in s.
+    window.load(p.s - (first > 0 && window.valid > 0 ? z.dstate : 0), before);
+    if (first == 0) {
 #pragma unroll
-    for (int k = 0; k < kAhead; ++k) {
-      const std::int64_t at = base + static_cast<std::int64_t>(last - k) * c.dstate;
-      a[k] = last >= k ? s7::multiplier(A[at]) : 1.0F;
-      gradient[k] = last >= k ? P[at] : 0.0F;
-    }
-#pragma unroll
-    for (int k = 0; k < kAhead; ++k) {
-      product *= a[k];
-      carry = a[k] * (gradient[k] + carry);
+      for (int k = kScanSteps - 1; k > 0; --k) before[k] = before[k - 1];
+      before[0] = at.exists && p.state_in != nullptr ? p.state_in[at.row] : 0.0F;
     }
   }
-  ends[i] = {product, carry};
-}
-
-// One thread per (batch, state): the carry that enters each chunk from the right.
-__global__ __launch_bounds__(kThreads) void reverse_carry_kernel(
-    Chunks c, const float* __restrict__ dstate_out, const float2* __restrict__ ends,
-    float* __restrict__ entering) {
-  const int i = static_cast<int>(blockIdx.x) * kThreads + static_cast<int>(threadIdx.x);
-  if (i >= c.batch * c.dstate) return;
-  const int b = i / c.dstate;
-  const int n = i % c.dstate;
-  float carry = dstate_out != nullptr ? dstate_out[i] : 0.0F;
-#pragma unroll kAhead
-  for (int chunk = c.chunks - 1; chunk >= 0; --chunk) {
-    const std::int64_t at = (static_cast<std::int64_t>(b) * c.chunks + chunk) * c.dstate + n;
-    entering[at] = carry;
-    if (chunk > 0) carry = fmaf(ends[at].x, carry, ends[at].y);
-  }
-}
-
-// Replaces P by g and writes dA.
-__global__ __launch_bounds__(kThreads) void reverse_replay_kernel(
-    Chunks c, const float* __restrict__ A, const float* __restrict__ s,
-    const float* __restrict__ state_in, const float* __restrict__ entering, float* __restrict__ g,
-    float* __restrict__ dA, float* __restrict__ dstate_in) {
-  const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i >= c.count()) return;
-  const int n = static_cast<int>(i % c.dstate);
-  const int chunk = static_cast<int>(i / c.dstate % c.chunks);
-  const int b = static_cast<int>(i / c.dstate / c.chunks);
-  const Span span(c, b, chunk);
-  const auto steps_in_chunk =
-      static_cast<int>(min(c.seqlen - span.first, static_cast<std::int64_t>(kChunk)));
-  const std::int64_t base = (b * c.seqlen + span.first) * c.dstate + n;
-  for (int t = steps_in_chunk - 1; t >= span.steps; --t) {
-    const std::int64_t at = base + static_cast<std::int64_t>(t) * c.dstate;
-    g[at] = 0.0F;
-    dA[at] = 0.0F;
-  }
-  float carry = entering[i];
-  const std::int64_t row = static_cast<std::int64_t>(b) * c.dstate + n;
-  for (int last = span.steps - 1; last >= 0; last -= kAhead) {
-    float A_t[kAhead];
-    float before[kAhead];
-    float from_output[kAhead];
+  float carry = at.exists && p.dstate_out != nullptr ? p.dstate_out[at.row] : 0.0F;
+  if constexpr (!kEnds)
+    for (std::int64_t i = z.segments() - 1; i > at.segment; --i)
+      carry = segments[z.segment_at(at, i)].apply(carry);
+  s7::Affine end = {1.0F, 0.0F};
 #pragma unroll
-    for (int k = 0; k < kAhead; ++k) {
-      const std::int64_t at = base + static_cast<std::int64_t>(last - k) * c.dstate;
-      const bool valid = last >= k;
-      A_t[k] = valid ? A[at] : 0.0F;
-      from_output[k] = valid ? g[at] : 0.0F;
-      before[k] = 0.0F;
-      if (valid && span.first + last > k)
-        before[k] = s[at - c.dstate];
-      else if (valid && state_in != nullptr)
-        before[k] = state_in[row];
-    }
-#pragma unroll
-    for (int k = 0; k < kAhead; ++k) {
-      if (last < k) break;
-      const std::int64_t at = base + static_cast<std::int64_t>(last - k) * c.dstate;
-      const float square = fmaf(A_t[k], A_t[k], 0.5F);
-      const float gradient = from_output[k] + carry;
-      g[at] = gradient;
-      dA[at] = gradient * before[k] * 2.0F * A_t[k] / (square * square);
-      carry = s7::multiplier(A_t[k]) * gradient;
-    }
+  for (int k = kScanSteps - 1; k >= 0; --k) {
+    const float a = k < window.valid ? s7::multiplier(A[k]) : 1.0F;
+    end.product *= a;
+    end.sum = a * ((k < window.valid ? ds[k] : 0.0F) + end.sum);
   }
-  if (dstate_in != nullptr && chunk == 0) dstate_in[row] = carry;
+  ends[at.chunk][at.state] = end;
+  __syncthreads();
+  if constexpr (kEnds) {
+    if (at.chunk != 0) return;
+    for (int chunk = 1; chunk < s7::kScanChunks; ++chunk) end = end.after(ends[chunk][at.state]);
+    segments[z.segment_at(at, at.segment)] = end;
+  } else {
+    for (int chunk = s7::kScanChunks - 1; chunk > at.chunk; --chunk)
+      carry = ends[chunk][at.state].apply(carry);
+    if (!at.exists) return;
+#pragma unroll
+    for (int k = kScanSteps - 1; k >= 0; --k) {
+      if (first + k >= z.seqlen) continue;
+      const std::int64_t i = at.origin + (first + k) * z.dstate;
+      const bool valid = k < window.valid;
+      const float damping = s7::damping(A[k]);
+      const float gradient = ds[k] + carry;
+      p.g[i] = valid ? gradient : 0.0F;
+      p.dA[i] = valid ? gradient * before[k] * 2.0F * A[k] * damping * damping : 0.0F;
+      if (valid) carry = (1.0F - damping) * gradient;
+    }
+    if (p.dstate_in != nullptr && first == 0) p.dstate_in[at.row] = carry;
+  }
 }
 
 // rows[t, n] = sum_k Q[t, n, k] x[t, k];  dx[t, k] = pD[t, k] dy[t, k] + sum_n s[t, n] Q[t, n, k].
@@ -342,28 +299,22 @@ __global__ __launch_bounds__(kThreads) void small_rows_kernel(
   }
 }
 
-unsigned blocks_for(std::int64_t count) {
-  return static_cast<unsigned>((count + kThreads - 1) / kThreads);
-}
-
-void reverse_scan(Context& ctx, const S7ScanBackward& a, const Chunks& c, float* g, float* dA) {
+void reverse_scan(Context& ctx, const S7ScanBackward& a, const Sequences& z, float* g, float* dA) {
+  const ReverseArgs args{.A = a.A.data<float>(),
+                         .s = a.s.data<float>(),
+                         .state_in = a.state_in ? a.state_in.data<float>() : nullptr,
+                         .dstate_out = a.dstate_out ? a.dstate_out.data<float>() : nullptr,
+                         .g = g,
+                         .dA = dA,
+                         .dstate_in = a.dstate_in ? a.dstate_in.data<float>() : nullptr};
   const cudaStream_t stream = ctx.stream().handle;
-  Tensor ends = ctx.empty({c.count(), 2}, DType::float32);
-  Tensor entering = ctx.empty({c.count()}, DType::float32);
-  auto* const end_data = reinterpret_cast<float2*>(ends.view().data<float>());
-  float* const entering_data = entering.view().data<float>();
-  if (c.chunks > 1) {
-    reverse_ends_kernel<<<blocks_for(c.count()), kThreads, 0, stream>>>(c, a.A.data<float>(), g,
-                                                                        end_data);
+  Tensor scratch = ctx.empty({z.segment_count(), 2}, DType::float32);
+  auto* const segments = reinterpret_cast<s7::Affine*>(scratch.view().data<float>());
+  if (z.segments() > 1) {
+    reverse_scan_kernel<true><<<z.blocks(), s7::kScanThreads, 0, stream>>>(z, args, segments);
     LRNN_CUDA_CHECK_LAUNCH();
   }
-  reverse_carry_kernel<<<blocks_for(static_cast<std::int64_t>(c.batch) * c.dstate), kThreads, 0,
-                         stream>>>(c, a.dstate_out ? a.dstate_out.data<float>() : nullptr, end_data,
-                                   entering_data);
-  LRNN_CUDA_CHECK_LAUNCH();
-  reverse_replay_kernel<<<blocks_for(c.count()), kThreads, 0, stream>>>(
-      c, a.A.data<float>(), a.s.data<float>(), a.state_in ? a.state_in.data<float>() : nullptr,
-      entering_data, g, dA, a.dstate_in ? a.dstate_in.data<float>() : nullptr);
+  reverse_scan_kernel<false><<<z.blocks(), s7::kScanThreads, 0, stream>>>(z, args, segments);
   LRNN_CUDA_CHECK_LAUNCH();
 }
 
@@ -382,7 +333,6 @@ class Backward {
         tile_(std::min(tokens_, s7::tile_tokens(dim_, dstate_, sizeof(T)))),
         x_(a.x.reshape({tokens_, dim_})),
         dy_(a.dy.reshape({tokens_, dim_})),
-        P_(ctx.empty({tile_, dim_ * dstate_}, a.x.dtype())),
         g_(ctx.empty({tokens_, dstate_}, DType::float32)) {}
 
   void run() {
@@ -392,14 +342,14 @@ class Backward {
       dy_ = dy_masked_.view().reshape({tokens_, dim_});
       x_ = x_masked_.view().reshape({tokens_, dim_});
     }
+#ifdef LRNN_WITH_SM90A
+    if (s7::fits_sm90(ctx_, a_.x.dtype(), tokens_, dim_, dstate_,
+                      {x_.raw(), dy_.raw(), a_.dx.raw()}))
+      return run_sm90();
+#endif
+    P_ = ctx_.empty({tile_, dim_ * dstate_}, a_.x.dtype());
     output_gradients();
-    const std::int32_t* const lengths = a_.lengths ? a_.lengths.data<std::int32_t>() : nullptr;
-    Tensor dA = ctx_.empty({tokens_, dstate_}, DType::float32);
-    reverse_scan(ctx_, a_,
-                 {static_cast<int>(a_.x.dim(0)), static_cast<int>((seqlen_ + kChunk - 1) / kChunk),
-                  N(), seqlen_, lengths},
-                 g_data(), dA.view().template data<float>());
-    lrnn::sum_columns(ctx_, {.a = dA, .out = a_.dbase});
+    const Tensor dA = reversed();
     small_projections(dA);
     Tensor both = ctx_.empty({dim_, dstate_ * dim_}, a_.x.dtype());
     add_transpose<T>(stream_, rows_.B(a_.weight).template data<T>(), both.view().template data<T>(),
@@ -408,6 +358,31 @@ class Backward {
   }
 
  private:
+#ifdef LRNN_WITH_SM90A
+  void run_sm90() {
+    const auto problem = s7::problem_of<T>(a_.x, a_.weight, dstate_, lengths());
+    const T* const dy = dy_.template data<T>();
+    const float* const s = a_.s.data<float>();
+    const Tensor packed = s7::pack_backward_sm90<T>(ctx_, problem);
+    s7::state_gradients_sm90<T>(ctx_, problem, packed, x_data(0), dy, g_data());
+    const Tensor dA = reversed();
+    s7::input_gradients_sm90<T>(ctx_, problem, packed, x_data(0), dy, s, g_data(),
+                                dA.view().template data<float>(), a_.dx.data<T>());
+    s7::weight_gradients_sm90<T>(ctx_, problem, x_data(0), dy, s, g_data(),
+                                 dA.view().template data<float>(), a_.dweight.data<float>());
+  }
+#endif
+  // Turns the gradient of the states through y into g; returns dA.
+  Tensor reversed() {
+    Tensor dA = ctx_.empty({tokens_, dstate_}, DType::float32);
+    reverse_scan(ctx_, a_, {static_cast<int>(a_.x.dim(0)), N(), seqlen_, lengths()}, g_data(),
+                 dA.view().template data<float>());
+    lrnn::sum_columns(ctx_, {.a = dA, .out = a_.dbase});
+    return dA;
+  }
+  [[nodiscard]] const std::int32_t* lengths() const {
+    return a_.lengths ? a_.lengths.data<std::int32_t>() : nullptr;
+  }
   Tensor masked(TensorView rows) {
     Tensor copy = ctx_.clone(rows);
     lrnn::mask_padding(ctx_, {.x = copy, .lengths = a_.lengths});
@@ -417,11 +392,21 @@ class Backward {
   void for_tiles(F&& f) {
     for (std::int64_t t = 0; t < tokens_; t += tile_) f(t, std::min(tile_, tokens_ - t));
   }
-  T* P_data() { return P_.view().template data<T>(); }
-  float* g_data() { return g_.view().template data<float>(); }
-  [[nodiscard]] const T* x_data(std::int64_t t) const { return x_.template data<T>() + t * dim_; }
-  [[nodiscard]] int H() const { return static_cast<int>(dim_); }
-  [[nodiscard]] int N() const { return static_cast<int>(dstate_); }
+  T* P_data() {
+    return P_.view().template data<T>();
+  }
+  float* g_data() {
+    return g_.view().template data<float>();
+  }
+  [[nodiscard]] const T* x_data(std::int64_t t) const {
+    return x_.template data<T>() + t * dim_;
+  }
+  [[nodiscard]] int H() const {
+    return static_cast<int>(dim_);
+  }
+  [[nodiscard]] int N() const {
+    return static_cast<int>(dstate_);
+  }
   MutableTensorView dx_rows(std::int64_t t, std::int64_t count) {
     return a_.dx.reshape({tokens_, dim_}).slice(0, t, count);
   }

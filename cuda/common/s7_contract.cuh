@@ -237,26 +237,101 @@ void contract_states(cudaStream_t stream, std::int64_t first_token, std::int64_t
     launch(contract_states_kernel<T, 1>);
 }
 
+/// 1 / (A_t^2 + 0.5) to 2 units in the last place. The exact division is a call, across which the
+/// operands of other steps would leave the registers; its argument is at least 0.5.
+__device__ __forceinline__ float damping(float A) {
+  return __fdividef(1.0F, fmaf(A, A, 0.5F));
+}
 /// a_t = 1 - 1 / (A_t^2 + 0.5).
-__device__ inline float multiplier(float A) {
-  return 1.0F - 1.0F / fmaf(A, A, 0.5F);
+__device__ __forceinline__ float multiplier(float A) {
+  return 1.0F - damping(A);
 }
 
-/// Time steps of one chunk of the scans, which run one thread per (batch, chunk, state): short,
-/// since a thread waits for its loads, and there are few threads.
-constexpr int kChunk = 64;
-/// Steps whose operands a thread asks for at once.
-constexpr int kAhead = 8;
+/// Scans run one block per segment of a sequence and kScanStates states, a thread owning one state
+/// of one chunk, whose operands it holds in registers. A first kernel finds what each segment does
+/// to the state, a second begins with those of all segments before.
+constexpr int kScanStates = 16;
+constexpr int kScanChunks = 16;
+constexpr int kScanSteps = 16;  // of a chunk
+constexpr int kScanThreads = kScanStates * kScanChunks;
 
-struct Chunks {
-  int batch, chunks, dstate;
+struct ScanSeat;
+struct Sequences {
+  int batch, dstate;
   std::int64_t seqlen;
   const std::int32_t* lengths;
 
-  __host__ __device__ std::int64_t count() const {
-    return static_cast<std::int64_t>(batch) * chunks * dstate;
+  __host__ __device__ int groups() const { return (dstate + kScanStates - 1) / kScanStates; }
+  __host__ __device__ std::int64_t segments() const {
+    constexpr int kSegment = kScanChunks * kScanSteps;
+    return (seqlen + kSegment - 1) / kSegment;
   }
-  __device__ std::int64_t length(int b) const { return lengths != nullptr ? lengths[b] : seqlen; }
+  /// Of all, for states filled up to groups.
+  [[nodiscard]] std::int64_t segment_count() const {
+    return batch * segments() * groups() * kScanStates;
+  }
+  [[nodiscard]] unsigned blocks() const {
+    return static_cast<unsigned>(batch * segments() * groups());
+  }
+  __device__ std::int64_t segment_at(const ScanSeat& at, std::int64_t segment) const;
+};
+
+/// What a thread of a scan owns.
+struct ScanSeat {
+  int state, chunk, n;
+  std::int64_t b, segment;
+  bool exists;
+  std::int64_t valid;   // steps of the sequence
+  std::int64_t origin;  // of (b, step 0, n) in [B, L, N]
+  std::int64_t row;     // of (b, n) in [B, N]
+
+  __device__ explicit ScanSeat(const Sequences& z)
+      : state(static_cast<int>(threadIdx.x) % kScanStates),
+        chunk(static_cast<int>(threadIdx.x) / kScanStates),
+        n(static_cast<int>(blockIdx.x) % z.groups() * kScanStates + state),
+        b(blockIdx.x / static_cast<unsigned>(z.groups()) / z.segments()),
+        segment(blockIdx.x / static_cast<unsigned>(z.groups()) % z.segments()),
+        exists(n < z.dstate),
+        valid(z.lengths != nullptr ? z.lengths[b] : z.seqlen),
+        origin(b * z.seqlen * z.dstate + n),
+        row(b * z.dstate + n) {}
+  __device__ std::int64_t first() const { return (segment * kScanChunks + chunk) * kScanSteps; }
+};
+
+__device__ inline std::int64_t Sequences::segment_at(const ScanSeat& at,
+                                                     std::int64_t segment) const {
+  return (at.b * segments() + segment) * groups() * kScanStates + at.n;
+}
+
+/// The valid steps of a thread's chunk. Others read the first one, or that of the sequence: with
+/// loads under conditions the compiler would wait for one before it starts the next.
+struct Window {
+  std::int64_t place;  // of the first step, in [B, L, N]
+  int valid;
+  int dstate;
+
+  __device__ Window(const ScanSeat& at, const Sequences& z, std::int64_t first)
+      : valid(static_cast<int>(
+            max(std::int64_t{0}, min(at.valid - first, std::int64_t{kScanSteps})))),
+        dstate(z.dstate) {
+    const std::int64_t spare = at.exists ? 0 : z.dstate - 1 - at.n;
+    place = at.origin + spare + (valid > 0 ? first * z.dstate : 0);
+  }
+  __device__ __forceinline__ void load(const float* p, float (&out)[kScanSteps]) const {
+#pragma unroll
+    for (int k = 0; k < kScanSteps; ++k) out[k] = p[place + (k < valid ? k : 0) * dstate];
+  }
+};
+
+/// out = product * in + sum, of one chunk.
+struct Affine {
+  float product, sum;
+
+  __device__ __forceinline__ float apply(float in) const { return fmaf(product, in, sum); }
+  /// This one after `before`.
+  __device__ __forceinline__ Affine after(const Affine& before) const {
+    return {product * before.product, fmaf(product, before.sum, sum)};
+  }
 };
 
 }  // namespace lrnn::cuda::s7
