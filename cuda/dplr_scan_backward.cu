@@ -118,7 +118,7 @@ class WalkBack {
       if (half == 1) {
 #pragma unroll 4
         for (int j = 0; j < kHalf; ++j)
-          products_[j] = advance<kLanes>(m_, b_, token(j).x, kFull || j < left, x);
+          keep_product(j, advance<kLanes>(m_, b_, token(j).x, kFull || j < left, x));
       }
       walk_half<kFull>(t, left, half * kHalf, x);
     }
@@ -159,10 +159,11 @@ class WalkBack {
 #pragma unroll 4
       for (int j = 0; j < kHalf; ++j) {
         keep(j, x);
-        products_[first + j] =
-            advance<kLanes>(m_, b_, token(first + j).x, kFull || first + j < left, x);
+        keep_product(first + j, advance<kLanes>(m_, b_, token(first + j).x,
+                                                kFull || first + j < left, x));
       }
     }
+    __syncwarp();  // the group reads the products
 #pragma unroll 1
     for (int four = kHalf - 4; four >= 0; four -= 4) {
       float du[4];
@@ -180,6 +181,10 @@ class WalkBack {
     }
   }
 
+  // <k, x_{t-1}> of a token, which all lanes of the group know.
+  __device__ __forceinline__ void keep_product(int j, float product) const {
+    if (p_.lane == 0) products_[j] = product;
+  }
   __device__ __forceinline__ void keep(int j, const Pairs<kPer>& x) const {
 #pragma unroll
     for (int i = 0; i < kPer; ++i) history_[(j * kPer + i) * kThreads] = x.v[i];
@@ -234,7 +239,7 @@ class WalkBack {
   const Sizes& s_;
   const Place<kLanes> p_;  // by value: fewer registers
   float2* history_;        // of this thread, [kHalf, kPer] at distance kThreads
-  float* products_;        // of this group, [kChunk]: <k, x_{t-1}>, which all its lanes write
+  float* products_;        // of this group, [kChunk]: <k, x_{t-1}>
   float2* tokens_;         // of this group, (u, g) [kChunk]
   Transition<kPer> m_;
   Pairs<kPer> b_;
