@@ -15,17 +15,9 @@ namespace {
 constexpr std::int64_t kMostStates = std::int64_t{1} << 16;
 constexpr int kFloatChannels = 16;  // of a work item: a cache line
 
-// Scratch comes in cache lines, so that no vector lies across two.
-struct alignas(64) Line {
-  float v[16];
-};
 // Between buffers that are read and one that is written at the same time: loads wait for a store
 // whose address is a multiple of 4 KiB away.
 constexpr std::int64_t kFloatSkew = 192;
-std::vector<Line> lines_of(std::int64_t floats) {
-  return std::vector<Line>(static_cast<std::size_t>((floats + 15) / 16));
-}
-
 // Floats of a group in the backward pass; see Work.
 std::int64_t group_scratch(std::int64_t dstate) {
   return 3 * kFloatGroup * dstate + 2 * kFloatGroup;

@@ -13,6 +13,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
 #include <immintrin.h>
@@ -74,5 +75,13 @@ class FlushDenormals {
   FlushDenormals() {}
 #endif
 };
+
+/// Scratch comes in cache lines, so that no vector lies across two.
+struct alignas(64) Line {
+  float v[16];
+};
+inline std::vector<Line> lines_of(std::int64_t floats) {
+  return std::vector<Line>(static_cast<std::size_t>((floats + 15) / 16));
+}
 
 }  // namespace lrnn::cpu
