@@ -3,7 +3,6 @@
 #include "causal_conv1d_float.hpp"
 
 #include <algorithm>
-#include <vector>
 
 #include "common/isa.hpp"
 
@@ -26,11 +25,11 @@ void for_each_group(Run run, const Args& p) {
 #pragma omp parallel
   {
     const FlushDenormals flush;
-    std::vector<Line> scratch = lines_of(scratch_size(p.in.width, kGroup));
+    const auto scratch = lines_of(scratch_size(p.in.width, kGroup));
 #pragma omp for collapse(2) schedule(static)
     for (std::int64_t b = 0; b < p.in.batch; ++b)
       for (std::int64_t c = 0; c < p.in.channels; c += kGroup)
-        run(p, b, c, std::min(kGroup, p.in.channels - c), scratch.front().v);
+        run(p, b, c, std::min(kGroup, p.in.channels - c), scratch[0].v);
   }
 }
 

@@ -13,31 +13,35 @@ namespace {
 
 // Of a work item: long pieces of rows, and few enough that threads find work.
 constexpr std::int64_t kGroup = 256;
+// Of their rows in scratch: neighbours lie in different sets of the first cache.
+constexpr std::int64_t kRowStride = kGroup + 16;
+
+constexpr std::int64_t kTile = 16;  // tokens in scratch in the forward pass
 
 #define LRNN_KERNELS "rglru_scan_float_kernel.hpp"
 #include "common/each_isa.hpp"
 
-template <class F>
-void for_each_group(const FloatGatedScan& p, F&& f) {
+// With scratch for `rows` rows.
+template <class Run, class Args>
+void for_each_group(Run run, const Args& p, std::int64_t rows) {
 #pragma omp parallel
   {
     const FlushDenormals flush;
+    const auto scratch = lines_of(rows * kRowStride);
 #pragma omp for collapse(2) schedule(dynamic)
-    for (std::int64_t b = 0; b < p.batch; ++b)
-      for (std::int64_t e = 0; e < p.channels; e += kGroup)
-        f(b, e, std::min(kGroup, p.channels - e));
+    for (std::int64_t b = 0; b < p.in.batch; ++b)
+      for (std::int64_t e = 0; e < p.in.channels; e += kGroup)
+        run(p, b, e, std::min(kGroup, p.in.channels - e), scratch[0].v);
   }
 }
 
 }  // namespace
 
 void run_float_gated_scan(const FloatGatedScanForward& p) {
-  const auto run = LRNN_OF_MACHINE(run);
-  for_each_group(p.in, [&](auto b, auto first, auto count) { run(p, b, first, count); });
+  for_each_group(LRNN_OF_MACHINE(run), p, 4 * kTile);
 }
 void run_float_gated_scan_backward(const FloatGatedScanBackward& p) {
-  const auto run = LRNN_OF_MACHINE(run_backward);
-  for_each_group(p.in, [&](auto b, auto first, auto count) { run(p, b, first, count); });
+  for_each_group(LRNN_OF_MACHINE(run_backward), p, 7 * kRglruScanChunk);
 }
 
 }  // namespace lrnn::cpu

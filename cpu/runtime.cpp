@@ -25,15 +25,16 @@ void prefer_huge_pages([[maybe_unused]] void* ptr, [[maybe_unused]] std::size_t 
 #endif
 }
 
-// Large blocks begin at different distances from a huge page. At the same one, the operands of an
-// op would lie a multiple of 4 KiB apart and meet in the same sets of the caches, where the rows of
-// few of them find room, and loads would wait for stores to other operands.
+// Large blocks begin at different distances from a page. At the same one, the rows of the operands
+// of an op would lie a multiple of 4 KiB apart, where loads wait for stores to other operands and
+// few lines find room in the first cache.
 class HostResource final : public MemoryResource {
  public:
   void* allocate(std::size_t bytes, Stream) override {
-    const bool large = bytes >= kHugePage;
-    const std::size_t alignment = large ? kHugePage : kAlignment;
-    const std::size_t skew = large ? next_skew() : 0;
+    const std::size_t skew = bytes >= kLarge ? next_skew() : 0;
+    const std::size_t alignment = bytes >= kHugePage ? kHugePage
+                                  : bytes >= kLarge  ? kPage
+                                                     : kAlignment;
     const std::size_t size = (skew + bytes + alignment - 1) / alignment * alignment;
     LRNN_CHECK(size >= bytes, OutOfMemory, "host: ", bytes, " bytes requested");
     void* ptr = std::aligned_alloc(alignment, size == 0 ? alignment : size);
@@ -42,19 +43,18 @@ class HostResource final : public MemoryResource {
     return static_cast<std::byte*>(ptr) + skew;
   }
   void deallocate(void* ptr, std::size_t bytes, Stream) noexcept override {
-    if (bytes >= kHugePage)
-      ptr = static_cast<std::byte*>(ptr) - reinterpret_cast<std::uintptr_t>(ptr) % kHugePage;
+    if (bytes >= kLarge)
+      ptr = static_cast<std::byte*>(ptr) - reinterpret_cast<std::uintptr_t>(ptr) % kPage;
     std::free(ptr);
   }
   [[nodiscard]] Device device() const noexcept override { return {}; }
 
  private:
-  static constexpr std::size_t kStep = (std::size_t{8} << 10) + kAlignment;
-  static constexpr unsigned kSteps = 16;
-  static_assert(kStep * kSteps < kHugePage);
-  std::size_t next_skew() { return kStep * (blocks_++ % kSteps); }
+  static constexpr std::size_t kPage = std::size_t{4} << 10;
+  static constexpr std::size_t kLarge = std::size_t{64} << 10;
+  std::size_t next_skew() { return blocks_++ * kAlignment % kPage; }
 
-  std::atomic<unsigned> blocks_ = 0;
+  std::atomic<std::size_t> blocks_ = 0;
 };
 
 class CpuRecording final : public Recording {

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <omp.h>
-#include <vector>
 
 #include "lrnn/ops/selective_scan.hpp"
 
@@ -18,6 +17,8 @@ constexpr int kFloatChannels = 16;  // of a work item: a cache line
 // Between buffers that are read and one that is written at the same time: loads wait for a store
 // whose address is a multiple of 4 KiB away.
 constexpr std::int64_t kFloatSkew = 192;
+// Of rows of a group in scratch: neighbours lie in different sets of the first cache.
+constexpr std::int64_t kRowStride = kFloatGroup + kFloatChannels;
 // Floats of a group in the backward pass; see Work.
 std::int64_t group_scratch(std::int64_t dstate) {
   return 3 * kFloatGroup * dstate + 2 * kFloatGroup;
@@ -29,7 +30,8 @@ std::int64_t group_scratch(std::int64_t dstate) {
 // Floats that a chunk of the widest vectors takes; see Work.
 std::int64_t chunk_scratch(std::int64_t dstate) {
   constexpr std::int64_t kVectors = (kSelectiveScanChunk + 1) + 3 * kSelectiveScanChunk;
-  return kVectors * dstate * kFloatChannels + 2 * kSelectiveScanChunk * kFloatChannels + kFloatSkew;
+  return kVectors * dstate * kFloatChannels + 2 * kSelectiveScanChunk * kFloatChannels +
+         7 * kSelectiveScanChunk * kRowStride + kFloatSkew;
 }
 
 // Groups that a thread takes through time together: as many as leave every thread some, up to
@@ -48,11 +50,11 @@ void run_float_scan(const FloatScan& p) {
 #pragma omp parallel
   {
     const FlushDenormals flush;
-    std::vector<Line> scratch = lines_of(groups * 2 * kFloatChannels * p.dstate);
+    const auto scratch = lines_of(groups * 2 * kFloatChannels * p.dstate);
 #pragma omp for collapse(2) schedule(dynamic)
     for (std::int64_t b = 0; b < p.batch; ++b)
       for (std::int64_t g = 0; g < all; g += groups)
-        run(p, b, g * kFloatChannels, std::min(groups, all - g), scratch.front().v);
+        run(p, b, g * kFloatChannels, std::min(groups, all - g), scratch[0].v);
   }
 }
 
@@ -63,12 +65,11 @@ void run_float_scan_backward(const FloatScanBackward& p) {
 #pragma omp parallel
   {
     const FlushDenormals flush;
-    std::vector<Line> scratch =
-        lines_of(groups * group_scratch(p.in.dstate) + chunk_scratch(p.in.dstate));
+    const auto scratch = lines_of(groups * group_scratch(p.in.dstate) + chunk_scratch(p.in.dstate));
 #pragma omp for collapse(2) schedule(dynamic)
     for (std::int64_t b = 0; b < p.in.batch; ++b)
       for (std::int64_t g = 0; g < p.groups; g += groups)
-        run(p, b, g, std::min(groups, p.groups - g), scratch.front().v);
+        run(p, b, g, std::min(groups, p.groups - g), scratch[0].v);
   }
 }
 

@@ -8,6 +8,7 @@ constexpr float kLn2 = 0.6931471805599453F;
 // A vector of channels in a group. A is times log2(e); A, g and dA are [N, kLanes].
 struct BackwardChannels {
   std::int64_t first, count;
+  std::int64_t at;  // of the first in the group
   float *A, *g, *dA;
   Vec bias, D, dbias, dD;
 };
@@ -20,8 +21,18 @@ struct Work {
   float* h;           // [kSelectiveScanChunk + 1, N, kLanes]; h[0] enters the chunk
   float* a;           // [kSelectiveScanChunk, N, kLanes]
   float *y, *delta;   // [kSelectiveScanChunk, kLanes]
+  float* rows;        // [7, kSelectiveScanChunk, kRowStride]: see rows_of()
   float* dBC;         // [kSelectiveScanChunk, 2 N, kLanes]
 };
+
+// The rows of a chunk of all channels of the group, read before and written after it.
+enum Operand { kU, kDt, kZ, kDy, kDu, kDdt, kDz };
+inline float* rows_of(const Work& w, Operand operand) {
+  return w.rows + operand * kSelectiveScanChunk * kRowStride;
+}
+inline float* row_of(const Work& w, Operand operand, const BackwardChannels& c, std::int64_t i) {
+  return rows_of(w, operand) + i * kRowStride + c.at;
+}
 
 inline float* take(float*& from, std::int64_t count) {
   float* const p = from;
@@ -43,6 +54,7 @@ inline Work divide(float* scratch, std::int64_t dstate, std::int64_t index, std:
   w.a = take(scratch, kSelectiveScanChunk * vector);
   w.y = take(scratch, kSelectiveScanChunk * kLanes);
   w.delta = take(scratch, kSelectiveScanChunk * kLanes);
+  w.rows = take(scratch, 7 * kSelectiveScanChunk * kRowStride);
   take(scratch, kFloatSkew);
   w.dBC = take(scratch, kSelectiveScanChunk * 2 * vector);
   return w;
@@ -65,6 +77,7 @@ inline BackwardChannels channels_of(const FloatScanBackward& p, const Work& w, s
   const std::int64_t left = in.channels - (first + at);
   BackwardChannels c;
   c.first = first + at;
+  c.at = at;
   c.count = left < kLanes ? left : kLanes;
   c.A = w.A + at * in.dstate;
   c.g = w.g + at * in.dstate;
@@ -87,10 +100,10 @@ LRNN_INLINE void recompute(const FloatScan& in, const Work& w, const BackwardCha
   Vec drive[kTokens];
   Vec y[kTokens];
   LRNN_EACH
-  delta[j] = load_some(in.dt + (row + j) * in.dt_stride + c.first, c.count) + c.bias;
+  delta[j] = load(row_of(w, kDt, c, i + j)) + c.bias;
   softplus(delta, count);
   LRNN_EACH {
-    const Vec u = load_some(in.u + (row + j) * in.u_stride + c.first, c.count);
+    const Vec u = load(row_of(w, kU, c, i + j));
     drive[j] = delta[j] * u;
     y[j] = c.D * u;
     store(w.delta + (i + j) * kLanes, delta[j]);
@@ -115,17 +128,16 @@ LRNN_INLINE void recompute(const FloatScan& in, const Work& w, const BackwardCha
 
 // The gradients of y before the gate; writes those of z.
 LRNN_INLINE void ungate(const FloatScanBackward& p, const Work& w, const BackwardChannels& c,
-                        std::int64_t row, std::int64_t i, Vec* dy, const int count) {
-  LRNN_EACH dy[j] = load_some(p.dy + (row + j) * p.dy_stride + c.first, c.count);
+                        std::int64_t i, Vec* dy, const int count) {
+  LRNN_EACH dy[j] = load(row_of(w, kDy, c, i + j));
   if (p.dz == nullptr) return;
   Vec z[kTokens];
   Vec s[kTokens];
-  LRNN_EACH s[j] = z[j] = load_some(p.in.z + (row + j) * p.in.z_stride + c.first, c.count);
+  LRNN_EACH s[j] = z[j] = load(row_of(w, kZ, c, i + j));
   sigmoid(s, count);
   LRNN_EACH {
     const Vec y = load(w.y + (i + j) * kLanes);
-    store_some(p.dz + (row + j) * p.dz_stride + c.first,
-               dy[j] * y * s[j] * (1.0F + z[j] * (1.0F - s[j])), c.count);
+    store(row_of(w, kDz, c, i + j), dy[j] * y * s[j] * (1.0F + z[j] * (1.0F - s[j])));
     dy[j] *= z[j] * s[j];
   }
 }
@@ -144,9 +156,9 @@ LRNN_INLINE void retrace(const FloatScanBackward& p, const Work& w, BackwardChan
   Vec drive[kTokens];
   Vec ddrive[kTokens];  // sum over n of g B
   Vec dlog[kTokens];    // sum over n of the gradient of delta A, times A
-  ungate(p, w, c, row, i, dy, count);
+  ungate(p, w, c, i, dy, count);
   LRNN_EACH {
-    u[j] = load_some(in.u + (row + j) * in.u_stride + c.first, c.count);
+    u[j] = load(row_of(w, kU, c, i + j));
     delta[j] = load(w.delta + (i + j) * kLanes);
     drive[j] = delta[j] * u[j];
     ddrive[j] = Vec{};
@@ -178,33 +190,16 @@ LRNN_INLINE void retrace(const FloatScanBackward& p, const Work& w, BackwardChan
     store(c.dA + n * kLanes, dA);
   }
   Vec slope[kTokens];  // of softplus
-  LRNN_EACH slope[j] = load_some(in.dt + (row + j) * in.dt_stride + c.first, c.count) + c.bias;
+  LRNN_EACH slope[j] = load(row_of(w, kDt, c, i + j)) + c.bias;
   sigmoid(slope, count);
   LRNN_UNROLL
   for (int j = count - 1; j >= 0; --j) {
     const Vec ddt = (u[j] * ddrive[j] + dlog[j] * kLn2) * slope[j];
-    store_some(p.ddt + (row + j) * p.ddt_stride + c.first, ddt, c.count);
-    store_some(p.du + (row + j) * p.du_stride + c.first, c.D * dy[j] + delta[j] * ddrive[j],
-               c.count);
+    store(row_of(w, kDdt, c, i + j), ddt);
+    store(row_of(w, kDu, c, i + j), c.D * dy[j] + delta[j] * ddrive[j]);
     c.dbias += ddt;
     c.dD += dy[j] * u[j];
   }
-}
-
-// Rows that recompute() reads at the next vector of channels, and those that retrace() will read
-// and write at this one.
-inline void prefetch_tokens(const FloatScanBackward& p, std::int64_t row, std::int64_t first) {
-  const FloatScan& in = p.in;
-  const auto ahead = [&](const float* rows, std::int64_t stride, std::int64_t channel) {
-    if (rows != nullptr) prefetch_rows(rows + row * stride + channel, stride, kTokens);
-  };
-  ahead(in.u, in.u_stride, first + kLanes);
-  ahead(in.dt, in.dt_stride, first + kLanes);
-  ahead(in.z, in.z_stride, first);
-  ahead(p.dy, p.dy_stride, first);
-  ahead(p.du, p.du_stride, first);
-  ahead(p.ddt, p.ddt_stride, first);
-  ahead(p.dz, p.dz_stride, first);
 }
 
 // Tokens [t, t + count) of a chunk that starts at t, through one vector of channels.
@@ -216,7 +211,6 @@ inline void chunk_of_channels(const FloatScanBackward& p, const Work& w, Backwar
   gather(p.chunk_states + chunk * in.channels * in.dstate, c, in.dstate, w.h);
   std::int64_t i = 0;
   for (; i + kTokens <= count; i += kTokens) {
-    prefetch_tokens(p, row + i, c.first);
     recompute(in, w, c, row + i, i, kTokens);
   }
   for (; i < count; ++i) recompute(in, w, c, row + i, i, 1);
@@ -280,13 +274,40 @@ inline void begin_group(const FloatScanBackward& p, const Work& w, std::int64_t 
   });
 }
 
+// Between the operands and the scratch of the group whose first channel is `first`.
+inline void copy_chunk(const FloatScanBackward& p, const Work& w, bool in, std::int64_t row,
+                       std::int64_t tokens, std::int64_t first) {
+  const std::int64_t left = p.in.channels - first;
+  const std::int64_t channels = left < kFloatGroup ? left : kFloatGroup;
+  const auto read = [&](Operand operand, const float* from, std::int64_t stride) {
+    if (from != nullptr && in)
+      copy_in(from + row * stride + first, stride, tokens, channels, rows_of(w, operand),
+              kRowStride);
+  };
+  const auto write = [&](Operand operand, float* to, std::int64_t stride) {
+    if (to != nullptr && !in)
+      copy_out(rows_of(w, operand), kRowStride, tokens, channels, to + row * stride + first,
+               stride);
+  };
+  read(kU, p.in.u, p.in.u_stride);
+  read(kDt, p.in.dt, p.in.dt_stride);
+  read(kZ, p.in.z, p.in.z_stride);
+  read(kDy, p.dy, p.dy_stride);
+  write(kDu, p.du, p.du_stride);
+  write(kDdt, p.ddt, p.ddt_stride);
+  write(kDz, p.dz, p.dz_stride);
+}
+
 // The `count` tokens of the chunk that begins at t.
 inline void run_chunk(const FloatScanBackward& p, const Work& w, std::int64_t b, std::int64_t group,
                       std::int64_t t, std::int64_t count) {
   const std::int64_t dstate = p.in.dstate;
   for (std::int64_t i = 0; i < count * 2 * dstate; ++i) store(w.dBC + i * kLanes, Vec{});
+  const std::int64_t row = b * p.in.seqlen + t;
+  copy_chunk(p, w, true, row, count, group * kFloatGroup);
   for_each_vector(p, w, group,
                   [&](BackwardChannels& c) { chunk_of_channels(p, w, c, b, t, count); });
+  copy_chunk(p, w, false, row, count, group * kFloatGroup);
   write_parts(w, count, dstate, p.dBC + ((b * p.groups + group) * p.in.seqlen + t) * 2 * dstate);
 }
 

@@ -13,7 +13,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <vector>
+#include <memory>
 
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
 #include <immintrin.h>
@@ -80,8 +80,8 @@ class FlushDenormals {
 struct alignas(64) Line {
   float v[16];
 };
-inline std::vector<Line> lines_of(std::int64_t floats) {
-  return std::vector<Line>(static_cast<std::size_t>((floats + 15) / 16));
+inline std::unique_ptr<Line[]> lines_of(std::int64_t floats) {
+  return std::make_unique_for_overwrite<Line[]>(static_cast<std::size_t>((floats + 15) / 16));
 }
 
 }  // namespace lrnn::cpu

@@ -28,6 +28,23 @@ inline void store_some(float* p, Vec v, std::int64_t count) {
   if (count >= kLanes) return store(p, v);
   for (int i = 0; i < count; ++i) p[i] = v[i];
 }
+// Between rows of tensors and a dense tile of rows. Rows are walked along:
+// one column of many rows after the other takes several times as long, as rows meet in few sets of
+// the caches and each is on a page of its own. Columns of the tile beyond `count` are zero.
+inline void copy_in(const float* rows, std::int64_t stride, std::int64_t tokens, std::int64_t count,
+                    float* tile, std::int64_t tile_stride) {
+  for (std::int64_t t = 0; t < tokens; ++t) {
+    __builtin_memcpy(tile + t * tile_stride, rows + t * stride,
+                     static_cast<std::size_t>(count) * sizeof(float));
+    for (std::int64_t i = count; i % kLanes != 0; ++i) tile[t * tile_stride + i] = 0.0F;
+  }
+}
+inline void copy_out(const float* tile, std::int64_t tile_stride, std::int64_t tokens,
+                     std::int64_t count, float* rows, std::int64_t stride) {
+  for (std::int64_t t = 0; t < tokens; ++t)
+    __builtin_memcpy(rows + t * stride, tile + t * tile_stride,
+                     static_cast<std::size_t>(count) * sizeof(float));
+}
 // For rows further apart than pages are long, where the hardware fetches none ahead.
 inline void prefetch_rows(const float* p, std::int64_t stride, std::int64_t rows) {
   for (std::int64_t r = 0; r < rows; ++r) __builtin_prefetch(p + r * stride);
