@@ -1,8 +1,10 @@
 #include "lrnn/ops/causal_conv1d.hpp"
 
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
+#include "causal_conv1d_float.hpp"
 #include "common/activation.hpp"
 #include "common/pack.hpp"
 #include "common/rows.hpp"
@@ -103,6 +105,17 @@ void for_each_pack(const Conv<T>& v, F&& f) {
   });
 }
 
+// The last inputs; state_out may be state_in, which has been read.
+template <class T>
+void write_state(const CausalConv1dForward& a, const Channels<T>& c) {
+  if (!a.state_out) return;
+  T* const state = a.state_out.data<T>();
+  for (std::int64_t k = 0; k < c.v.width; ++k) {
+    const Pack<T> input = c.input(c.v.length(c.b) - c.v.width + k);
+    for (std::int64_t i = 0; i < c.count; ++i) state[c.window(i, k)] = input(i);
+  }
+}
+
 template <class T>
 void forward(const CausalConv1dForward& a) {
   const Conv<T> v(a);
@@ -114,13 +127,28 @@ void forward(const CausalConv1dForward& a) {
       if (v.activation == Activation::Silu) out /= T(1) + (-out).exp();
       store<T>(out, y[c.row(t)] + c.first, c.count);
     }
-    if (!a.state_out) return;
-    T* const state = a.state_out.data<T>();  // may be state_in, which has been read
-    for (std::int64_t k = 0; k < v.width; ++k) {
-      const Pack<T> input = c.input(length - v.width + k);
-      for (std::int64_t i = 0; i < c.count; ++i) state[c.window(i, k)] = input(i);
-    }
+    write_state(a, c);
   });
+}
+
+FloatConv float_conv(const Conv<float>& v) {
+  return {.x = v.x.data,
+          .weight = v.weight,
+          .bias = v.bias,
+          .state_in = v.state_in,
+          .lengths = v.lengths,
+          .x_stride = v.x.stride,
+          .batch = v.batch,
+          .seqlen = v.seqlen,
+          .channels = v.channels,
+          .width = v.width,
+          .silu = v.activation == Activation::Silu};
+}
+void forward_float(const CausalConv1dForward& a) {
+  const Conv<float> v(a);
+  const auto y = rows_of<float>(a.y);
+  run_float_conv({.in = float_conv(v), .y = y.data, .y_stride = y.stride});
+  if (a.state_out) for_each_pack(v, [&](const Channels<float>& c) { write_state(a, c); });
 }
 
 /// One pack of channels backward. The gradient of pre passes through a ring of `width` tokens, from
@@ -209,23 +237,41 @@ class BackwardPack {
   Pack<T> dbias_ = Pack<T>::Zero();
 };
 
+// `sums`: [B, C, width + 1], the weights' and the bias's; over the batch, in order.
 template <class T>
-void backward(const CausalConv1dBackward& a) {
-  const Conv<T> v(a);
-  const std::int64_t stride = v.width + 1;  // of partial sums: width weights, one bias
-  std::vector<T> partial(static_cast<std::size_t>(v.batch * v.channels * stride));
-  for_each_pack(v, [&](const Channels<T>& c) {
-    BackwardPack<T> pack(a, c);
-    pack.run();
-    pack.write_sums(partial.data());
-  });
+void add_sums(const CausalConv1dBackward& a, const Conv<T>& v, const std::vector<T>& sums) {
   T* const dweight = a.dweight.data<T>();
   for (std::int64_t b = 0; b < v.batch; ++b)
     for (std::int64_t c = 0; c < v.channels; ++c) {
-      const T* const sums = partial.data() + (b * v.channels + c) * stride;
-      for (std::int64_t k = 0; k < v.width; ++k) dweight[c * v.width + k] += sums[k];
-      if (a.dbias) a.dbias.data<T>()[c] += sums[v.width];
+      const T* const part = sums.data() + (b * v.channels + c) * (v.width + 1);
+      for (std::int64_t k = 0; k < v.width; ++k) dweight[c * v.width + k] += part[k];
+      if (a.dbias) a.dbias.data<T>()[c] += part[v.width];
     }
+}
+
+template <class T>
+void backward(const CausalConv1dBackward& a) {
+  const Conv<T> v(a);
+  std::vector<T> sums(static_cast<std::size_t>(v.batch * v.channels * (v.width + 1)));
+  if constexpr (std::is_same_v<T, float>) {
+    const auto dy = rows_of<float>(a.dy);
+    const auto dx = rows_of<float>(a.dx);
+    run_float_conv_backward({.in = float_conv(v),
+                             .dy = dy.data,
+                             .dstate_out = a.dstate_out ? a.dstate_out.data<float>() : nullptr,
+                             .dx = dx.data,
+                             .dstate_in = a.dstate_in ? a.dstate_in.data<float>() : nullptr,
+                             .dy_stride = dy.stride,
+                             .dx_stride = dx.stride,
+                             .sums = sums.data()});
+  } else {
+    for_each_pack(v, [&](const Channels<T>& c) {
+      BackwardPack<T> pack(a, c);
+      pack.run();
+      pack.write_sums(sums.data());
+    });
+  }
+  add_sums(a, v, sums);
 }
 
 template <class T>
@@ -251,7 +297,12 @@ void step(const CausalConv1dStep& a) {
 }  // namespace
 
 void causal_conv1d_forward(Context&, const CausalConv1dForward& a) {
-  visit_float("causal_conv1d_forward", a.x.dtype(), [&]<class T>() { forward<T>(a); });
+  visit_float("causal_conv1d_forward", a.x.dtype(), [&]<class T>() {
+    if constexpr (std::is_same_v<T, float>)
+      forward_float(a);
+    else
+      forward<T>(a);
+  });
 }
 void causal_conv1d_backward(Context&, const CausalConv1dBackward& a) {
   visit_float("causal_conv1d_backward", a.x.dtype(), [&]<class T>() { backward<T>(a); });

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "common/eigen.hpp"
 #include "common/rows.hpp"
 
 namespace lrnn::cpu {
@@ -10,10 +11,9 @@ namespace {
 
 template <class T>
 T log_sum_exp(const T* z, std::int64_t n) {
-  const T top = *std::max_element(z, z + n);
-  T sum = T(0);
-  for (std::int64_t v = 0; v < n; ++v) sum += std::exp(z[v] - top);
-  return top + std::log(sum);
+  const Eigen::Map<const RowVector<T>> row(z, n);
+  const T top = row.maxCoeff();
+  return top + std::log((row - top).exp().sum());
 }
 
 // dz may be z.
@@ -24,7 +24,8 @@ void gradient_row(const T* z, std::int32_t target, T lse, T factor, std::int64_t
     std::fill(dz, dz + width, T(0));
     return;
   }
-  for (std::int64_t v = 0; v < vocab; ++v) dz[v] = factor * std::exp(z[v] - lse);
+  Eigen::Map<RowVector<T>>(dz, vocab) =
+      factor * (Eigen::Map<const RowVector<T>>(z, vocab) - lse).exp();
   dz[target] -= factor;
   std::fill(dz + vocab, dz + width, T(0));
 }

@@ -3,10 +3,10 @@
 #include "lrnn/ops/diagonal_scan.hpp"
 
 #include <algorithm>
-#include <complex>
 #include <vector>
 
 #include "common/eigen.hpp"
+#include "common/exponential.hpp"
 
 namespace lrnn::cpu {
 namespace {
@@ -16,27 +16,39 @@ constexpr std::int64_t kChunk = kDiagonalScanChunk;
 // not depend on the number of threads. Unused lanes of the last block hold zeros.
 constexpr std::int64_t kLanes = 16;
 
-struct Lanes {
+// In cache lines, so that no vector lies across two.
+struct alignas(64) Lanes {
   double re[kLanes] = {};
   double im[kLanes] = {};
 };
 
-// Loads and stores `count` lanes of planes whose imaginary parts lie `plane` elements further on.
+// The first `count` of kLanes elements; with all of them, a loop of known length.
+template <class T>
+void load(const T* from, std::int64_t count, double* to) {
+  if (count == kLanes)
+    for (std::int64_t i = 0; i < kLanes; ++i) to[i] = static_cast<double>(from[i]);
+  else
+    for (std::int64_t i = 0; i < count; ++i) to[i] = static_cast<double>(from[i]);
+}
+template <class T>
+void store(const double* from, std::int64_t count, T* to) {
+  if (count == kLanes)
+    for (std::int64_t i = 0; i < kLanes; ++i) to[i] = static_cast<T>(from[i]);
+  else
+    for (std::int64_t i = 0; i < count; ++i) to[i] = static_cast<T>(from[i]);
+}
+// `count` lanes of planes whose imaginary parts lie `plane` elements further on.
 template <class T>
 Lanes load(const T* re, std::int64_t plane, std::int64_t count) {
   Lanes out;
-  for (std::int64_t i = 0; i < count; ++i) {
-    out.re[i] = static_cast<double>(re[i]);
-    out.im[i] = static_cast<double>(re[plane + i]);
-  }
+  load(re, count, out.re);
+  load(re + plane, count, out.im);
   return out;
 }
 template <class T>
 void store(T* re, std::int64_t plane, std::int64_t count, const Lanes& value) {
-  for (std::int64_t i = 0; i < count; ++i) {
-    re[i] = static_cast<T>(value.re[i]);
-    re[plane + i] = static_cast<T>(value.im[i]);
-  }
+  store(value.re, count, re);
+  store(value.im, count, re + plane);
 }
 
 Lanes times(const Lanes& a, const Lanes& b) {
@@ -70,6 +82,40 @@ struct Step {
   Lanes slope;
 };
 
+// z = re + 2 pi i turns of one block of lanes in the event form.
+struct alignas(64) Rate {
+  double re[kLanes] = {};
+  double turns[kLanes] = {};
+};
+constexpr double kTwoPi = 6.283185307179586;
+
+Step exponential_step(const Rate& z, double tau) {
+  Step s;
+  for (std::int64_t i = 0; i < kLanes; ++i) {
+    const double size = exponential(tau * z.re[i]);
+    const SinCos angle = sin_cos_of_turns(tau * z.turns[i]);
+    s.a.re[i] = size * angle.cos;
+    s.a.im[i] = size * angle.sin;
+  }
+  s.slope = s.a;
+  return s;
+}
+// (1 + w / 2) r and r^2 with r = 1 / (1 - w / 2).
+Step bilinear_step(const Rate& z, double tau) {
+  Lanes numerator;
+  Lanes r;
+  for (std::int64_t i = 0; i < kLanes; ++i) {
+    const double half_re = 0.5 * tau * z.re[i];
+    const double half_im = 0.5 * tau * kTwoPi * z.turns[i];
+    const double scale = 1.0 / ((1.0 - half_re) * (1.0 - half_re) + half_im * half_im);
+    r.re[i] = (1.0 - half_re) * scale;
+    r.im[i] = half_im * scale;
+    numerator.re[i] = 1.0 + half_re;
+    numerator.im[i] = half_im;
+  }
+  return {.a = times(numerator, r), .slope = times(r, r)};
+}
+
 template <class T>
 struct Multiplier {
   const T* a;
@@ -96,32 +142,21 @@ struct Multiplier {
     if (a_low != nullptr) add(s.a, load(a_low + first, lanes, count));
     return s;
   }
-  [[nodiscard]] std::complex<double> z_of(std::int64_t lane) const {
-    constexpr double kTwoPi = 6.283185307179586;
-    const auto part = [&](std::int64_t row) { return static_cast<double>(z[row * lanes + lane]); };
-    return {part(0) + part(1), kTwoPi * (part(2) + part(3))};
-  }
-  [[nodiscard]] Step event_step(std::int64_t token, std::int64_t first, std::int64_t count) const {
-    Step s;
-    const auto relative = static_cast<double>(tau[token]);
+  [[nodiscard]] Rate rate(std::int64_t first, std::int64_t count) const {
+    Rate rate;
+    if (!event()) return rate;
+    const auto part = [&](std::int64_t row, std::int64_t i) {
+      return static_cast<double>(z[row * lanes + first + i]);
+    };
     for (std::int64_t i = 0; i < count; ++i) {
-      const std::complex<double> w = relative * z_of(first + i);
-      std::complex<double> value;
-      std::complex<double> slope;
-      if (bilinear) {
-        const std::complex<double> r = 1.0 / (1.0 - 0.5 * w);
-        value = (1.0 + 0.5 * w) * r;
-        slope = r * r;
-      } else {
-        value = std::exp(w);
-        slope = value;
-      }
-      s.a.re[i] = value.real();
-      s.a.im[i] = value.imag();
-      s.slope.re[i] = slope.real();
-      s.slope.im[i] = slope.imag();
+      rate.re[i] = part(0, i) + part(1, i);
+      rate.turns[i] = part(2, i) + part(3, i);
     }
-    return s;
+    return rate;
+  }
+  [[nodiscard]] Step event_step(const Rate& rate, std::int64_t token) const {
+    const auto relative = static_cast<double>(tau[token]);
+    return bilinear ? bilinear_step(rate, relative) : exponential_step(rate, relative);
   }
 };
 
@@ -143,7 +178,7 @@ struct Drive {
     const T* const p = v + token * stride + first;
     if (complex) return load(p, lanes, count);
     Lanes out;
-    for (std::int64_t i = 0; i < count; ++i) out.re[i] = static_cast<double>(p[i]);
+    load(p, count, out.re);
     return out;
   }
 };
@@ -192,6 +227,7 @@ void forward_block(const Problem<T>& problem, const DiagonalScanForward& args, s
   const std::int64_t count = std::min(kLanes, n - first);
   const std::int64_t length = problem.length(b);
   const Lanes gamma = problem.input_factor(first, count);
+  const Rate rate = problem.multiplier.rate(first, count);
   Step step = problem.multiplier.fixed(first, count);
   const std::int64_t state_at = b * 2 * n + first;
   Lanes x;
@@ -206,7 +242,7 @@ void forward_block(const Problem<T>& problem, const DiagonalScanForward& args, s
       continue;
     }
     const std::int64_t token = b * problem.seqlen + t;
-    if (problem.multiplier.event()) step = problem.multiplier.event_step(token, first, count);
+    if (problem.multiplier.event()) step = problem.multiplier.event_step(rate, token);
     x = times(step.a, x);
     add(x, times(gamma, problem.drive.at(token, first, count)));
     store(out + t * 2 * n, n, count, x);
@@ -234,6 +270,7 @@ class BackwardBlock {
         count_(std::min(kLanes, problem.lanes - first)),
         dtau_(dtau),
         gamma_(problem.input_factor(first, count_)),
+        rate_(problem.multiplier.rate(first, count_)),
         event_(problem.multiplier.event()) {
     steps_[0] = problem.multiplier.fixed(first, count_);
   }
@@ -267,7 +304,7 @@ class BackwardBlock {
   void write_dv(std::int64_t t, const Lanes& value) const {
     T* const out = args_.dv.data<T>() + token(t) * problem_.drive.stride + first_;
     if (problem_.drive.complex) return store(out, problem_.lanes, count_, value);
-    for (std::int64_t i = 0; i < count_; ++i) out[i] = static_cast<T>(value.re[i]);
+    store(value.re, count_, out);
   }
 
   void write_padding(std::int64_t begin, std::int64_t end) const {
@@ -286,7 +323,7 @@ class BackwardBlock {
     for (std::int64_t t = begin; t < end; ++t) {
       const auto j = static_cast<std::size_t>(t - begin);
       before_[j] = x;
-      if (event_) steps_[j] = problem_.multiplier.event_step(token(t), first_, count_);
+      if (event_) steps_[j] = problem_.multiplier.event_step(rate_, token(t));
       x = times(step_of(j).a, x);
       add(x, times(gamma_, problem_.drive.at(token(t), first_, count_)));
       if (args_.x) store(args_.x.data<T>() + at(t), n, count_, x);
@@ -313,14 +350,16 @@ class BackwardBlock {
   // dw: the gradient of tau_t z.
   void event_gradient(std::int64_t t, const Lanes& dw) {
     const auto tau = static_cast<double>(problem_.multiplier.tau[token(t)]);
-    double dtau = 0;
-    for (std::int64_t i = 0; i < count_; ++i) {
-      const std::complex<double> z = problem_.multiplier.z_of(first_ + i);
+    double parts[kLanes];
+    for (std::int64_t i = 0; i < kLanes; ++i) {
       sums_.multiplier.re[i] += tau * dw.re[i];
       sums_.multiplier.im[i] += tau * dw.im[i];
-      dtau += dw.re[i] * z.real() + dw.im[i] * z.imag();
+      parts[i] = dw.re[i] * rate_.re[i] + dw.im[i] * (kTwoPi * rate_.turns[i]);
     }
-    if (dtau_ != nullptr) dtau_[token(t)] = dtau;
+    if (dtau_ == nullptr) return;
+    for (std::int64_t half = kLanes / 2; half > 0; half /= 2)
+      for (std::int64_t i = 0; i < half; ++i) parts[i] += parts[half + i];
+    dtau_[token(t)] = parts[0];
   }
 
   const Problem<T>& problem_;
@@ -330,6 +369,7 @@ class BackwardBlock {
   std::int64_t count_;
   double* dtau_;  // [B, L], the part of this block of lanes
   Lanes gamma_;
+  Rate rate_;
   bool event_;
   Lanes carry_;  // what the positions behind add to the adjoint of the next state
   Sums sums_;

@@ -1,27 +1,19 @@
-// Channels are the vector lanes: a pack of channels keeps its states in registers while time runs.
+// In double; rglru_scan_float.hpp has the passes in float. Channels are the vector lanes: a pack of
+// channels keeps its states in registers while time runs.
 // Work items are (sequence, pack), so that sums do not depend on the number of threads.
 #include "lrnn/ops/rglru_scan.hpp"
 
 #include <algorithm>
 #include <array>
+#include <type_traits>
 #include <vector>
 
 #include "common/pack.hpp"
 #include "common/rows.hpp"
+#include "rglru_scan_float.hpp"
 
 namespace lrnn::cpu {
 namespace {
-
-// 1 - e^x for x <= 0, given e^x. Its Taylor series to x^8 where the difference would cancel:
-// relative error 2^-8 / 9! there. Eigen's expm1 takes a logarithm.
-inline Pack<float> one_minus_exp(const Pack<float>& x, const Pack<float>& exp_x) {
-  Pack<float> p = Pack<float>::Constant(1.0F / 40320);
-  for (const float c : {5040.0F, 720.0F, 120.0F, 24.0F, 6.0F, 2.0F, 1.0F}) p = p * x + 1.0F / c;
-  return (x > -0.5F).select(-x * p, 1.0F - exp_x);
-}
-inline Pack<double> one_minus_exp(const Pack<double>& x, const Pack<double>&) {
-  return -x.expm1();
-}
 
 template <class T>
 const T* data_or_null(TensorView t) {
@@ -99,7 +91,7 @@ struct Lanes {
     Gates<T> g;
     g.log_a = -rate * sigmoid<T>(read(p.pre_r, t));
     g.a = g.log_a.exp();
-    g.m = one_minus_exp(Pack<T>(T(2) * g.log_a), Pack<T>(g.a.square())).sqrt();
+    g.m = (-(T(2) * g.log_a).expm1()).sqrt();
     g.i = sigmoid<T>(read(p.pre_i, t));
     return g;
   }
@@ -222,14 +214,9 @@ T slope_over_value(T x) {
   return y > T(0) ? -y / ((T(1) + y) * std::log1p(y)) : T(-1);
 }
 
+// Sums over the batch, in order.
 template <class T>
-void backward(const RglruScanBackward& args) {
-  const Problem<T> p(args.in);
-  std::vector<T> sums(static_cast<std::size_t>(p.batch * p.channels));
-#pragma omp parallel for collapse(2) schedule(dynamic)
-  for (std::int64_t b = 0; b < p.batch; ++b)
-    for (std::int64_t pack = 0; pack < p.packs; ++pack)
-      BackwardPack<T>(args, p, b, pack).run(sums.data());
+void add_da_log(const RglruScanBackward& args, const Problem<T>& p, const std::vector<T>& sums) {
   T* const da_log = args.da_log.data<T>();
   for (std::int64_t e = 0; e < p.channels; ++e) {
     T sum = T(0);
@@ -239,13 +226,85 @@ void backward(const RglruScanBackward& args) {
   }
 }
 
+template <class T>
+void backward(const RglruScanBackward& args) {
+  const Problem<T> p(args.in);
+  std::vector<T> sums(static_cast<std::size_t>(p.batch * p.channels));
+#pragma omp parallel for collapse(2) schedule(dynamic)
+  for (std::int64_t b = 0; b < p.batch; ++b)
+    for (std::int64_t pack = 0; pack < p.packs; ++pack)
+      BackwardPack<T>(args, p, b, pack).run(sums.data());
+  add_da_log(args, p, sums);
+}
+
+FloatGatedScan float_scan(const Problem<float>& p) {
+  return {.v = p.v.data,
+          .pre_r = p.pre_r.data,
+          .pre_i = p.pre_i.data,
+          .v_stride = p.v.stride,
+          .pre_r_stride = p.pre_r.stride,
+          .pre_i_stride = p.pre_i.stride,
+          .a_log = p.a_log,
+          .state_in = nullptr,
+          .lengths = p.lengths,
+          .c = p.c,
+          .batch = p.batch,
+          .seqlen = p.seqlen,
+          .channels = p.channels,
+          .chunks = rglru_scan_chunks(p.seqlen)};
+}
+
+void forward_float(const RglruScanForward& args) {
+  const auto h = rows_of<float>(args.h);
+  FloatGatedScan in = float_scan(Problem<float>(args.in));
+  in.state_in = data_or_null<float>(args.in.state_in);
+  run_float_gated_scan({.in = in,
+                        .h = h.data,
+                        .state_out = data_or_null<float>(args.state_out),
+                        .chunk_states = data_or_null<float>(args.chunk_states),
+                        .h_stride = h.stride});
+}
+
+void backward_float(const RglruScanBackward& args) {
+  const Problem<float> p(args.in);
+  const auto dh = rows_of<float>(args.dh);
+  const auto dv = rows_of<float>(args.dv);
+  const auto dpre_r = rows_of<float>(args.dpre_r);
+  const auto dpre_i = rows_of<float>(args.dpre_i);
+  std::vector<float> sums(static_cast<std::size_t>(p.batch * p.channels));
+  run_float_gated_scan_backward({.in = float_scan(p),
+                                 .dh = dh.data,
+                                 .chunk_states = args.chunk_states.data<float>(),
+                                 .dstate_out = data_or_null<float>(args.dstate_out),
+                                 .dv = dv.data,
+                                 .dpre_r = dpre_r.data,
+                                 .dpre_i = dpre_i.data,
+                                 .dstate_in = data_or_null<float>(args.dstate_in),
+                                 .dh_stride = dh.stride,
+                                 .dv_stride = dv.stride,
+                                 .dpre_r_stride = dpre_r.stride,
+                                 .dpre_i_stride = dpre_i.stride,
+                                 .dlog = sums.data()});
+  add_da_log(args, p, sums);
+}
+
 }  // namespace
 
 void rglru_scan_forward(Context&, const RglruScanForward& args) {
-  visit_float("rglru_scan_forward", args.in.v.dtype(), [&]<class T>() { forward<T>(args); });
+  visit_float("rglru_scan_forward", args.in.v.dtype(), [&]<class T>() {
+    if constexpr (std::is_same_v<T, float>)
+      forward_float(args);
+    else
+      forward<T>(args);
+  });
 }
 void rglru_scan_backward(Context&, const RglruScanBackward& args) {
-  visit_float("rglru_scan_backward", args.in.v.dtype(), [&]<class T>() { backward<T>(args); });
+  visit_float("rglru_scan_backward", args.in.v.dtype(), [&]<class T>() {
+    if constexpr (std::is_same_v<T, float>)
+      backward_float(args);
+    else
+      backward<T>(args);
+  });
 }
 
 }  // namespace lrnn::cpu

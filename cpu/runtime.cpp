@@ -1,6 +1,9 @@
 #include "core/runtime.hpp"
 
+#include <atomic>
 #include <chrono>
+#include <cstddef>
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <utility>
@@ -22,19 +25,36 @@ void prefer_huge_pages([[maybe_unused]] void* ptr, [[maybe_unused]] std::size_t 
 #endif
 }
 
+// Large blocks begin at different distances from a page. At the same one, the rows of the operands
+// of an op would lie a multiple of 4 KiB apart, where loads wait for stores to other operands and
+// few lines find room in the first cache.
 class HostResource final : public MemoryResource {
  public:
   void* allocate(std::size_t bytes, Stream) override {
-    const std::size_t alignment = bytes >= kHugePage ? kHugePage : kAlignment;
-    const std::size_t size = (bytes + alignment - 1) / alignment * alignment;
+    const std::size_t skew = bytes >= kLarge ? next_skew() : 0;
+    const std::size_t alignment = bytes >= kHugePage ? kHugePage
+                                  : bytes >= kLarge  ? kPage
+                                                     : kAlignment;
+    const std::size_t size = (skew + bytes + alignment - 1) / alignment * alignment;
     LRNN_CHECK(size >= bytes, OutOfMemory, "host: ", bytes, " bytes requested");
     void* ptr = std::aligned_alloc(alignment, size == 0 ? alignment : size);
     LRNN_CHECK(ptr != nullptr, OutOfMemory, "host: ", bytes, " bytes requested");
-    prefer_huge_pages(ptr, size);
-    return ptr;
+    prefer_huge_pages(ptr, (skew + bytes) / kHugePage * kHugePage);
+    return static_cast<std::byte*>(ptr) + skew;
   }
-  void deallocate(void* ptr, std::size_t, Stream) noexcept override { std::free(ptr); }
+  void deallocate(void* ptr, std::size_t bytes, Stream) noexcept override {
+    if (bytes >= kLarge)
+      ptr = static_cast<std::byte*>(ptr) - reinterpret_cast<std::uintptr_t>(ptr) % kPage;
+    std::free(ptr);
+  }
   [[nodiscard]] Device device() const noexcept override { return {}; }
+
+ private:
+  static constexpr std::size_t kPage = std::size_t{4} << 10;
+  static constexpr std::size_t kLarge = std::size_t{64} << 10;
+  std::size_t next_skew() { return blocks_++ * kAlignment % kPage; }
+
+  std::atomic<std::size_t> blocks_ = 0;
 };
 
 class CpuRecording final : public Recording {

@@ -2,129 +2,74 @@
 
 #include <algorithm>
 #include <omp.h>
-#include <vector>
 
 #include "lrnn/ops/selective_scan.hpp"
 
-#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
-#include <immintrin.h>
-#define LRNN_X86_TARGETS 1
-#else
-#define LRNN_X86_TARGETS 0
-#endif
-#ifdef __clang__
-#define LRNN_PRAGMA(x) _Pragma(#x)
-#define LRNN_BEGIN_TARGET(isa) \
-  LRNN_PRAGMA(clang attribute push(__attribute__((target(isa))), apply_to = function))
-#define LRNN_END_TARGET LRNN_PRAGMA(clang attribute pop)
-#define LRNN_UNROLL LRNN_PRAGMA(clang loop unroll(full))
-#else
-#define LRNN_PRAGMA(x) _Pragma(#x)
-#define LRNN_BEGIN_TARGET(isa) LRNN_PRAGMA(GCC push_options) LRNN_PRAGMA(GCC target(isa))
-#define LRNN_END_TARGET LRNN_PRAGMA(GCC pop_options)
-#define LRNN_UNROLL LRNN_PRAGMA(GCC unroll 8)
-#endif
+#include "common/isa.hpp"
 
 namespace lrnn::cpu {
 namespace {
 
+// Whose state and rate stay in the second cache: rows are read in pieces as long as can be.
+constexpr std::int64_t kMostStates = std::int64_t{1} << 16;
 constexpr int kFloatChannels = 16;  // of a work item: a cache line
 
-// Scratch comes in cache lines, so that no vector lies across two.
-struct alignas(64) Line {
-  float v[16];
-};
 // Between buffers that are read and one that is written at the same time: loads wait for a store
 // whose address is a multiple of 4 KiB away.
 constexpr std::int64_t kFloatSkew = 192;
-std::vector<Line> lines_of(std::int64_t floats) {
-  return std::vector<Line>(static_cast<std::size_t>((floats + 15) / 16));
+// Of rows of a group in scratch: neighbours lie in different sets of the first cache.
+constexpr std::int64_t kRowStride = kFloatGroup + kFloatChannels;
+// Floats of a group in the backward pass; see Work.
+std::int64_t group_scratch(std::int64_t dstate) {
+  return 3 * kFloatGroup * dstate + 2 * kFloatGroup;
 }
 
-#define LRNN_LANES 4
-#define LRNN_ISA baseline
-#define LRNN_MAX(a, b) ((a) > (b) ? (a) : (b))
-#include "selective_scan_float_kernel.hpp"
-#include "selective_scan_float_backward_kernel.hpp"
-#undef LRNN_LANES
-#undef LRNN_ISA
-#undef LRNN_MAX
+#define LRNN_KERNELS "selective_scan_float_backward_kernel.hpp"
+#include "common/each_isa.hpp"
 
-#if LRNN_X86_TARGETS
-LRNN_BEGIN_TARGET("avx2,fma")
-#define LRNN_LANES 8
-#define LRNN_ISA avx2
-#define LRNN_MAX(a, b) _mm256_max_ps(a, b)
-#include "selective_scan_float_kernel.hpp"
-#include "selective_scan_float_backward_kernel.hpp"
-#undef LRNN_LANES
-#undef LRNN_ISA
-#undef LRNN_MAX
-LRNN_END_TARGET
-LRNN_BEGIN_TARGET("avx512f,fma")
-#define LRNN_LANES 16
-#define LRNN_ISA avx512
-#define LRNN_MAX(a, b) _mm512_max_ps(a, b)
-#include "selective_scan_float_kernel.hpp"
-#include "selective_scan_float_backward_kernel.hpp"
-#undef LRNN_LANES
-#undef LRNN_ISA
-#undef LRNN_MAX
-LRNN_END_TARGET
-#endif
-
-struct Passes {
-  void (*forward)(const FloatScan&, std::int64_t, std::int64_t, std::int64_t, float*);
-  void (*backward)(const FloatScanBackward&, std::int64_t, std::int64_t, float*);
-};
-
-const Passes& passes_of_machine() {
-  static const Passes passes = [] {
-#if LRNN_X86_TARGETS
-    if (__builtin_cpu_supports("avx512f")) return Passes{avx512::run, avx512::run_backward};
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-      return Passes{avx2::run, avx2::run_backward};
-#endif
-    return Passes{baseline::run, baseline::run_backward};
-  }();
-  return passes;
-}
-
-// Floats that the widest vectors take; see Work.
-std::int64_t backward_scratch(std::int64_t dstate) {
+// Floats that a chunk of the widest vectors takes; see Work.
+std::int64_t chunk_scratch(std::int64_t dstate) {
   constexpr std::int64_t kVectors = (kSelectiveScanChunk + 1) + 3 * kSelectiveScanChunk;
-  return 3 * kFloatGroup * dstate + 2 * kFloatGroup + kVectors * dstate * kFloatChannels +
-         2 * kSelectiveScanChunk * kFloatChannels + kFloatSkew;
+  return kVectors * dstate * kFloatChannels + 2 * kSelectiveScanChunk * kFloatChannels +
+         7 * kSelectiveScanChunk * kRowStride + kFloatSkew;
+}
+
+// Groups that a thread takes through time together: as many as leave every thread some, up to
+// `most`. They know nothing of each other, nor do the bits.
+std::int64_t groups_of_item(const FloatScan& p, std::int64_t groups, std::int64_t most) {
+  const std::int64_t share = p.batch * groups / omp_get_max_threads();
+  return std::clamp<std::int64_t>(share, 1, std::clamp<std::int64_t>(most, 1, groups));
 }
 
 }  // namespace
 
 void run_float_scan(const FloatScan& p) {
-  const auto run = passes_of_machine().forward;
-  // Groups that a thread takes through time together: as many as leave every thread some, up to a
-  // width whose states stay in the first cache. Groups know nothing of each other, nor do the bits.
-  constexpr std::int64_t kMostGroups = 8;
+  const auto run = LRNN_OF_MACHINE(run);
   const std::int64_t all = (p.channels + kFloatChannels - 1) / kFloatChannels;
-  const std::int64_t share = p.batch * all / omp_get_max_threads();
-  const std::int64_t groups = std::clamp<std::int64_t>(share, 1, std::min(all, kMostGroups));
+  const std::int64_t groups = groups_of_item(p, all, kMostStates / (kFloatChannels * p.dstate));
 #pragma omp parallel
   {
-    std::vector<Line> scratch = lines_of(groups * 2 * kFloatChannels * p.dstate);
+    const FlushDenormals flush;
+    const auto scratch = lines_of(groups * 2 * kFloatChannels * p.dstate);
 #pragma omp for collapse(2) schedule(dynamic)
     for (std::int64_t b = 0; b < p.batch; ++b)
       for (std::int64_t g = 0; g < all; g += groups)
-        run(p, b, g * kFloatChannels, std::min(groups, all - g), scratch.front().v);
+        run(p, b, g * kFloatChannels, std::min(groups, all - g), scratch[0].v);
   }
 }
 
 void run_float_scan_backward(const FloatScanBackward& p) {
-  const auto run = passes_of_machine().backward;
+  const auto run = LRNN_OF_MACHINE(run_backward);
+  const std::int64_t groups =
+      groups_of_item(p.in, p.groups, kMostStates / (kFloatGroup * p.in.dstate));
 #pragma omp parallel
   {
-    std::vector<Line> scratch = lines_of(backward_scratch(p.in.dstate));
+    const FlushDenormals flush;
+    const auto scratch = lines_of(groups * group_scratch(p.in.dstate) + chunk_scratch(p.in.dstate));
 #pragma omp for collapse(2) schedule(dynamic)
     for (std::int64_t b = 0; b < p.in.batch; ++b)
-      for (std::int64_t group = 0; group < p.groups; ++group) run(p, b, group, scratch.front().v);
+      for (std::int64_t g = 0; g < p.groups; g += groups)
+        run(p, b, g, std::min(groups, p.groups - g), scratch[0].v);
   }
 }
 

@@ -1,66 +1,83 @@
 // The backward pass in float with the discretization of Mamba, after
-// selective_scan_float_kernel.hpp, once per instruction set, under the same rules.
+// selective_scan_float_kernel.hpp, once per instruction set: see common/isa.hpp.
+#include "selective_scan_float_kernel.hpp"
 namespace LRNN_ISA {
 
 constexpr float kLn2 = 0.6931471805599453F;
 
 // A vector of channels in a group. A is times log2(e); A, g and dA are [N, kLanes].
-struct Channels {
+struct BackwardChannels {
   std::int64_t first, count;
+  std::int64_t at;  // of the first in the group
   float *A, *g, *dA;
   Vec bias, D, dbias, dD;
 };
 
-// Scratch of a work item: of the group, then of one chunk of a vector of channels, then the parts
-// of dB and dC that its channels have added so far.
+// Scratch of a group, then of one chunk of a vector of its channels, then the parts of dB and dC
+// that its channels have added so far.
 struct Work {
   float *A, *g, *dA;  // [kFloatGroup, N]
   float *dbias, *dD;  // [kFloatGroup]
   float* h;           // [kSelectiveScanChunk + 1, N, kLanes]; h[0] enters the chunk
   float* a;           // [kSelectiveScanChunk, N, kLanes]
   float *y, *delta;   // [kSelectiveScanChunk, kLanes]
+  float* rows;        // [7, kSelectiveScanChunk, kRowStride]: see rows_of()
   float* dBC;         // [kSelectiveScanChunk, 2 N, kLanes]
 };
+
+// The rows of a chunk of all channels of the group, read before and written after it.
+enum Operand { kU, kDt, kZ, kDy, kDu, kDdt, kDz };
+inline float* rows_of(const Work& w, Operand operand) {
+  return w.rows + operand * kSelectiveScanChunk * kRowStride;
+}
+inline float* row_of(const Work& w, Operand operand, const BackwardChannels& c, std::int64_t i) {
+  return rows_of(w, operand) + i * kRowStride + c.at;
+}
 
 inline float* take(float*& from, std::int64_t count) {
   float* const p = from;
   from += count;
   return p;
 }
-inline Work divide(float* scratch, std::int64_t dstate) {
+// Group `index` of an item of `groups`, which use the scratch of a chunk in turn.
+inline Work divide(float* scratch, std::int64_t dstate, std::int64_t index, std::int64_t groups) {
   const std::int64_t vector = dstate * kLanes;
+  float* group = scratch + index * group_scratch(dstate);
+  scratch += groups * group_scratch(dstate);
   Work w;
-  w.A = take(scratch, kFloatGroup * dstate);
-  w.g = take(scratch, kFloatGroup * dstate);
-  w.dA = take(scratch, kFloatGroup * dstate);
-  w.dbias = take(scratch, kFloatGroup);
-  w.dD = take(scratch, kFloatGroup);
+  w.A = take(group, kFloatGroup * dstate);
+  w.g = take(group, kFloatGroup * dstate);
+  w.dA = take(group, kFloatGroup * dstate);
+  w.dbias = take(group, kFloatGroup);
+  w.dD = take(group, kFloatGroup);
   w.h = take(scratch, (kSelectiveScanChunk + 1) * vector);
   w.a = take(scratch, kSelectiveScanChunk * vector);
   w.y = take(scratch, kSelectiveScanChunk * kLanes);
   w.delta = take(scratch, kSelectiveScanChunk * kLanes);
+  w.rows = take(scratch, 7 * kSelectiveScanChunk * kRowStride);
   take(scratch, kFloatSkew);
   w.dBC = take(scratch, kSelectiveScanChunk * 2 * vector);
   return w;
 }
 
 // Element (channel, n) of [E, N], or zeros.
-inline void gather(const float* from, const Channels& c, std::int64_t dstate, float* to) {
+inline void gather(const float* from, const BackwardChannels& c, std::int64_t dstate, float* to) {
   for (std::int64_t n = 0; n < dstate; ++n)
     for (std::int64_t i = 0; i < kLanes; ++i)
       to[n * kLanes + i] = i < c.count && from != nullptr ? from[(c.first + i) * dstate + n] : 0.0F;
 }
-inline void scatter(const float* from, const Channels& c, std::int64_t dstate, float* to) {
+inline void scatter(const float* from, const BackwardChannels& c, std::int64_t dstate, float* to) {
   for (std::int64_t i = 0; i < c.count; ++i)
     for (std::int64_t n = 0; n < dstate; ++n) to[(c.first + i) * dstate + n] = from[n * kLanes + i];
 }
 
-inline Channels channels_of(const FloatScanBackward& p, const Work& w, std::int64_t first,
-                            std::int64_t at) {
+inline BackwardChannels channels_of(const FloatScanBackward& p, const Work& w, std::int64_t first,
+                                    std::int64_t at) {
   const FloatScan& in = p.in;
   const std::int64_t left = in.channels - (first + at);
-  Channels c;
+  BackwardChannels c;
   c.first = first + at;
+  c.at = at;
   c.count = left < kLanes ? left : kLanes;
   c.A = w.A + at * in.dstate;
   c.g = w.g + at * in.dstate;
@@ -74,19 +91,19 @@ inline Channels channels_of(const FloatScanBackward& p, const Work& w, std::int6
 
 // Runs `count` tokens from row `row`, token i of the chunk, forward and keeps all that retrace()
 // reads.
-__attribute__((always_inline)) inline void recompute(const FloatScan& in, const Work& w,
-                                                     const Channels& c, std::int64_t row,
-                                                     std::int64_t i, const int count) {
+LRNN_INLINE void recompute(const FloatScan& in, const Work& w, const BackwardChannels& c,
+                           std::int64_t row, std::int64_t i, const int count) {
   const std::int64_t vector = in.dstate * kLanes;
   const float* const B = in.B + row * in.B_stride;
   const float* const C = in.C + row * in.C_stride;
   Vec delta[kTokens];
   Vec drive[kTokens];
   Vec y[kTokens];
-  LRNN_UNROLL
-  for (int j = 0; j < count; ++j) {
-    const Vec u = load_some(in.u + (row + j) * in.u_stride + c.first, c.count);
-    delta[j] = softplus(load_some(in.dt + (row + j) * in.dt_stride + c.first, c.count) + c.bias);
+  LRNN_EACH
+  delta[j] = load(row_of(w, kDt, c, i + j)) + c.bias;
+  softplus(delta, count);
+  LRNN_EACH {
+    const Vec u = load(row_of(w, kU, c, i + j));
     drive[j] = delta[j] * u;
     y[j] = c.D * u;
     store(w.delta + (i + j) * kLanes, delta[j]);
@@ -96,36 +113,39 @@ __attribute__((always_inline)) inline void recompute(const FloatScan& in, const 
     float* const h = w.h + i * vector + n * kLanes;
     float* const kept = w.a + i * vector + n * kLanes;
     Vec state = load(h);
-    LRNN_UNROLL
-    for (int j = 0; j < count; ++j) {
-      const Vec a = exp2_of_negative(delta[j] * A);
-      state = a * state + drive[j] * B[j * in.B_stride + n];
+    Vec a[kTokens];
+    LRNN_EACH a[j] = delta[j] * A;
+    exp2_of_negative(a, count);
+    LRNN_EACH {
+      state = a[j] * state + drive[j] * B[j * in.B_stride + n];
       y[j] += state * C[j * in.C_stride + n];
-      store(kept + j * vector, a);
+      store(kept + j * vector, a[j]);
       store(h + (j + 1) * vector, state);
     }
   }
-  LRNN_UNROLL
-  for (int j = 0; j < count; ++j) store(w.y + (i + j) * kLanes, y[j]);
+  LRNN_EACH store(w.y + (i + j) * kLanes, y[j]);
 }
 
-// The gradient of y before the gate; writes that of z.
-inline Vec ungate(const FloatScanBackward& p, const Work& w, const Channels& c, std::int64_t row,
-                  std::int64_t i) {
-  const Vec dy = load_some(p.dy + row * p.dy_stride + c.first, c.count);
-  if (p.dz == nullptr) return dy;
-  const Vec z = load_some(p.in.z + row * p.in.z_stride + c.first, c.count);
-  const Vec s = 1.0F / (1.0F + exp(-z));
-  store_some(p.dz + row * p.dz_stride + c.first,
-             dy * load(w.y + i * kLanes) * s * (1.0F + z * (1.0F - s)), c.count);
-  return dy * (z * s);
+// The gradients of y before the gate; writes those of z.
+LRNN_INLINE void ungate(const FloatScanBackward& p, const Work& w, const BackwardChannels& c,
+                        std::int64_t i, Vec* dy, const int count) {
+  LRNN_EACH dy[j] = load(row_of(w, kDy, c, i + j));
+  if (p.dz == nullptr) return;
+  Vec z[kTokens];
+  Vec s[kTokens];
+  LRNN_EACH s[j] = z[j] = load(row_of(w, kZ, c, i + j));
+  sigmoid(s, count);
+  LRNN_EACH {
+    const Vec y = load(w.y + (i + j) * kLanes);
+    store(row_of(w, kDz, c, i + j), dy[j] * y * s[j] * (1.0F + z[j] * (1.0F - s[j])));
+    dy[j] *= z[j] * s[j];
+  }
 }
 
 // `count` tokens backward. g holds a_{t+1} g_{t+1} of the token after them on entry, and that of
 // the first of them on return.
-__attribute__((always_inline)) inline void retrace(const FloatScanBackward& p, const Work& w,
-                                                   Channels& c, std::int64_t row, std::int64_t i,
-                                                   const int count) {
+LRNN_INLINE void retrace(const FloatScanBackward& p, const Work& w, BackwardChannels& c,
+                         std::int64_t row, std::int64_t i, const int count) {
   const FloatScan& in = p.in;
   const std::int64_t vector = in.dstate * kLanes;
   const float* const B = in.B + row * in.B_stride;
@@ -136,10 +156,9 @@ __attribute__((always_inline)) inline void retrace(const FloatScanBackward& p, c
   Vec drive[kTokens];
   Vec ddrive[kTokens];  // sum over n of g B
   Vec dlog[kTokens];    // sum over n of the gradient of delta A, times A
-  LRNN_UNROLL
-  for (int j = 0; j < count; ++j) {
-    dy[j] = ungate(p, w, c, row + j, i + j);
-    u[j] = load_some(in.u + (row + j) * in.u_stride + c.first, c.count);
+  ungate(p, w, c, i, dy, count);
+  LRNN_EACH {
+    u[j] = load(row_of(w, kU, c, i + j));
     delta[j] = load(w.delta + (i + j) * kLanes);
     drive[j] = delta[j] * u[j];
     ddrive[j] = Vec{};
@@ -170,35 +189,37 @@ __attribute__((always_inline)) inline void retrace(const FloatScanBackward& p, c
     store(c.g + n * kLanes, g);
     store(c.dA + n * kLanes, dA);
   }
+  Vec slope[kTokens];  // of softplus
+  LRNN_EACH slope[j] = load(row_of(w, kDt, c, i + j)) + c.bias;
+  sigmoid(slope, count);
   LRNN_UNROLL
   for (int j = count - 1; j >= 0; --j) {
-    const Vec raw = load_some(in.dt + (row + j) * in.dt_stride + c.first, c.count) + c.bias;
-    const Vec ddt = (u[j] * ddrive[j] + dlog[j] * kLn2) / (1.0F + exp(-raw));
-    store_some(p.ddt + (row + j) * p.ddt_stride + c.first, ddt, c.count);
-    store_some(p.du + (row + j) * p.du_stride + c.first, c.D * dy[j] + delta[j] * ddrive[j],
-               c.count);
+    const Vec ddt = (u[j] * ddrive[j] + dlog[j] * kLn2) * slope[j];
+    store(row_of(w, kDdt, c, i + j), ddt);
+    store(row_of(w, kDu, c, i + j), c.D * dy[j] + delta[j] * ddrive[j]);
     c.dbias += ddt;
     c.dD += dy[j] * u[j];
   }
 }
 
 // Tokens [t, t + count) of a chunk that starts at t, through one vector of channels.
-inline void chunk_of_channels(const FloatScanBackward& p, const Work& w, Channels& c,
+inline void chunk_of_channels(const FloatScanBackward& p, const Work& w, BackwardChannels& c,
                               std::int64_t b, std::int64_t t, std::int64_t count) {
   const FloatScan& in = p.in;
   const std::int64_t row = b * in.seqlen + t;
   const std::int64_t chunk = b * in.chunks + t / kSelectiveScanChunk;
   gather(p.chunk_states + chunk * in.channels * in.dstate, c, in.dstate, w.h);
   std::int64_t i = 0;
-  for (; i + kTokens <= count; i += kTokens) recompute(in, w, c, row + i, i, kTokens);
+  for (; i + kTokens <= count; i += kTokens) {
+    recompute(in, w, c, row + i, i, kTokens);
+  }
   for (; i < count; ++i) recompute(in, w, c, row + i, i, 1);
   for (; i % kTokens != 0; --i) retrace(p, w, c, row + i - 1, i - 1, 1);
   for (; i > 0; i -= kTokens) retrace(p, w, c, row + i - kTokens, i - kTokens, kTokens);
 }
 
 // `count` groups of 2 `half` floats at `from` become groups of `half` at `to`, which may be `from`.
-__attribute__((always_inline)) inline void add_halves(const float* from, float* to,
-                                                      std::int64_t count, const int half) {
+LRNN_INLINE void add_halves(const float* from, float* to, std::int64_t count, const int half) {
   for (std::int64_t i = 0; i < count; ++i) {
     float sums[kLanes];
     for (int l = 0; l < half; ++l) sums[l] = from[2 * i * half + l] + from[(2 * i + 1) * half + l];
@@ -227,40 +248,74 @@ inline void clear_padding(const FloatScanBackward& p, std::int64_t first, std::i
     }
 }
 
-// Sequence b, group `group` of channels.
-void run_backward(const FloatScanBackward& p, std::int64_t b, std::int64_t group, float* scratch) {
-  const FloatScan& in = p.in;
-  const Work w = divide(scratch, in.dstate);
+// Calls f of every vector of channels of group `group`, and keeps the sums in it.
+template <class F>
+void for_each_vector(const FloatScanBackward& p, const Work& w, std::int64_t group, const F& f) {
   const std::int64_t first = group * kFloatGroup;
-  const std::int64_t state = b * in.channels * in.dstate;
-  const std::int64_t part = (b * p.groups + group) * in.seqlen;
-  const std::int64_t length = in.lengths != nullptr ? in.lengths[b] : in.seqlen;
-  const auto each = [&](const auto& f) {
-    for (std::int64_t at = 0; at < kFloatGroup && first + at < in.channels; at += kLanes) {
-      Channels c = channels_of(p, w, first, at);
-      f(c);
-      store(w.dbias + at, c.dbias);
-      store(w.dD + at, c.dD);
-    }
-  };
-  for (std::int64_t e = 0; e < kFloatGroup; ++e) w.dbias[e] = w.dD[e] = 0.0F;
-  each([&](const Channels& c) {
-    gather(in.A_log, c, in.dstate, c.A);
-    gather(p.dstate_out == nullptr ? nullptr : p.dstate_out + state, c, in.dstate, c.g);
-    gather(nullptr, c, in.dstate, c.dA);
-    for (std::int64_t i = 0; i < in.dstate * kLanes; i += kLanes)
-      store(c.A + i, -exp(load(c.A + i)) * kLog2e);
-  });
-  clear_padding(p, first, b * in.seqlen + length, (b + 1) * in.seqlen);
-  for (std::int64_t t = (length - 1) / kSelectiveScanChunk * kSelectiveScanChunk; t >= 0;
-       t -= kSelectiveScanChunk) {
-    const std::int64_t left = length - t;
-    const std::int64_t count = left < kSelectiveScanChunk ? left : kSelectiveScanChunk;
-    for (std::int64_t i = 0; i < count * 2 * in.dstate; ++i) store(w.dBC + i * kLanes, Vec{});
-    each([&](Channels& c) { chunk_of_channels(p, w, c, b, t, count); });
-    write_parts(w, count, in.dstate, p.dBC + (part + t) * 2 * in.dstate);
+  for (std::int64_t at = 0; at < kFloatGroup && first + at < p.in.channels; at += kLanes) {
+    BackwardChannels c = channels_of(p, w, first, at);
+    f(c);
+    store(w.dbias + at, c.dbias);
+    store(w.dD + at, c.dD);
   }
-  each([&](const Channels& c) {
+}
+
+inline void begin_group(const FloatScanBackward& p, const Work& w, std::int64_t b,
+                        std::int64_t group) {
+  const FloatScan& in = p.in;
+  const float* const dstate_out =
+      p.dstate_out == nullptr ? nullptr : p.dstate_out + b * in.channels * in.dstate;
+  for (std::int64_t e = 0; e < kFloatGroup; ++e) w.dbias[e] = w.dD[e] = 0.0F;
+  for_each_vector(p, w, group, [&](const BackwardChannels& c) {
+    gather(in.A_log, c, in.dstate, c.A);
+    gather(dstate_out, c, in.dstate, c.g);
+    gather(nullptr, c, in.dstate, c.dA);
+    rates(c.A, in.dstate * kLanes);
+  });
+}
+
+// Between the operands and the scratch of the group whose first channel is `first`.
+inline void copy_chunk(const FloatScanBackward& p, const Work& w, bool in, std::int64_t row,
+                       std::int64_t tokens, std::int64_t first) {
+  const std::int64_t left = p.in.channels - first;
+  const std::int64_t channels = left < kFloatGroup ? left : kFloatGroup;
+  const auto read = [&](Operand operand, const float* from, std::int64_t stride) {
+    if (from != nullptr && in)
+      copy_in(from + row * stride + first, stride, tokens, channels, rows_of(w, operand),
+              kRowStride);
+  };
+  const auto write = [&](Operand operand, float* to, std::int64_t stride) {
+    if (to != nullptr && !in)
+      copy_out(rows_of(w, operand), kRowStride, tokens, channels, to + row * stride + first,
+               stride);
+  };
+  read(kU, p.in.u, p.in.u_stride);
+  read(kDt, p.in.dt, p.in.dt_stride);
+  read(kZ, p.in.z, p.in.z_stride);
+  read(kDy, p.dy, p.dy_stride);
+  write(kDu, p.du, p.du_stride);
+  write(kDdt, p.ddt, p.ddt_stride);
+  write(kDz, p.dz, p.dz_stride);
+}
+
+// The `count` tokens of the chunk that begins at t.
+inline void run_chunk(const FloatScanBackward& p, const Work& w, std::int64_t b, std::int64_t group,
+                      std::int64_t t, std::int64_t count) {
+  const std::int64_t dstate = p.in.dstate;
+  for (std::int64_t i = 0; i < count * 2 * dstate; ++i) store(w.dBC + i * kLanes, Vec{});
+  const std::int64_t row = b * p.in.seqlen + t;
+  copy_chunk(p, w, true, row, count, group * kFloatGroup);
+  for_each_vector(p, w, group,
+                  [&](BackwardChannels& c) { chunk_of_channels(p, w, c, b, t, count); });
+  copy_chunk(p, w, false, row, count, group * kFloatGroup);
+  write_parts(w, count, dstate, p.dBC + ((b * p.groups + group) * p.in.seqlen + t) * 2 * dstate);
+}
+
+inline void end_group(const FloatScanBackward& p, const Work& w, std::int64_t b,
+                      std::int64_t group) {
+  const FloatScan& in = p.in;
+  const std::int64_t state = b * in.channels * in.dstate;
+  for_each_vector(p, w, group, [&](const BackwardChannels& c) {
     for (std::int64_t i = 0; i < in.dstate * kLanes; i += kLanes)  // dA_log = dA A
       store(c.dA + i, load(c.dA + i) * load(c.A + i) * kLn2);
     scatter(c.dA, c, in.dstate, p.dA_log + state);
@@ -268,6 +323,25 @@ void run_backward(const FloatScanBackward& p, std::int64_t b, std::int64_t group
     store_some(p.dvectors + b * 3 * in.channels + c.first, c.dbias, c.count);
     store_some(p.dvectors + (b * 3 + 1) * in.channels + c.first, c.dD, c.count);
   });
+}
+
+// Sequence b, `groups` groups of channels from `first` on, chunk by chunk: see run().
+void run_backward(const FloatScanBackward& p, std::int64_t b, std::int64_t first,
+                  std::int64_t groups, float* scratch) {
+  const FloatScan& in = p.in;
+  const std::int64_t length = in.lengths != nullptr ? in.lengths[b] : in.seqlen;
+  const auto work = [&](std::int64_t g) { return divide(scratch, in.dstate, g, groups); };
+  for (std::int64_t g = 0; g < groups; ++g) {
+    begin_group(p, work(g), b, first + g);
+    clear_padding(p, (first + g) * kFloatGroup, b * in.seqlen + length, (b + 1) * in.seqlen);
+  }
+  for (std::int64_t t = (length - 1) / kSelectiveScanChunk * kSelectiveScanChunk; t >= 0;
+       t -= kSelectiveScanChunk) {
+    const std::int64_t left = length - t;
+    const std::int64_t count = left < kSelectiveScanChunk ? left : kSelectiveScanChunk;
+    for (std::int64_t g = 0; g < groups; ++g) run_chunk(p, work(g), b, first + g, t, count);
+  }
+  for (std::int64_t g = 0; g < groups; ++g) end_group(p, work(g), b, first + g);
 }
 
 }  // namespace LRNN_ISA

@@ -1,0 +1,218 @@
+// Vectors of LRNN_LANES floats and functions of them, once per instruction set: see common/isa.hpp.
+namespace LRNN_ISA {
+
+constexpr int kLanes = LRNN_LANES;
+constexpr int kMost = 4;  // vectors that the functions below take at once
+
+using Vec = float __attribute__((vector_size(sizeof(float) * kLanes)));
+using Int = std::int32_t __attribute__((vector_size(sizeof(float) * kLanes)));
+
+constexpr float kLog2e = 1.4426950408889634F;
+
+inline Vec load(const float* p) {
+  Vec v;
+  __builtin_memcpy(&v, p, sizeof(v));
+  return v;
+}
+inline void store(float* p, Vec v) {
+  __builtin_memcpy(p, &v, sizeof(v));
+}
+// `count` <= kLanes floats; the rest is zero.
+inline Vec load_some(const float* p, std::int64_t count) {
+  if (count >= kLanes) return load(p);
+  float v[kLanes] = {};
+  for (int i = 0; i < count; ++i) v[i] = p[i];
+  return load(v);
+}
+inline void store_some(float* p, Vec v, std::int64_t count) {
+  if (count >= kLanes) return store(p, v);
+  for (int i = 0; i < count; ++i) p[i] = v[i];
+}
+// Between rows of tensors and a dense tile of rows. Rows are walked along:
+// one column of many rows after the other takes several times as long, as rows meet in few sets of
+// the caches and each is on a page of its own. Columns of the tile beyond `count` are zero.
+inline void copy_in(const float* rows, std::int64_t stride, std::int64_t tokens, std::int64_t count,
+                    float* tile, std::int64_t tile_stride) {
+  for (std::int64_t t = 0; t < tokens; ++t) {
+    __builtin_memcpy(tile + t * tile_stride, rows + t * stride,
+                     static_cast<std::size_t>(count) * sizeof(float));
+    for (std::int64_t i = count; i % kLanes != 0; ++i) tile[t * tile_stride + i] = 0.0F;
+  }
+}
+inline void copy_out(const float* tile, std::int64_t tile_stride, std::int64_t tokens,
+                     std::int64_t count, float* rows, std::int64_t stride) {
+  for (std::int64_t t = 0; t < tokens; ++t)
+    __builtin_memcpy(rows + t * stride, tile + t * tile_stride,
+                     static_cast<std::size_t>(count) * sizeof(float));
+}
+// For rows further apart than pages are long, where the hardware fetches none ahead.
+inline void prefetch_rows(const float* p, std::int64_t stride, std::int64_t rows) {
+  for (std::int64_t r = 0; r < rows; ++r) __builtin_prefetch(p + r * stride);
+}
+#if LRNN_LANES == 4
+inline Vec each_root(Vec v) {
+  for (int i = 0; i < kLanes; ++i) v[i] = __builtin_sqrtf(v[i]);
+  return v;
+}
+#endif
+// Bounds keep NaN.
+inline Vec at_least(Vec v, float low) {
+  return LRNN_MAX(low - Vec{}, v);
+}
+inline Vec at_most(Vec v, float high) {
+  return LRNN_MIN(high - Vec{}, v);
+}
+
+// p := the polynomial in f with these coefficients, from the highest down. Each step for all
+// `count` before the next: compilers keep this order, and the scheduler of a processor sees too few
+// instructions to find it.
+LRNN_INLINE void polynomial(Vec* p, const Vec* f, const int count, const float* c,
+                            const int coefficients) {
+  LRNN_EACH p[j] = f[j] * c[0] + c[1];
+  LRNN_UNROLL
+  for (int k = 2; k < coefficients; ++k) LRNN_EACH p[j] = p[j] * f[j] + c[k];
+}
+
+#if LRNN_LANES == 16
+// x and floor(x) by instructions of their own.
+inline Vec fraction(Vec x) {
+  return _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+}
+// 2^x, given x and f = x - floor(x) in [0, 1]; relative error of the polynomial 2e-9.
+LRNN_INLINE void exp2_split(Vec* x, const Vec* f, const int count) {
+  Vec p[kMost];
+  constexpr float kSeries[] = {2.15659718e-4F,
+                               1.24822895e-3F,
+                               9.67377517e-3F,
+                               5.54861836e-2F,
+                               2.40229085e-1F,
+                               6.93147063e-1F,
+                               1.0F};
+  polynomial(p, f, count, kSeries, 7);
+  LRNN_EACH x[j] = _mm512_scalef_ps(p[j], x[j]);
+}
+// x := 2^x, for x <= 0.
+LRNN_INLINE void exp2_of_negative(Vec* x, const int count) {
+  Vec f[kMost];
+  LRNN_EACH f[j] = fraction(x[j]);
+  exp2_split(x, f, count);
+}
+// x := e^x. The product with log2(e) keeps what it rounds off: f is small where x need not be.
+LRNN_INLINE void exp(Vec* x, const int count) {
+  Vec f[kMost];
+  LRNN_EACH {
+    const Vec v = at_most(at_least(x[j], -86.0F), 86.0F);
+    x[j] = v * kLog2e;
+    f[j] = v * 1.92596303e-8F + _mm512_fmsub_ps(v, kLog2e - Vec{}, x[j]);
+    f[j] += fraction(x[j]);
+  }
+  exp2_split(x, f, count);
+}
+#else
+// Rounds to the nearest integer what is below 2^22 in magnitude, which its low bits then hold.
+constexpr float kRound = 12582912.0F;
+
+// p 2^n, where n is in the low bits of `rounded`.
+inline Vec scale(Vec p, Vec rounded) {
+  return reinterpret_cast<Vec>(reinterpret_cast<Int>(p) + (reinterpret_cast<Int>(rounded) << 23));
+}
+// x := e^x, with ln 2 in two parts; relative error of the polynomial 5e-11.
+LRNN_INLINE void exp(Vec* x, const int count) {
+  Vec n[kMost];
+  Vec f[kMost];
+  Vec p[kMost];
+  LRNN_EACH {
+    const Vec v = at_most(at_least(x[j], -86.0F), 86.0F);
+    n[j] = v * kLog2e + kRound;
+    const Vec k = n[j] - kRound;
+    f[j] = (v - k * 0.693359375F) + k * 2.12194440e-4F;
+  }
+  constexpr float kSeries[] = {1.9767632e-4F, 1.3945906e-3F, 8.333569e-3F, 4.1666273e-2F,
+                               1.6666666e-1F, 0.5F,          1.0F,         1.0F};
+  polynomial(p, f, count, kSeries, 8);
+  LRNN_EACH x[j] = scale(p[j], n[j]);
+}
+#if LRNN_LANES == 8
+// x := 2^x for x <= 0, 2^-125 for all below: n + f in eighths, a power from a table, and a
+// polynomial with relative error 3e-8 on |f| <= 1/16. Additions and the look-up leave the two units
+// that multiply free.
+LRNN_INLINE void exp2_of_negative(Vec* x, const int count) {
+  constexpr float kRoundToEighths = 1572864.0F;
+  // 2^(i / 8) less the bits that i adds to its mantissa.
+  const Int table = {0x3F800000, 0x3F7B95C2, 0x3F7837F0, 0x3F75FED7,
+                     0x3F7504F3, 0x3F75672A, 0x3F7744FD, 0x3F7AC0C7};
+  Vec f[kMost];
+  Vec p[kMost];
+  LRNN_EACH {
+    const Vec v = at_least(x[j], -125.0F);
+    x[j] = v + kRoundToEighths;
+    f[j] = v - (x[j] - kRoundToEighths);
+  }
+  LRNN_EACH {
+    const Int n = reinterpret_cast<Int>(x[j]);
+    const auto power =
+        _mm256_permutevar8x32_epi32(reinterpret_cast<__m256i>(table), reinterpret_cast<__m256i>(n));
+    x[j] = reinterpret_cast<Vec>(reinterpret_cast<Int>(power) + (n << 20));
+  }
+  constexpr float kSeries[] = {5.54886982e-2F, 2.40257546e-1F, 6.93147242e-1F};
+  polynomial(p, f, count, kSeries, 3);
+  LRNN_EACH x[j] += (x[j] * f[j]) * p[j];
+}
+#else
+// x := 2^x for x <= 0, 2^-125 for all below; relative error of the polynomial 2e-9.
+LRNN_INLINE void exp2_of_negative(Vec* x, const int count) {
+  Vec f[kMost];
+  Vec p[kMost];
+  LRNN_EACH {
+    const Vec v = at_least(x[j], -125.0F);
+    x[j] = v + kRound;
+    f[j] = v - (x[j] - kRound);
+  }
+  constexpr float kSeries[] = {1.5353362e-4F, 1.3398874e-3F, 9.618437e-3F, 5.5503324e-2F,
+                               2.4022648e-1F, 6.931472e-1F,  1.0F};
+  polynomial(p, f, count, kSeries, 7);
+  LRNN_EACH x[j] = scale(p[j], x[j]);
+}
+#endif
+#endif
+
+// x := max(x, 0) + log1p(e), e = exp(-|x|), by log1p(e) = 2 atanh(s), s = e / (2 + e): a polynomial
+// in s^2 <= 1/9 with relative error 4e-9.
+LRNN_INLINE void softplus(Vec* x, const int count) {
+  Vec s[kMost];
+  Vec w[kMost];
+  Vec p[kMost];
+  LRNN_EACH s[j] = x[j] > 0.0F ? -x[j] : x[j];
+  exp(s, count);
+  LRNN_EACH s[j] /= 2.0F + s[j];
+  LRNN_EACH w[j] = s[j] * s[j];
+  constexpr float kSeries[] = {0.281577784F, 0.279651577F, 0.400245952F, 0.666663216F, 2.0F};
+  polynomial(p, w, count, kSeries, 5);
+  LRNN_EACH x[j] = p[j] * s[j] + at_least(x[j], 0.0F);
+}
+// x := 1 / (1 + e^-x), and what is left to 1, without cancellation.
+LRNN_INLINE void sigmoid(Vec* x, Vec* rest, const int count) {
+  LRNN_EACH rest[j] = -x[j];
+  exp(rest, count);
+  LRNN_EACH x[j] = 1.0F / (1.0F + rest[j]);
+  LRNN_EACH rest[j] *= x[j];
+}
+LRNN_INLINE void sigmoid(Vec* x, const int count) {
+  Vec rest[kMost];
+  sigmoid(x, rest, count);
+}
+// x := sqrt(1 - e^2x) for x <= 0, given e^x. By its Taylor series to the 8th power where the
+// difference would cancel: relative error 2^-8 / 9! there.
+LRNN_INLINE void root_of_rest(Vec* x, const Vec* exp_x, const int count) {
+  constexpr float kSeries[] = {1.0F / 40320, 1.0F / 5040, 1.0F / 720, 1.0F / 120,
+                               1.0F / 24,    1.0F / 6,    1.0F / 2,   1.0F};
+  Vec p[kMost];
+  LRNN_EACH x[j] += x[j];
+  polynomial(p, x, count, kSeries, 8);
+  LRNN_EACH {
+    const Vec rest = x[j] > -0.5F ? -x[j] * p[j] : 1.0F - exp_x[j] * exp_x[j];
+    x[j] = LRNN_SQRT(rest);
+  }
+}
+
+}  // namespace LRNN_ISA
