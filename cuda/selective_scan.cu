@@ -495,7 +495,8 @@ __global__ __launch_bounds__(kStepThreads) void selective_scan_step_kernel(StepA
   }
 }
 
-// kRows > 1 for many sequences: loads of several together hide the latency of memory.
+// kRows > 1 for many sequences: all blocks are resident at once, and the loads of several sequences
+// together hide the latency of memory.
 template <class T, int kVec, int kRows>
 void launch_step(Context& ctx, const SelectiveScanStep& a) {
   const Sizes sizes(a.in, 1, 1);
@@ -524,7 +525,7 @@ void launch_step(Context& ctx, const SelectiveScanStep& a) {
       launch_overlapped(selective_scan_step_kernel<T, kVec, kRank, kRows, kGeneral>, blocks,
                         kStepThreads, 0, ctx.stream().handle, p);
     };
-    if constexpr (kRows == 1)
+    if constexpr (kVec == 4)
       if (wide_rank) return launch.template operator()<kWide<T>>();
     launch.template operator()<1>();
   });
@@ -569,9 +570,12 @@ void selective_scan_step(Context& ctx, const SelectiveScanStep& a) {
              allows(a.in.B.data<T>(), detail::row_stride(a.in.B)) &&
              allows(a.in.C.data<T>(), detail::row_stride(a.in.C));
     };
+    constexpr std::int64_t kSeveralSequences = 8;
     constexpr std::int64_t kManySequences = 64;
     if (a.in.u.dim(0) >= kManySequences && !a.dt_low && aligned(kManyStates<T>))
       selective::launch_step<T, kManyStates<T>, 2>(ctx, a);
+    else if (aligned(4) && a.in.u.dim(0) >= kSeveralSequences)
+      selective::launch_step<T, 4, 2>(ctx, a);
     else if (aligned(4))
       selective::launch_step<T, 4, 1>(ctx, a);
     else
