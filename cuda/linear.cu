@@ -1,8 +1,9 @@
 // Dense projections by cuBLASLt, which is column-major: a row-major matrix is its own transpose
 // there, so y = x W^T is computed as y^T = W x^T, and so on.
 //
-// Products of few rows, one token of each sequence of a batch, go to a kernel of our own that reads
-// the weight once: cuBLASLt takes several microseconds for any of them.
+// Products of few rows, one token of each sequence of a batch, go to kernels of our own that read
+// the weight once and overlap the kernel before: cuBLASLt takes several microseconds for any of
+// them.
 //
 // Algorithms come from the library's heuristic and are kept per shape. In-place split-K reductions,
 // whose order is not fixed, are excluded.
@@ -12,6 +13,7 @@
 #include "common/check.cuh"
 #include "common/dtype.cuh"
 #include "common/linear_few_rows.cuh"
+#include "common/linear_sm90.cuh"
 #include "ops/dispatch.hpp"
 #include "runtime.hpp"
 
@@ -173,7 +175,14 @@ void few_rows_forward(Context& ctx, const LinearForward& a) {
 
 void linear_forward(Context& ctx, const LinearForward& a) {
   visit_float("linear_forward", a.x.dtype(), [&]<class T>() {
-    if (few_rows::applies<T>(a.x, a.weight)) return few_rows_forward<T>(ctx, a);
+    const bool few = few_rows::applies<T>(a.x, a.weight);
+#ifdef LRNN_WITH_SM90A
+    if (linear_sm90::applies(a.x, a.weight) &&
+        (few ? linear_sm90::streams(a.weight)
+             : linear_sm90::pays(detail::row_count(a.x), a.weight, a.y)))
+      return linear_sm90::forward(ctx, a);
+#endif
+    if (few) return few_rows_forward<T>(ctx, a);
     Product{columns_of(a.weight, true), columns_of(a.x), columns_of(a.y), a.accumulate,
             a.bias ? a.bias.raw() : nullptr}
         .run(ctx);

@@ -20,10 +20,11 @@
 
 namespace lrnn::cuda::few_rows {
 
-constexpr int kColumns = 8;    // of y that a warp reads at a time
-constexpr int kLanes = 4;      // that read neighbouring parts of a row of W
-constexpr int kAhead = 4;      // loads of a row of W that a thread has in flight
-constexpr int kMaxWarps = 16;  // of a block
+constexpr int kColumns = 8;   // of y that a warp reads at a time
+constexpr int kLanes = 4;     // that read neighbouring parts of a row of W
+constexpr int kAhead = 4;     // loads of a row of W that a thread has in flight
+constexpr int kMinWarps = 4;  // of a block
+constexpr int kMaxWarps = 16;
 
 /// Elements of a row of W that a warp reads at a time: 64 bytes, 16 in each of kLanes.
 template <class T>
@@ -331,11 +332,12 @@ bool applies(TensorView x, TensorView weight, std::int64_t most_rows = kMaxRows<
          (sizeof(T) == 4 || has_mma());
 }
 
-/// Warps of a block: what a warp reads fits in the loads that it has in flight, if kMaxWarps do.
+/// Warps of a block: what a warp reads fits in the loads that it has in flight, if kMaxWarps do. At
+/// least as many as hand the sums of several rows to the epilogue without delay.
 template <class T>
 int warps_of(int depth) {
   constexpr int kPerWarp = kAhead * kStep<T>;
-  return std::min((depth + kPerWarp - 1) / kPerWarp, kMaxWarps);
+  return std::clamp((depth + kPerWarp - 1) / kPerWarp, kMinWarps, kMaxWarps);
 }
 
 /// Calls f.operator()<kTiles, kRows>(). More tiles where there are enough blocks without, because

@@ -56,6 +56,10 @@ __device__ __forceinline__ void pin(float (&c)[kTiles][4]) {
 #define LRNN_C_TILES_8(n)                                                                         \
   LRNN_C_TILE(n), LRNN_C_TILE(n + 1), LRNN_C_TILE(n + 2), LRNN_C_TILE(n + 3), LRNN_C_TILE(n + 4), \
       LRNN_C_TILE(n + 5), LRNN_C_TILE(n + 6), LRNN_C_TILE(n + 7)
+#define LRNN_C_TILES_2(n) LRNN_C_TILE(n), LRNN_C_TILE(n + 1)
+#define LRNN_C_TILES_4(n) LRNN_C_TILES_2(n), LRNN_C_TILES_2(n + 2)
+#define LRNN_C_8 "{%0, %1, %2, %3, %4, %5, %6, %7"
+#define LRNN_C_16 LRNN_C_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define LRNN_C_32                                                                     \
   "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, " \
   "%18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
@@ -69,8 +73,26 @@ __device__ __forceinline__ void pin(float (&c)[kTiles][4]) {
 template <bool kTransposeA, bool kTransposeB, int kTiles>
 __device__ __forceinline__ void multiply_shared(float (&c)[kTiles][4], std::uint64_t a,
                                                 std::uint64_t b, bool accumulate) {
-  static_assert(kTiles == 8 || kTiles == 16);
-  if constexpr (kTiles == 8) {
+  static_assert(kTiles == 2 || kTiles == 4 || kTiles == 8 || kTiles == 16);
+  if constexpr (kTiles == 2) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %10, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 " LRNN_C_8
+        "}, %8, %9, p, 1, 1, %11, %12;\n}\n"
+        : LRNN_C_TILES_2(0)
+        : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(kTransposeA ? 1 : 0),
+          "n"(kTransposeB ? 1 : 0)
+        : "memory");
+  } else if constexpr (kTiles == 4) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 " LRNN_C_16
+        "}, %16, %17, p, 1, 1, %19, %20;\n}\n"
+        : LRNN_C_TILES_4(0)
+        : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(kTransposeA ? 1 : 0),
+          "n"(kTransposeB ? 1 : 0)
+        : "memory");
+  } else if constexpr (kTiles == 8) {
     asm volatile(
         "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " LRNN_C_32
@@ -117,7 +139,11 @@ __device__ __forceinline__ void multiply_registers(float (&c)[kTiles][4],
 
 #undef LRNN_C_64
 #undef LRNN_C_32
+#undef LRNN_C_16
+#undef LRNN_C_8
 #undef LRNN_C_TILES_8
+#undef LRNN_C_TILES_4
+#undef LRNN_C_TILES_2
 #undef LRNN_C_TILE
 
 /// Registers of this warpgroup's threads from here on; the whole warpgroup calls it.
@@ -175,6 +201,13 @@ __device__ __forceinline__ void copy_box(std::uint32_t to, const CUtensorMap* ma
       "[%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(to),
       "l"(reinterpret_cast<std::uint64_t>(map)), "r"(barrier), "r"(c), "r"(h), "r"(r), "r"(b)
       : "memory");
+}
+/// Asks for that box: it is on its way to L2.
+__device__ __forceinline__ void prefetch_box(const CUtensorMap* map, int c, int h, int r, int b) {
+  asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global [%0, {%1, %2, %3, %4}];" ::"l"(
+                   reinterpret_cast<std::uint64_t>(map)),
+               "r"(c), "r"(h), "r"(r), "r"(b)
+               : "memory");
 }
 /// Copies `bytes`, a multiple of 16, between 16-byte aligned places; they count at `barrier`.
 __device__ __forceinline__ void copy_bytes(std::uint32_t to, const void* from, int bytes,

@@ -137,6 +137,17 @@ const RegisterOpCases kRegister({
     without_gradcheck(linear_case({130, 96, 200})),
     without_gradcheck(linear_case({257, 129, 65})),
     without_gradcheck(linear_case({2, 600, 300, false})),
+    // More rows, in tiles whole and broken; weights large enough for them with few rows.
+    without_gradcheck(linear_case({17, 48, 136})),
+    without_gradcheck(linear_case({32, 1544, 80, false})),
+    without_gradcheck(linear_case({33, 200, 70})),
+    without_gradcheck(linear_case({64, 776, 264, true, 8, true})),
+    without_gradcheck(linear_case({65, 4104, 33, false})),
+    without_gradcheck(linear_case({128, 1032, 130})),
+    without_gradcheck(linear_case({2, 2056, 2049})),
+    without_gradcheck(linear_case({16, 136, 30848, false})),
+    without_gradcheck(accumulate_case(20, 200, 24)),
+    without_gradcheck(accumulate_case(70, 136, 33)),
 });
 const RegisterBenchCases kRegisterBench({
     without_gradcheck(linear_case({16384, 768, 3072, false})),
@@ -151,6 +162,19 @@ const RegisterBenchCases kRegisterBench({
     decode_case(16, 48, 1536),
     decode_case(16, 1536, 768),
     decode_case(16, 768, 50288),
+    decode_case(64, 768, 3072),
+    decode_case(64, 1536, 80),
+    decode_case(64, 48, 1536),
+    decode_case(64, 1536, 768),
+    decode_case(128, 768, 3072),
+    decode_case(128, 1536, 80),
+    decode_case(128, 48, 1536),
+    decode_case(128, 1536, 768),
+    decode_case(1, 2048, 8192),
+    decode_case(1, 4096, 2048),
+    decode_case(16, 2048, 8192),
+    decode_case(16, 4096, 2048),
+    decode_case(128, 4096, 2048),
 });
 
 }  // namespace
