@@ -3,6 +3,7 @@
 #pragma once
 
 #include "common/linear_few_rows.cuh"
+#include "common/linear_sm90.cuh"
 
 namespace lrnn::cuda::few_rows {
 
@@ -49,9 +50,12 @@ __global__ __launch_bounds__(64 * kMaxWarpsOfTwo) void two_products_kernel(Args<
 }
 
 /// Whether a product is done here if its epilogue saves launches: then it may read the weight
-/// twice.
+/// twice, unless that is large.
 template <class T>
 bool fuses(TensorView x, TensorView weight) {
+#ifdef LRNN_WITH_SM90A
+  if (linear_sm90::applies(x, weight) && linear_sm90::streams(weight)) return false;
+#endif
   return applies<T>(x, weight, 2 * kMaxRows<T>);
 }
 
