@@ -9,7 +9,10 @@
 ///   - every block calls wait_for_previous_kernel() on every path, before it reads or writes
 ///     anything that another kernel touches. Then all kernels before it have ended, because each of
 ///     them waited as well;
-///   - before that it may ask for weights by prefetch_to_l2(): a hint, which reads nothing.
+///   - before that it may ask for anything by prefetch_to_l2(), a hint, which reads nothing, and
+///     read the parameters of a layer and tables made of them;
+///   - one that may write parameters or such tables does not call let_next_kernel_start(): then
+///     nothing behind it starts before its end.
 /// A kernel that is launched in the ordinary way waits for everything by itself.
 #pragma once
 
