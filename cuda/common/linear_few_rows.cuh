@@ -20,11 +20,10 @@
 
 namespace lrnn::cuda::few_rows {
 
-constexpr int kColumns = 8;   // of y that a warp reads at a time
-constexpr int kLanes = 4;     // that read neighbouring parts of a row of W
-constexpr int kAhead = 4;     // loads of a row of W that a thread has in flight
-constexpr int kMinWarps = 4;  // of a block
-constexpr int kMaxWarps = 16;
+constexpr int kColumns = 8;    // of y that a warp reads at a time
+constexpr int kLanes = 4;      // that read neighbouring parts of a row of W
+constexpr int kAhead = 4;      // loads of a row of W that a thread has in flight
+constexpr int kMaxWarps = 16;  // of a block
 
 /// Elements of a row of W that a warp reads at a time: 64 bytes, 16 in each of kLanes.
 template <class T>
@@ -332,16 +331,15 @@ bool applies(TensorView x, TensorView weight, std::int64_t most_rows = kMaxRows<
          (sizeof(T) == 4 || has_mma());
 }
 
-/// Warps of a block: what a warp reads fits in the loads that it has in flight, if kMaxWarps do. At
-/// least as many as hand the sums of several rows to the epilogue without delay.
+/// Warps of a block: what a warp reads fits in the loads that it has in flight, if kMaxWarps do.
 template <class T>
 int warps_of(int depth) {
   constexpr int kPerWarp = kAhead * kStep<T>;
-  return std::clamp((depth + kPerWarp - 1) / kPerWarp, kMinWarps, kMaxWarps);
+  return std::min((depth + kPerWarp - 1) / kPerWarp, kMaxWarps);
 }
 
 /// Calls f.operator()<kTiles, kRows>(). More tiles where there are enough blocks without, because
-/// every block reads all of x. Neither changes a sum.
+/// every block reads all of x, the sooner the larger x is. Neither changes a sum.
 template <class T, class F>
 void visit_sizes(const Args<T>& a, F&& f) {
   const auto visit_rows = [&]<int kTiles>() {
@@ -352,7 +350,7 @@ void visit_sizes(const Args<T>& a, F&& f) {
              : a.rows > 1 ? f.template operator()<kTiles, 2>()
                           : f.template operator()<kTiles, 1>();
   };
-  if (a.columns >= 4096) return visit_rows.template operator()<2>();
+  if (a.columns >= (a.rows > 8 ? 2048 : 4096)) return visit_rows.template operator()<2>();
   visit_rows.template operator()<1>();
 }
 
