@@ -349,7 +349,11 @@ void launch(Context& ctx, const LinearForward& f) {
 
 void forward(Context& ctx, const LinearForward& a) {
   const std::int64_t rows = detail::row_count(a.x);
+  // Many columns of short rows: a block takes more of them, else it ends as soon as it has begun.
+  const bool short_rows = a.weight.dim(0) >= 16384 && a.weight.dim(1) <= 1024;
+  if (rows <= 16 && short_rows) return launch<Tile<16, 2, 1, 6>>(ctx, a);
   if (rows <= 16) return launch<Tile<16, 1, 1, 11>>(ctx, a);
+  if (rows <= 32 && short_rows) return launch<Tile<32, 2, 1, 5>>(ctx, a);
   if (rows <= 32) return launch<Tile<32, 1, 1, 9>>(ctx, a);
   // Two tiles of rows read W twice, from L2 the second time.
   if (rows <= 64 || a.weight.numel() < kSmallWeight) return launch<Tile<64, 1, 1, 6>>(ctx, a);

@@ -2,7 +2,7 @@
 // window of its channel on. Bound by reading the projection. More rows than that kernel takes go
 // through the ops one by one.
 #include "common/causal_conv1d.cuh"
-#include "common/linear_few_rows.cuh"
+#include "common/linear_two_products.cuh"
 #include "ops/projected_conv1d_parts.hpp"
 
 namespace lrnn::cuda {
@@ -72,8 +72,8 @@ void step(Context& ctx, const ProjectedConv1dStep& a) {
 
 template <class T>
 bool takes_few_rows(const ProjectedConv1dStep& a) {
-  return few_rows::applies<T>(a.x, a.projection) &&
-         (!a.side_y || few_rows::applies<T>(a.x, a.side_projection));
+  return few_rows::fuses<T>(a.x, a.projection) &&
+         (!a.side_y || few_rows::fuses<T>(a.x, a.side_projection));
 }
 
 }  // namespace

@@ -110,8 +110,8 @@ void projected_diagonal_step(Context& ctx, const ProjectedDiagonalStep& a) {
   visit_float("projected_diagonal_step", a.x.dtype(), [&]<class T>() {
     const Matrices m(a);
     Tensor states = ctx.empty({a.x.dim(0), 2 * a.a.dim(1)}, a.x.dtype());
-    if (few_rows::applies<T>(a.x, m.B[0]) && (!m.B[1] || few_rows::applies<T>(a.x, m.B[1])) &&
-        few_rows::applies<T>(states, m.C) && (a.D.rank() == 1 || few_rows::applies<T>(a.x, a.D)))
+    if (few_rows::fuses<T>(a.x, m.B[0]) && (!m.B[1] || few_rows::fuses<T>(a.x, m.B[1])) &&
+        few_rows::fuses<T>(states, m.C) && (a.D.rank() == 1 || few_rows::fuses<T>(a.x, a.D)))
       return step<T>(ctx, a, m, states);
     lrnn::detail::projected_diagonal_by_parts(ctx, a);
   });

@@ -26,7 +26,7 @@ void projected_gate(Context& ctx, const ProjectedGate& a) {
     const auto weight = [&](int part) {
       return a.weight.slice(0, part, 1).reshape({a.weight.dim(1), depth});
     };
-    if (!few_rows::applies<T>(a.x, weight(0)) || !few_rows::applies<T>(a.x, weight(1)))
+    if (!few_rows::fuses<T>(a.x, weight(0)) || !few_rows::fuses<T>(a.x, weight(1)))
       return lrnn::detail::projected_gate_by_parts(ctx, a);
     const auto product = [&](int part) {
       return few_rows::Args<T>{.x = device_rows<T>(a.x),

@@ -69,7 +69,7 @@ void step(Context& ctx, const ProjectedRglruStep& a) {
 
 void projected_rglru_step(Context& ctx, const ProjectedRglruStep& a) {
   visit_float("projected_rglru_step", a.v.dtype(), [&]<class T>() {
-    if (few_rows::applies<T>(a.v, a.r_projection) && few_rows::applies<T>(a.v, a.i_projection))
+    if (few_rows::fuses<T>(a.v, a.r_projection) && few_rows::fuses<T>(a.v, a.i_projection))
       return step<T>(ctx, a);
     lrnn::detail::projected_rglru_by_parts(ctx, a);
   });

@@ -6,6 +6,7 @@
 // instruction rate of one multiprocessor per row.
 #include <algorithm>
 
+#include "lrnn/ops/argmax.hpp"
 #include "lrnn/ops/sample.hpp"
 
 #include "common/best_candidate.cuh"
@@ -335,6 +336,8 @@ void sample_forward(Context& ctx, const SampleForward& a) {
   const std::int64_t rows = a.logits.numel() / vocab_size;
   if (rows == 0) return;
   const SamplePlan plan = detail::plan_of(a.options);
+  if (plan.greedy && !a.seen)  // more than one block reads a row there
+    return lrnn::cuda::argmax_forward(ctx, {.logits = a.logits, .ids = a.ids});
   visit_float("sample_forward", a.logits.dtype(), [&]<class T>() {
     sample_forward_kernel<T><<<static_cast<unsigned>(rows), kThreads, 0, ctx.stream().handle>>>(
         a.logits.data<T>(), detail::row_stride(a.logits), static_cast<int>(vocab_size), plan,

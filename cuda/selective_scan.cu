@@ -320,7 +320,7 @@ struct StepArgs {
 /// w stay in registers from construction.
 template <class T, int kN>
 struct LaneDot {
-  static constexpr int kHeld = kN > 1 ? 4 : 1;
+  static constexpr int kHeld = kN > 1 ? 2 : 1;
   const T* w;
   int count, first, step;
   Packed<T, kN> held[kHeld];
@@ -439,12 +439,14 @@ __global__ __launch_bounds__(kStepThreads) void selective_scan_step_kernel(StepA
   const std::int64_t state_stride = std::int64_t{in.sizes.channels} * dstate;
   float* const state = p.state + std::int64_t{channel} * dstate;
   const float* const A_log = in.A_log + std::int64_t{channel} * dstate;
-  std::int64_t group = std::int64_t{blockIdx.y} * kRows;
+  const std::int64_t first = std::int64_t{blockIdx.y} * kRows;
+  const std::int64_t step = std::int64_t{gridDim.y} * kRows;
   StepRates<kVec> A{};
   if (owns) {
+    for (std::int64_t group = first; group < batch; group += step)
 #pragma unroll
-    for (int r = 0; r < kRows; ++r)
-      if (group + r < batch) prefetch_to_l2(state + (group + r) * state_stride + n);
+      for (int r = 0; r < kRows; ++r)
+        if (group + r < batch) prefetch_to_l2(state + (group + r) * state_stride + n);
     A.load(A_log + n, kGeneral);
   }
   const LaneDot<T, kRank> project(
@@ -455,7 +457,7 @@ __global__ __launch_bounds__(kStepThreads) void selective_scan_step_kernel(StepA
   const float rate = kGeneral && in.tau != nullptr ? softplus(in.dtA_bias[channel]) : 0.0F;
   const GeneralRule rule{in.discretization};
   wait_for_previous_kernel();
-  for (; group < batch; group += std::int64_t{gridDim.y} * kRows) {
+  for (std::int64_t group = first; group < batch; group += step) {
     StepStates<T, kVec> states[kRows] = {};
     StepToken<T> tokens[kRows] = {};
 #pragma unroll
@@ -495,7 +497,8 @@ __global__ __launch_bounds__(kStepThreads) void selective_scan_step_kernel(StepA
   }
 }
 
-// kRows > 1 for many sequences: loads of several together hide the latency of memory.
+// kRows > 1 for many sequences: all blocks are resident at once, and the loads of several sequences
+// together hide the latency of memory.
 template <class T, int kVec, int kRows>
 void launch_step(Context& ctx, const SelectiveScanStep& a) {
   const Sizes sizes(a.in, 1, 1);
@@ -514,17 +517,21 @@ void launch_step(Context& ctx, const SelectiveScanStep& a) {
     wide_rank = Operands<T>::wide(p.dt_low, p.rank) &&
                 allows_vectors(p.dt_weight, p.rank, p.rank, kWide<T>);
   }
-  constexpr std::int64_t kMostGroups = 65535;  // of the second dimension of a grid
+  // What many sequences need of HBM is asked for at once if all blocks are resident. The second
+  // dimension of a grid ends at 65535.
+  constexpr std::int64_t kResident = 512;
   const std::int64_t groups = (std::int64_t{sizes.batch} + kRows - 1) / kRows;
   const int per_block = kStepThreads >> log2_lanes;
-  const dim3 blocks(static_cast<unsigned>((sizes.channels + per_block - 1) / per_block),
-                    static_cast<unsigned>(std::min(groups, kMostGroups)));
+  const std::int64_t columns = (sizes.channels + per_block - 1) / per_block;
+  const std::int64_t most =
+      kRows > 1 ? std::max<std::int64_t>(kResident / columns, 1) : std::int64_t{65535};
+  const dim3 blocks(static_cast<unsigned>(columns), static_cast<unsigned>(std::min(groups, most)));
   visit_rule(is_general(a.in), [&]<bool kGeneral>() {
     const auto launch = [&]<int kRank>() {
       launch_overlapped(selective_scan_step_kernel<T, kVec, kRank, kRows, kGeneral>, blocks,
                         kStepThreads, 0, ctx.stream().handle, p);
     };
-    if constexpr (kRows == 1)
+    if constexpr (kVec == 4)
       if (wide_rank) return launch.template operator()<kWide<T>>();
     launch.template operator()<1>();
   });
@@ -569,9 +576,12 @@ void selective_scan_step(Context& ctx, const SelectiveScanStep& a) {
              allows(a.in.B.data<T>(), detail::row_stride(a.in.B)) &&
              allows(a.in.C.data<T>(), detail::row_stride(a.in.C));
     };
+    constexpr std::int64_t kSeveralSequences = 8;
     constexpr std::int64_t kManySequences = 64;
     if (a.in.u.dim(0) >= kManySequences && !a.dt_low && aligned(kManyStates<T>))
       selective::launch_step<T, kManyStates<T>, 2>(ctx, a);
+    else if (aligned(4) && a.in.u.dim(0) >= kSeveralSequences)
+      selective::launch_step<T, 4, 2>(ctx, a);
     else if (aligned(4))
       selective::launch_step<T, 4, 1>(ctx, a);
     else

@@ -20,11 +20,10 @@
 
 namespace lrnn::cuda::few_rows {
 
-constexpr int kColumns = 8;   // of y that a warp reads at a time
-constexpr int kLanes = 4;     // that read neighbouring parts of a row of W
-constexpr int kAhead = 4;     // loads of a row of W that a thread has in flight
-constexpr int kMinWarps = 4;  // of a block
-constexpr int kMaxWarps = 16;
+constexpr int kColumns = 8;    // of y that a warp reads at a time
+constexpr int kLanes = 4;      // that read neighbouring parts of a row of W
+constexpr int kAhead = 4;      // loads of a row of W that a thread has in flight
+constexpr int kMaxWarps = 16;  // of a block
 
 /// Elements of a row of W that a warp reads at a time: 64 bytes, 16 in each of kLanes.
 template <class T>
@@ -246,13 +245,28 @@ __device__ __forceinline__ void warp_sums(const Args<float>& a, int column, Part
     }
 }
 
+/// Rows [first, first + rows.rows) of a product, of which blockIdx.y counts groups of kRows.
+template <class T>
+struct RowGroup {
+  int first;
+  Args<T> rows;
+
+  __device__ __forceinline__ RowGroup(const Args<T>& all, int size)
+      : first(static_cast<int>(blockIdx.y) * size), rows(all) {
+    rows.x.data += first * all.x.stride;
+    rows.rows = min(size, all.rows - first);
+  }
+};
+
 /// What a block does. kRows: 8 or 16 in bfloat16. `sums`: kRows kPitch floats for each warp. The
 /// epilogue is called once for each row and column, with the sum in float32; if it reads anything
 /// but weights, it may ask for that by prefetch(row, column) before the kernels before this one
 /// end.
 template <class T, int kTiles, int kRows, class Epilogue>
-__device__ __forceinline__ void product(const Args<T>& a, int block, float* sums,
+__device__ __forceinline__ void product(const Args<T>& all, int block, float* sums,
                                         const Epilogue& epilogue) {
+  const RowGroup<T> group(all, kRows);
+  const Args<T>& a = group.rows;
   constexpr int kWidth = kTiles * kColumns;
   constexpr int kSums = kRows * kPitch<kTiles>;
   const int lane = static_cast<int>(threadIdx.x) % 32;
@@ -262,7 +276,8 @@ __device__ __forceinline__ void product(const Args<T>& a, int block, float* sums
   if constexpr (requires { epilogue.prefetch(0, 0); })
     for (int i = static_cast<int>(threadIdx.x); i < a.rows * kWidth;
          i += static_cast<int>(blockDim.x))
-      if (column + i % kWidth < a.columns) epilogue.prefetch(i / kWidth, column + i % kWidth);
+      if (column + i % kWidth < a.columns)
+        epilogue.prefetch(group.first + i / kWidth, column + i % kWidth);
   constexpr int kPerLane = sizeof(T) == 2 ? kRows / 8 : kRows;
   warp_sums<kTiles, kPerLane>(a, column, part_of_warp<T>(a.depth, warp, warps), lane,
                               sums + warp * kSums);
@@ -276,7 +291,7 @@ __device__ __forceinline__ void product(const Args<T>& a, int block, float* sums
     float sum = 0.0F;
 #pragma unroll 4
     for (int w = 0; w < warps; ++w) sum += sums[w * kSums + r * kPitch<kTiles> + c];
-    epilogue(r, column + c, sum);
+    epilogue(group.first + r, column + c, sum);
   }
 }
 
@@ -302,29 +317,29 @@ __global__ __launch_bounds__(32 * kMaxWarps) void product_pair_kernel(Args<T> a,
 }
 
 /// Whether device and operands suit the kernel: few rows, those of x and W in 16-byte accesses.
+/// More than kMaxRows read the weight again, from L2.
 template <class T>
-bool applies(TensorView x, TensorView weight) {
+bool applies(TensorView x, TensorView weight, std::int64_t most_rows = kMaxRows<T>) {
   const std::int64_t rows = detail::row_count(x);
   const std::int64_t columns = weight.dim(0);
   const std::int64_t depth = x.dim(-1);
   constexpr int kMargin = 1 << 16;  // sums of sizes that the kernel takes in 32 bits
-  return rows > 0 && rows <= kMaxRows<T> && std::max(columns, depth) <= INT_MAX - kMargin &&
+  return rows > 0 && rows <= most_rows && std::max(columns, depth) <= INT_MAX - kMargin &&
          allows_vectors(x.data<T>(), depth, rows > 1 ? detail::row_stride(x) : 0, kWide<T>) &&
          allows_vectors(weight.data<T>(), depth, columns > 1 ? detail::row_stride(weight) : 0,
                         kWide<T>) &&
          (sizeof(T) == 4 || has_mma());
 }
 
-/// Warps of a block: what a warp reads fits in the loads that it has in flight, if kMaxWarps do. At
-/// least as many as hand the sums of several rows to the epilogue without delay.
+/// Warps of a block: what a warp reads fits in the loads that it has in flight, if kMaxWarps do.
 template <class T>
 int warps_of(int depth) {
   constexpr int kPerWarp = kAhead * kStep<T>;
-  return std::clamp((depth + kPerWarp - 1) / kPerWarp, kMinWarps, kMaxWarps);
+  return std::min((depth + kPerWarp - 1) / kPerWarp, kMaxWarps);
 }
 
 /// Calls f.operator()<kTiles, kRows>(). More tiles where there are enough blocks without, because
-/// every block reads all of x. Neither changes a sum.
+/// every block reads all of x, the sooner the larger x is. Neither changes a sum.
 template <class T, class F>
 void visit_sizes(const Args<T>& a, F&& f) {
   const auto visit_rows = [&]<int kTiles>() {
@@ -335,7 +350,7 @@ void visit_sizes(const Args<T>& a, F&& f) {
              : a.rows > 1 ? f.template operator()<kTiles, 2>()
                           : f.template operator()<kTiles, 1>();
   };
-  if (a.columns >= 4096) return visit_rows.template operator()<2>();
+  if (a.columns >= (a.rows > 8 ? 2048 : 4096)) return visit_rows.template operator()<2>();
   visit_rows.template operator()<1>();
 }
 
@@ -344,6 +359,10 @@ template <int kTiles>
 unsigned blocks_of(int columns) {
   constexpr int kWidth = kTiles * kColumns;
   return static_cast<unsigned>((columns + kWidth - 1) / kWidth);
+}
+template <int kRows>
+unsigned groups_of(int rows) {
+  return static_cast<unsigned>((rows + kRows - 1) / kRows);
 }
 template <int kTiles, int kRows>
 std::size_t shared_of(int warps) {
@@ -354,7 +373,8 @@ template <class T, class Epilogue>
 void launch(cudaStream_t stream, const Args<T>& a, const Epilogue& epilogue) {
   const int warps = warps_of<T>(a.depth);
   visit_sizes(a, [&]<int kTiles, int kRows>() {
-    launch_overlapped(product_kernel<T, kTiles, kRows, Epilogue>, blocks_of<kTiles>(a.columns),
+    launch_overlapped(product_kernel<T, kTiles, kRows, Epilogue>,
+                      dim3(blocks_of<kTiles>(a.columns), groups_of<kRows>(a.rows)),
                       static_cast<unsigned>(32 * warps), shared_of<kTiles, kRows>(warps), stream, a,
                       epilogue);
   });
@@ -368,7 +388,7 @@ void launch_pair(cudaStream_t stream, const Args<T>& a, const First& first, cons
   visit_sizes(a, [&]<int kTiles, int kRows>() {
     const unsigned first_blocks = blocks_of<kTiles>(a.columns);
     launch_overlapped(product_pair_kernel<T, kTiles, kRows, First, Second>,
-                      first_blocks + blocks_of<kTiles>(b.columns),
+                      dim3(first_blocks + blocks_of<kTiles>(b.columns), groups_of<kRows>(a.rows)),
                       static_cast<unsigned>(32 * warps), shared_of<kTiles, kRows>(warps), stream, a,
                       first, b, second, static_cast<int>(first_blocks));
   });

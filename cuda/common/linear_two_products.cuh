@@ -3,6 +3,7 @@
 #pragma once
 
 #include "common/linear_few_rows.cuh"
+#include "common/linear_sm90.cuh"
 
 namespace lrnn::cuda::few_rows {
 
@@ -11,13 +12,17 @@ constexpr int kMaxWarpsOfTwo = 8;  // of a block, for each of two products
 /// Two products with the same columns, whose x and depth may differ: some warps of a block do the
 /// first, the others the second. The epilogue gets both sums of a row and column.
 template <class T, int kRows, class Epilogue>
-__global__ __launch_bounds__(64 * kMaxWarpsOfTwo) void two_products_kernel(Args<T> a, Args<T> b,
+__global__ __launch_bounds__(64 * kMaxWarpsOfTwo) void two_products_kernel(Args<T> all_a,
+                                                                           Args<T> all_b,
                                                                            int a_warps,
                                                                            Epilogue epilogue) {
   constexpr int kSums = kRows * kPitch<1>;
   constexpr int kPerLane = sizeof(T) == 2 ? kRows / 8 : kRows;
   extern __shared__ float sums[];
   let_next_kernel_start();
+  const RowGroup<T> group(all_a, kRows);
+  const Args<T>& a = group.rows;
+  const Args<T> b = RowGroup<T>(all_b, kRows).rows;
   const int thread = static_cast<int>(threadIdx.x);
   const int threads = static_cast<int>(blockDim.x);
   const int warp = thread / 32;
@@ -28,7 +33,7 @@ __global__ __launch_bounds__(64 * kMaxWarpsOfTwo) void two_products_kernel(Args<
       if (column + k % kColumns < a.columns) f(k / kColumns, k % kColumns);
   };
   if constexpr (requires { epilogue.prefetch(0, 0); })
-    for_each_sum([&](int r, int c) { epilogue.prefetch(r, column + c); });
+    for_each_sum([&](int r, int c) { epilogue.prefetch(group.first + r, column + c); });
   const bool second = warp >= a_warps;
   const Args<T> mine = second ? b : a;
   const Part part = second ? part_of_warp<T>(mine.depth, warp - a_warps, warps - a_warps)
@@ -40,8 +45,18 @@ __global__ __launch_bounds__(64 * kMaxWarpsOfTwo) void two_products_kernel(Args<
     float sum[2] = {};
     for (int w = 0; w < a_warps; ++w) sum[0] += at[w * kSums];
     for (int w = a_warps; w < warps; ++w) sum[1] += at[w * kSums];
-    epilogue(r, column + c, sum[0], sum[1]);
+    epilogue(group.first + r, column + c, sum[0], sum[1]);
   });
+}
+
+/// Whether a product is done here if its epilogue saves launches: then it may read the weight
+/// twice, unless that is large.
+template <class T>
+bool fuses(TensorView x, TensorView weight) {
+#ifdef LRNN_WITH_SM90A
+  if (linear_sm90::applies(x, weight) && linear_sm90::streams(weight)) return false;
+#endif
+  return applies<T>(x, weight, 2 * kMaxRows<T>);
 }
 
 template <class T, class Epilogue>
@@ -49,7 +64,8 @@ void launch_two(cudaStream_t stream, const Args<T>& a, const Args<T>& b, const E
   const int a_warps = std::min(warps_of<T>(a.depth), kMaxWarpsOfTwo);
   const int warps = a_warps + std::min(warps_of<T>(b.depth), kMaxWarpsOfTwo);
   visit_sizes(a, [&]<int kTiles, int kRows>() {
-    launch_overlapped(two_products_kernel<T, kRows, Epilogue>, blocks_of<1>(a.columns),
+    launch_overlapped(two_products_kernel<T, kRows, Epilogue>,
+                      dim3(blocks_of<1>(a.columns), groups_of<kRows>(a.rows)),
                       static_cast<unsigned>(32 * warps), shared_of<1, kRows>(warps), stream, a, b,
                       a_warps, epilogue);
   });

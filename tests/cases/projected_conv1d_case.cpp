@@ -65,7 +65,8 @@ std::vector<OpCase> cases() {
            Sizes{3, 72, 40, 13, 4, 21, Activation::Identity},       // blocks in part, aside
            Sizes{4, 256, 96, 96, 3, 96, Activation::Silu, false},   // no columns beside
            Sizes{16, 136, 64, 32, 4, 64, Activation::Silu, false},  // most rows
-           Sizes{17, 64, 32, 16, 4, 8},                             // the ops one by one
+           Sizes{17, 64, 32, 16, 4, 8},                             // the weight twice
+           Sizes{33, 64, 32, 16, 4, 8},                             // the ops one by one
            Sizes{2, 37, 11, 5, 2, 3, Activation::Identity, false},  // the same: odd depth
            Sizes{1, 768, 3072, 1536, 4},                            // of a small Mamba
        })

@@ -63,7 +63,8 @@ std::vector<OpCase> cases() {
                Sizes{1, 64, 16}, Sizes{3, 40, 12},  // blocks in part
                Sizes{4, 264, 72},                   // several steps of a warp
                Sizes{16, 24, 8},                    // most rows
-               Sizes{17, 32, 16},                   // the ops one by one
+               Sizes{17, 32, 16},                   // the weights twice
+               Sizes{33, 32, 16},                   // the ops one by one
                Sizes{2, 7, 3},                      // the same: odd depths
            })
         all.push_back(projected_diagonal_case({z.batch, z.width, z.lanes, complex, matrix}));

@@ -24,10 +24,10 @@ OpCase projected_gate_case(std::int64_t rows, std::int64_t inputs, std::int64_t 
 
 std::vector<OpCase> cases() {
   std::vector<OpCase> all;
-  // 17 rows and odd depth: the ops one by one.
+  // 17 rows read the weight twice; 33, and odd depth: the ops one by one.
   for (const auto& [rows, inputs, features] :
        std::initializer_list<std::tuple<std::int64_t, std::int64_t, std::int64_t>>{
-           {1, 64, 40}, {3, 136, 13}, {16, 512, 128}, {17, 32, 16}, {2, 7, 5}})
+           {1, 64, 40}, {3, 136, 13}, {16, 512, 128}, {17, 32, 16}, {33, 32, 16}, {2, 7, 5}})
     for (const Activation kind : {Activation::Silu, Activation::Gelu})
       all.push_back(projected_gate_case(rows, inputs, features, kind));
   return all;

@@ -46,9 +46,10 @@ OpCase projected_rglru_case(std::int64_t batch, std::int64_t width) {
 
 std::vector<OpCase> cases() {
   std::vector<OpCase> all;
-  // 5: odd depth, and 17 rows: the ops one by one. 768: several steps of every warp.
+  // 17 rows read the weights twice; 33, and odd depth: the ops one by one. 768: several steps of
+  // every warp.
   for (const auto& [batch, width] : std::initializer_list<std::pair<std::int64_t, std::int64_t>>{
-           {1, 64}, {2, 136}, {4, 24}, {16, 40}, {17, 32}, {3, 5}, {1, 768}})
+           {1, 64}, {2, 136}, {4, 24}, {16, 40}, {17, 32}, {33, 32}, {3, 5}, {1, 768}})
     all.push_back(projected_rglru_case(batch, width));
   return all;
 }

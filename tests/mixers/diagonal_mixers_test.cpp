@@ -40,6 +40,33 @@ std::string error_of(MixerType type, const MixerKwargs& kwargs) {
   return "no error";
 }
 
+// A state holds tables of the parameters; a forward pass that leaves its state there renews them.
+TEST(StateOfDiagonalMixers, FollowsTheParametersOfTheLastForwardPass) {
+  for (const MixerType type : {MixerType::LRU, MixerType::S5, MixerType::S4, MixerType::S4D}) {
+    Made m(type, {}, 4, 6);
+    const auto state = m.mixer->make_state(m.ctx, 1, 3, DType::float64);
+    for (Parameter& p : m.store) {
+      auto values = m.ctx.to_host_as_double(p.value);
+      for (double& v : values) v *= 0.75;
+      m.ctx.write_from_host(p.value, values);
+    }
+    std::vector<double> inputs;
+    for (int i = 0; i < 12; ++i) inputs.push_back(std::cos(i));
+    const Tensor x = m.ctx.from_host_as({1, 3, 4}, DType::float64, inputs);
+    Tensor whole = m.ctx.empty({1, 3, 4}, DType::float64);
+    Tensor y = m.ctx.empty({1, 2, 4}, DType::float64);
+    Tensor last = m.ctx.empty({1, 1, 4}, DType::float64);
+    static_cast<void>(m.mixer->forward(m.ctx, {.x = x, .y = whole}, false));
+    static_cast<void>(m.mixer->forward(
+        m.ctx, {.x = x.view().slice(1, 0, 2), .y = y, .state_out = state.get()}, false));
+    m.mixer->step(m.ctx, {.x = x.view().slice(1, 2, 1), .y = last, .state = *state});
+    const auto expected = m.ctx.to_host_as_double(whole);
+    const auto got = m.ctx.to_host_as_double(last);
+    for (std::size_t c = 0; c < 4; ++c)
+      EXPECT_NEAR(got[c], expected[8 + c], 1e-10) << mixer_name(type) << ' ' << c;
+  }
+}
+
 TEST(Lru, StartsInTheRing) {
   constexpr std::int64_t kN = 4000;
   Made m(MixerType::LRU, {.lru = {.r_min = 0.8, .r_max = 0.9, .max_phase = 0.5}}, 1, kN);

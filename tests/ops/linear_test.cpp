@@ -117,12 +117,13 @@ TEST_F(LinearOfFewRows, RowsDoNotKnowEachOther) {
   for (const DType weight_dtype : {DType::float32, DType::bfloat16})
     expect_rows_alone({8, 203, 70}, DType::float32, weight_dtype);
 }
-// Up to the most rows that its kernel takes; widths and depths that it cuts in all its ways.
+// Up to the most rows that count as few; widths and depths that their kernels cut in all their
+// ways.
 TEST_F(LinearOfFewRows, RowsDoNotKnowEachOtherOnCuda) {
   if (Context::cuda_device_count() == 0) GTEST_SKIP() << "no CUDA device";
   ctx = Context::cuda();
   for (const Problem& p : {Problem{16, 40, 9}, Problem{16, 1544, 70}, Problem{16, 104, 4099},
-                           Problem{16, 200, 16387}}) {
+                           Problem{16, 200, 16387}, Problem{16, 2056, 2049}}) {
     expect_rows_alone(p, DType::bfloat16, DType::bfloat16);
     expect_rows_alone({4, p.in, p.out}, DType::float32, DType::float32);
   }

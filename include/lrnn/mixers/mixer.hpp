@@ -104,7 +104,9 @@ class Mixer {
   void step(Context& ctx, const MixerStep& args) const;
 
   /// A cleared state for `batch` sequences of activations of `dtype`. `max_seqlen` bounds the KV
-  /// cache of attention.
+  /// cache of attention. A state may hold what step() derives from the parameters, as they are now
+  /// or were when forward() last left its state there: make a new one, or run forward(), after they
+  /// change.
   [[nodiscard]] virtual std::unique_ptr<MixerState> make_state(Context& ctx, std::int64_t batch,
                                                                std::int64_t max_seqlen,
                                                                DType dtype) const = 0;

@@ -13,7 +13,9 @@ namespace lrnn {
 class SafetensorsFile;
 
 /// The state of every layer for one batch of sequences, and how many tokens each sequence has seen.
-/// Made by LRNNLMHeadModel::allocate_inference_cache; the model must outlive it.
+/// Made by LRNNLMHeadModel::allocate_inference_cache; the model must outlive it. After a change of
+/// parameters step() is right again behind a forward pass, or with a new cache: see
+/// Mixer::make_state.
 class InferenceCache {
  public:
   using States = std::vector<std::unique_ptr<MixerState>>;
