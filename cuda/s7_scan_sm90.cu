@@ -104,34 +104,63 @@ struct PackArgs {
   Part parts[6];
 };
 
-/// Row a, state n of the weights a part is made of; null beyond them.
+/// Rows of the weights that one n of a part is made of: row a is `stride` numbers behind the one
+/// before; from `split` on they come from a second block of rows. Both have `rows`, others are 0.
 template <class T>
-__device__ __forceinline__ const T* source_row(const PackArgs<T>& p, Source source, int a, int n) {
-  const auto H = static_cast<std::int64_t>(p.dim);
-  switch (source) {
-    case Source::Small: {
-      const int state = n * kStates + a % kStates;
-      if (state >= p.dstate || a >= kSmallRows) return nullptr;
-      return (a < kStates ? p.weights.A : p.weights.bias) + state * H;
-    }
-    case Source::SmallTransposed:
-      if (a >= 2 * p.dstate) return nullptr;
-      return a < p.dstate ? p.weights.A + a * H : p.weights.bias + (a - p.dstate) * H;
-    case Source::Skip:
-    case Source::SkipTransposed:
-      return a < p.dim ? p.weights.D + a * H : nullptr;
-    default: {
-      if (a >= p.dim || n >= p.dstate) return nullptr;
-      const bool from_B = source == Source::Triangle || source == Source::BothRows;
-      return (from_B ? p.weights.B : p.weights.C) +
-             (static_cast<std::int64_t>(a) * p.dstate + n) * H;
+struct SourceRows {
+  const T* base;
+  std::int64_t stride;
+  int rows;
+  int split = 1 << 30;
+  const T* second = nullptr;
+
+  __device__ SourceRows(const PackArgs<T>& p, Source source, int n) {
+    const auto H = static_cast<std::int64_t>(p.dim);
+    stride = H;
+    rows = p.dim;
+    switch (source) {
+      case Source::Small:
+        base = p.weights.A + n * kStates * H;
+        second = p.weights.bias + n * kStates * H;
+        split = kStates;
+        rows = min(kStates, p.dstate - n * kStates);
+        break;
+      case Source::SmallTransposed:
+        base = p.weights.A;
+        second = p.weights.bias;
+        split = p.dstate;
+        rows = p.dstate;
+        break;
+      case Source::Skip:
+      case Source::SkipTransposed:
+        base = p.weights.D;
+        break;
+      default: {
+        const bool from_B = source == Source::Triangle || source == Source::BothRows;
+        base = (from_B ? p.weights.B : p.weights.C) + n * H;
+        stride = p.dstate * H;
+        if (n >= p.dstate) rows = 0;
+      }
     }
   }
+  __device__ __forceinline__ float load(int a, int column, int dim) const {
+    const int in_block = a < split ? a : a - split;
+    const T* const from = (a < split ? base : second) + in_block * stride;
+    return in_block < rows && column < dim ? to_float(from[column]) : 0.0F;
+  }
+};
+
+/// Panels of the rows of A and bias, an even number.
+template <class T>
+__host__ __device__ constexpr int small_panels(int dstate) {
+  constexpr int kPair = 2 * kPanelColumns<T>;
+  return (2 * dstate + kPair - 1) / kPair * 2;
 }
 
 /// Byte offset of (row, n, column) of a part, or -1 where the part has no place for it.
 template <class T, int kWidth>
-__device__ __forceinline__ std::int64_t packed_place(const Part& part, int row, int n, int column) {
+__device__ __forceinline__ std::int64_t packed_place(const Part& part, int row, int n, int column,
+                                                     int dstate) {
   constexpr int kColumns = kPanelColumns<T>;
   const int panel = column / kColumns;
   const int rest = column % kColumns;
@@ -156,6 +185,7 @@ __device__ __forceinline__ std::int64_t packed_place(const Part& part, int row, 
              packed_at<T>(row, rest);
     }
     default: {
+      if (part.source == Source::SmallTransposed && panel >= small_panels<T>(dstate)) return -1;
       constexpr int kPanels = kWidth / kColumns;
       return static_cast<std::int64_t>(part.first + n * kPanels + panel) *
                  MixTile<T, kWidth>::kBufferBytes +
@@ -184,21 +214,24 @@ __global__ __launch_bounds__(256) void pack_kernel(const __grid_constant__ PackA
   const int r0 = static_cast<int>(blockIdx.y) * kPackTile;
   const int c0 = static_cast<int>(blockIdx.x) * kPackTile;
   if (source == Source::Triangle && c0 + kPanelColumns<T> <= r0) return;
-  for (int i = static_cast<int>(threadIdx.x) / kPackTile; i < kPackTile; i += 256 / kPackTile) {
-    const auto fetch = [&](int row, int column) {
-      const T* const from = source_row(p, source, row, n);
-      return from != nullptr && column < p.dim ? to_float(from[column]) : 0.0F;
-    };
-    if (!transposed) straight[i][lane] = fetch(r0 + i, c0 + lane);
-    if (transposed || both) across[i][lane] = fetch(c0 + i, r0 + lane);
-  }
+  const SourceRows<T> from(p, source, n);
+  const int first = static_cast<int>(threadIdx.x) / kPackTile;
+  constexpr int kStep = 256 / kPackTile;
+  if (!transposed)
+#pragma unroll
+    for (int i = first; i < kPackTile; i += kStep)
+      straight[i][lane] = from.load(r0 + i, c0 + lane, p.dim);
+  if (transposed || both)
+#pragma unroll
+    for (int i = first; i < kPackTile; i += kStep)
+      across[i][lane] = from.load(c0 + i, r0 + lane, p.dim);
   __syncthreads();
   constexpr int kVec = kWide<T>;
   constexpr int kPerRow = kPackTile / kVec;
   const int i = static_cast<int>(threadIdx.x) / kPerRow;
   const int j = static_cast<int>(threadIdx.x) % kPerRow * kVec;
   if (i >= kPackTile) return;
-  const std::int64_t to = packed_place<T, kWidth>(part, r0 + i, n, c0 + j);
+  const std::int64_t to = packed_place<T, kWidth>(part, r0 + i, n, c0 + j, p.dstate);
   if (to < 0) return;
   float values[kVec];
 #pragma unroll
@@ -746,10 +779,11 @@ __global__ __launch_bounds__(kBlock, 1) void mix_kernel(const MixArgs<T> a) {
 
 // ---- Gradients of the weights -------------------------------------------------------------------
 
-constexpr int kPairRows = 64;      // rows of a warpgroup
-constexpr int kPairStates = 2;     // states of a block, one of each warpgroup
-constexpr int kSingleRows = 128;   // rows of a block without factors
-constexpr int kSmallPacked = 128;  // rows of dA and g, filled up
+constexpr int kPairRows = 64;     // rows of a warpgroup
+constexpr int kPairStates = 2;    // states of a block, one of each warpgroup
+constexpr int kSingleRows = 128;  // rows of a block without factors
+constexpr int kMostStates = 64;
+constexpr int kSmallPacked = 2 * kMostStates;  // rows of dA and g, filled up
 
 /// A buffer: rows of the left operand, rows of x^T, factors of both states. With factors the
 /// warpgroups share the rows of the left operand, else each has its own.
@@ -836,28 +870,37 @@ __global__ __launch_bounds__(256) void turn_rows_kernel(Rows<T> x, Rows<T> dy, T
   }
 }
 
-/// Factors s and g and the rows of dA and g; a block turns 256 tokens of one row.
+/// Factors s and g and the rows of dA and g; a block turns kTurn tokens.
 template <class T>
 __global__ __launch_bounds__(256) void turn_states_kernel(const float* s, const float* g,
                                                           const float* dA, Turned<T> out,
                                                           std::int64_t tokens, std::int64_t padded,
                                                           int states, int dstate) {
-  const std::int64_t t = static_cast<std::int64_t>(blockIdx.x) * 256 + threadIdx.x;
-  if (t >= padded) return;
-  const auto value = [&](const float* from, int n) {
-    return t < tokens && n < dstate ? from[t * dstate + n] : 0.0F;
+  __shared__ float tile[kTurn][kMostStates + 1];
+  const std::int64_t t0 = static_cast<std::int64_t>(blockIdx.x) * kTurn;
+  const auto write_small = [&](int row, int t, float v) {
+    auto* const to = reinterpret_cast<unsigned char*>(out.small) +
+                     (t0 + t) / kPanelColumns<T> * kSmallPacked * kPanelRowBytes +
+                     packed_at<T>(row, static_cast<int>((t0 + t) % kPanelColumns<T>));
+    *reinterpret_cast<T*>(to) = from_float<T>(sizeof(T) == 4 ? round_tf32(v) : v);
   };
-  int row = static_cast<int>(blockIdx.y);
-  if (row < 2 * states) {
-    out.scales[row * padded + t] = row < states ? value(s, row) : value(g, row - states);
-    return;
+  for (int which = 0; which < 3; ++which) {
+    const float* const from = which == 0 ? s : which == 1 ? g : dA;
+    __syncthreads();
+    for (int i = static_cast<int>(threadIdx.x); i < kTurn * dstate; i += 256)
+      tile[i / dstate][i % dstate] = t0 + i / dstate < tokens ? from[t0 * dstate + i] : 0.0F;
+    __syncthreads();
+    for (int i = static_cast<int>(threadIdx.x); i < kTurn * states; i += 256) {
+      const int n = i / kTurn;
+      const int t = i % kTurn;
+      const float v = n < dstate ? tile[t][n] : 0.0F;
+      if (which < 2) out.scales[(which * states + n) * padded + t0 + t] = v;
+      if (which > 0 && n < dstate) write_small(which == 1 ? dstate + n : n, t, v);
+    }
   }
-  row -= 2 * states;
-  const float v = row < dstate ? value(dA, row) : value(g, row - dstate);
-  auto* const to = reinterpret_cast<unsigned char*>(out.small) +
-                   t / kPanelColumns<T> * kSmallPacked * kPanelRowBytes +
-                   packed_at<T>(row, static_cast<int>(t % kPanelColumns<T>));
-  *reinterpret_cast<T*>(to) = from_float<T>(sizeof(T) == 4 ? round_tf32(v) : v);
+  for (int i = 2 * dstate * kTurn + static_cast<int>(threadIdx.x); i < kSmallPacked * kTurn;
+       i += 256)
+    write_small(i / kTurn, i % kTurn, 0.0F);
 }
 
 /// Rows of a left operand and where its sums go: [split, states, rows, kWidth] floats.
@@ -1107,13 +1150,6 @@ const T* mix_weights(const Tensor& packed, int dstate) {
   return packed.view().template data<T>() + first_mix_buffer<T, kWidth, kDrive>(dstate) * kNumbers;
 }
 
-/// Panels of the rows of A and bias, an even number.
-template <class T>
-int small_panels(int dstate) {
-  constexpr int kPair = 2 * kPanelColumns<T>;
-  return (2 * dstate + kPair - 1) / kPair * 2;
-}
-
 template <class T, int kWidth, bool kDrive>
 void run_contract(Context& ctx, const Problem<T>& p, const Tensor& packed, ContractArgs<T> args) {
   args.packed = packed.view().template data<T>();
@@ -1133,7 +1169,7 @@ bool fits_sm90(const Context& ctx, DType dtype, std::int64_t tokens, std::int64_
     return reinterpret_cast<std::uintptr_t>(p) % 16 == 0;
   });
   return (half || ctx.allow_tf32()) && tokens >= kLeastTokens && dim >= 64 && dim <= 256 &&
-         dim % wide == 0 && dstate <= 64 && aligned && compute_capability() == 90;
+         dim % wide == 0 && dstate <= kMostStates && aligned && compute_capability() == 90;
 }
 
 template <class T>
@@ -1261,9 +1297,8 @@ void weight_gradients(Context& ctx, const Problem<T>& p, const T* x, const T* dy
       <<<dim3(static_cast<unsigned>(padded / kTurn), kWidth / kTurn), 256, 0, stream>>>(
           {x, p.tokens, p.dim}, {dy, p.tokens, p.dim}, turned);
   LRNN_CUDA_CHECK_LAUNCH();
-  turn_states_kernel<T><<<dim3(static_cast<unsigned>((padded + 255) / 256),
-                               static_cast<unsigned>(2 * states + kSmallPacked)),
-                          256, 0, stream>>>(s, g, dA, turned, p.tokens, padded, states, p.dstate);
+  turn_states_kernel<T><<<static_cast<unsigned>(padded / kTurn), 256, 0, stream>>>(
+      s, g, dA, turned, p.tokens, padded, states, p.dstate);
   LRNN_CUDA_CHECK_LAUNCH();
   PairArgs<T> args{.left = {{turned.dy, kWidth}, {turned.x, kWidth}},
                    .right = turned.x,
