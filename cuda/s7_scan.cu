@@ -97,8 +97,11 @@ void scan(Context& ctx, const S7ScanForward& a, const Sequences& z, const float*
   LRNN_CUDA_CHECK_LAUNCH();
 }
 
-// States whose sums of one token fit the shared memory that every device has.
+// Of a step in one block per sequence: states whose sums fit the shared memory that every device
+// has, and projections of B, beyond which more blocks are faster than fewer kernels.
 constexpr std::int64_t kMostStepStates = 1024;
+constexpr std::int64_t kMostStepRows = 8192;
+constexpr std::int64_t kMostStepTokens = 1024;  // so that their projections take 64 MiB at most
 
 template <class T>
 struct StepArgs {
@@ -200,10 +203,8 @@ class Forward {
   }
 
   void run() {
-    const std::int64_t tile = std::min(tokens_, s7::tile_tokens(dim_, dstate_, sizeof(T)));
-    // Twice, because the step has the projections of B and C at once.
-    if (seqlen_ == 1 && 2 * tokens_ <= s7::tile_tokens(dim_, dstate_, sizeof(T)) &&
-        dstate_ <= kMostStepStates)
+    if (seqlen_ == 1 && tokens_ <= kMostStepTokens && dstate_ <= kMostStepStates &&
+        dim_ * dstate_ <= kMostStepRows)
       return step();
 #ifdef LRNN_WITH_SM90A
     if (s7::fits_sm90(ctx_, a_.x.dtype(), tokens_, dim_, dstate_, {a_.x.raw(), a_.y.raw()})) {
@@ -219,6 +220,7 @@ class Forward {
     D_bias_ = ctx_.empty({tokens_, dim_ + dstate_}, a_.x.dtype());
     lrnn::linear_forward(ctx_,
                          {.x = x(0, tokens_), .weight = rows_.D_bias(a_.weight), .y = D_bias_});
+    const std::int64_t tile = std::min(tokens_, s7::tile_tokens(dim_, dstate_, sizeof(T)));
     Tensor P = ctx_.empty({tile, dim_ * dstate_}, a_.x.dtype());
     for_tiles(tile, [&](std::int64_t t, std::int64_t count) {
       project(P.view().slice(0, 0, count), t, count);
@@ -233,21 +235,15 @@ class Forward {
   [[nodiscard]] TensorView x(std::int64_t t, std::int64_t count) const {
     return a_.x.reshape({tokens_, dim_}).slice(0, t, count);
   }
-  [[nodiscard]] const T* x_data(std::int64_t t) const {
-    return a_.x.data<T>() + t * dim_;
-  }
+  [[nodiscard]] const T* x_data(std::int64_t t) const { return a_.x.data<T>() + t * dim_; }
   [[nodiscard]] const T* D_bias_data(std::int64_t t) const {
     return D_bias_.view().template data<T>() + t * (dim_ + dstate_);
   }
   [[nodiscard]] const std::int32_t* lengths() const {
     return a_.lengths ? a_.lengths.data<std::int32_t>() : nullptr;
   }
-  [[nodiscard]] int H() const {
-    return static_cast<int>(dim_);
-  }
-  [[nodiscard]] int N() const {
-    return static_cast<int>(dstate_);
-  }
+  [[nodiscard]] int H() const { return static_cast<int>(dim_); }
+  [[nodiscard]] int N() const { return static_cast<int>(dstate_); }
   [[nodiscard]] Sequences sequences() const {
     return {static_cast<int>(a_.x.dim(0)), N(), seqlen_, lengths()};
   }

@@ -4,11 +4,13 @@
 //   C:  Q_t[n, k] = sum_h dy_t[h] W_C[(h, n), k]     gives both that need it at once,
 //         dL/ds_t[n] += sum_k x_t[k] Q_t[n, k]  and  dx_t[k] += sum_n s_t[n] Q_t[n, k];
 //       dW_C[h, (n, k)] += sum_t dy_t[h] (s_t[n] x_t[k]).
-//   A reverse chunked scan turns dL/ds into g and dA.
+//   A reverse scan turns dL/ds into g and dA, a block per segment of 256 steps of 16 states.
 //   B:  its term sum_n g[n] x^T W_n x is a quadratic form, so that its gradient has W_n + W_n^T,
 //         dx_t[k] += sum_{n, h} (g_t[n] x_t[h]) (W_B[(k, n), h] + W_B[(h, n), k]);
 //       dW_B[h, (n, k)] += sum_t x_t[h] (g_t[n] x_t[k]).
-// Per tile of tokens; the products in brackets are formed in memory as operands of the GEMMs.
+// Per tile of tokens; the products in brackets are formed in memory as operands of the GEMMs. On
+// Hopper and at H up to 256 they are formed in registers instead: s7_scan_sm90.cu for dL/ds and dx,
+// s7_scan_backward_sm90.cu for the weights.
 #include <algorithm>
 
 #include "lrnn/ops/elementwise.hpp"
@@ -392,21 +394,11 @@ class Backward {
   void for_tiles(F&& f) {
     for (std::int64_t t = 0; t < tokens_; t += tile_) f(t, std::min(tile_, tokens_ - t));
   }
-  T* P_data() {
-    return P_.view().template data<T>();
-  }
-  float* g_data() {
-    return g_.view().template data<float>();
-  }
-  [[nodiscard]] const T* x_data(std::int64_t t) const {
-    return x_.template data<T>() + t * dim_;
-  }
-  [[nodiscard]] int H() const {
-    return static_cast<int>(dim_);
-  }
-  [[nodiscard]] int N() const {
-    return static_cast<int>(dstate_);
-  }
+  T* P_data() { return P_.view().template data<T>(); }
+  float* g_data() { return g_.view().template data<float>(); }
+  [[nodiscard]] const T* x_data(std::int64_t t) const { return x_.template data<T>() + t * dim_; }
+  [[nodiscard]] int H() const { return static_cast<int>(dim_); }
+  [[nodiscard]] int N() const { return static_cast<int>(dstate_); }
   MutableTensorView dx_rows(std::int64_t t, std::int64_t count) {
     return a_.dx.reshape({tokens_, dim_}).slice(0, t, count);
   }
