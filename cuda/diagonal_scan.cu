@@ -72,8 +72,8 @@ __global__ __launch_bounds__(kThreads) void diagonal_scan_forward_kernel(Forward
 }
 
 constexpr int kCarryLanes = 8;
-constexpr int kCarryGroups = 32;
-constexpr int kCarryAhead = 8;  // segments that are loaded before the chain needs them
+constexpr int kCarryGroups = 64;
+constexpr int kCarryAhead = 16;  // segments that are loaded before the chain needs them
 
 struct Pair {
   double re;

@@ -200,8 +200,8 @@ __global__ __launch_bounds__(kThreads) void diagonal_scan_backward_kernel(Backwa
     store_pair(args.dstate_in, at.batch, s, at.lane, carry);
 }
 
-constexpr int kSumLanes = 32;
-constexpr int kSumGroups = 16;
+constexpr int kSumLanes = 8;
+constexpr int kSumGroups = 64;
 
 struct SumArgs {
   Sizes sizes;
@@ -219,36 +219,45 @@ __device__ void add_pair(float* planes, const Sizes& s, std::int64_t lane, doubl
   planes[s.lanes + lane] += static_cast<float>(im);
 }
 
-// A block owns kSumLanes lanes; thread (lane, group) sums rows group, group + kSumGroups, ...
+// A block owns kSumLanes lanes of the gradient of the multiplier (blockIdx.y 0) or of gamma (1);
+// thread (lane, group) sums rows group, group + kSumGroups, ... Bound by latency.
 // dlog_a is conj(a) da, because a is the same at every token.
 __global__ __launch_bounds__(kSumLanes* kSumGroups) void diagonal_scan_sum_kernel(SumArgs args) {
-  __shared__ double sums[4][kSumGroups][kSumLanes];
+  __shared__ double sums[2][kSumGroups][kSumLanes];
   const Sizes& s = args.sizes;
   const int in_tile = static_cast<int>(threadIdx.x) % kSumLanes;
   const int group = static_cast<int>(threadIdx.x) / kSumLanes;
   const std::int64_t lane = static_cast<std::int64_t>(blockIdx.x) * kSumLanes + in_tile;
   const bool active = lane < s.lanes;
-  double sum[4] = {0.0, 0.0, 0.0, 0.0};
-  if (active)
-    for (std::int64_t row = group; row < s.batch * s.segments; row += kSumGroups)
-      for (int i = 0; i < 4; ++i)
-        sum[i] += static_cast<double>(args.partial[(row * 4 + i) * s.lanes + lane]);
-  for (int i = 0; i < 4; ++i) sums[i][group][in_tile] = sum[i];
-  __syncthreads();
-  if (group != 0 || !active) return;
-  for (int i = 0; i < 4; ++i)
-    for (int g = 1; g < kSumGroups; ++g) sum[i] += sums[i][g][in_tile];
-  add_pair(args.da, s, lane, sum[0], sum[1]);
-  add_pair(args.dz, s, lane, sum[0], sum[1]);
-  add_pair(args.dgamma, s, lane, sum[2], sum[3]);
-  if (args.dlog_a == nullptr) return;
-  double re = static_cast<double>(args.multiplier.a[lane]);
-  double im = static_cast<double>(args.multiplier.a[s.lanes + lane]);
-  if (args.multiplier.a_low != nullptr) {
-    re += static_cast<double>(args.multiplier.a_low[lane]);
-    im += static_cast<double>(args.multiplier.a_low[s.lanes + lane]);
+  double sum[2] = {0.0, 0.0};
+  if (active) {
+#pragma unroll 8
+    for (std::int64_t row = group; row < s.rows(); row += kSumGroups) {
+      const float2 v = load_pair(args.partial, 2 * row + blockIdx.y, s, lane);
+      sum[0] += static_cast<double>(v.x);
+      sum[1] += static_cast<double>(v.y);
+    }
   }
-  add_pair(args.dlog_a, s, lane, sum[0] * re + sum[1] * im, sum[1] * re - sum[0] * im);
+  for (int i = 0; i < 2; ++i) sums[i][group][in_tile] = sum[i];
+  __syncthreads();
+  for (int half = kSumGroups / 2; half > 0; half /= 2) {
+    if (group < half)
+      for (int i = 0; i < 2; ++i) sums[i][group][in_tile] += sums[i][group + half][in_tile];
+    __syncthreads();
+  }
+  if (group != 0 || !active) return;
+  const double re = sums[0][0][in_tile];
+  const double im = sums[1][0][in_tile];
+  if (blockIdx.y == 1) return add_pair(args.dgamma, s, lane, re, im);
+  add_pair(args.da, s, lane, re, im);
+  add_pair(args.dz, s, lane, re, im);
+  if (args.dlog_a == nullptr) return;
+  float2 low{0.0F, 0.0F};
+  if (args.multiplier.a_low != nullptr) low = load_pair(args.multiplier.a_low, 0, s, lane);
+  const float2 a = load_pair(args.multiplier.a, 0, s, lane);
+  const double a_re = static_cast<double>(a.x) + static_cast<double>(low.x);
+  const double a_im = static_cast<double>(a.y) + static_cast<double>(low.y);
+  add_pair(args.dlog_a, s, lane, re * a_re + im * a_im, im * a_re - re * a_im);
 }
 
 // One thread owns one token.
@@ -289,7 +298,7 @@ void backward(Context& ctx, BackwardArgs<T> args) {
 }
 
 void sum_rows(Context& ctx, const SumArgs& args) {
-  const auto blocks = static_cast<unsigned>((args.sizes.lanes + kSumLanes - 1) / kSumLanes);
+  const dim3 blocks(static_cast<unsigned>((args.sizes.lanes + kSumLanes - 1) / kSumLanes), 2);
   diagonal_scan_sum_kernel<<<blocks, kSumLanes * kSumGroups, 0, ctx.stream().handle>>>(args);
   LRNN_CUDA_CHECK_LAUNCH();
 }

@@ -1,8 +1,8 @@
 // Forward and what both passes need between segments. Steps and ownership: common/dplr_scan.cuh.
 //
-// Bound by issue slots: per state and token 11 instructions (9.5 of them with four tokens at once),
-// per head and token about four shuffles. Without tokens at once it would be 14 instructions, and a
-// reduction to wait for at every token, which bounds small numbers of heads.
+// Token by token, bound by issue slots: per state and token 11 instructions (9.5 of them with four
+// tokens at once), per head and token about four shuffles. Without tokens at once it would be 14
+// instructions, and a reduction to wait for at every token, which bounds small numbers of heads.
 #include "lrnn/ops/dplr_scan.hpp"
 
 #include "common/dplr_ahead.cuh"
@@ -68,13 +68,14 @@ __device__ __forceinline__ float walk_ahead(const Ahead<kAhead, kPer>& m,
   return read_ahead(out, v, s, own);
 }
 
-// Step 3. Without a table all tokens are taken one by one.
-template <class T, int kLanes, int kPer>
+// Step 3. Without a table all tokens are taken one by one. kTail: what follows the whole chunks.
+template <class T, int kLanes, int kPer, bool kTail>
 __global__ __launch_bounds__(kThreads, 3) void dplr_scan_forward_kernel(ForwardArgs<T> a,
                                                                         AheadTable table) {
   constexpr int kAhead = kAheadOf<kPer>;
   const Sizes& s = a.sizes;
-  const Place<kLanes> p(s, a.lengths, {0, s.segments});
+  Place<kLanes> p(s, a.lengths, {0, s.segments});
+  if constexpr (kTail) p.skip_whole_chunks();
   auto x = load_planes<kLanes, kPer>(a.starts == nullptr ? nullptr : a.starts + p.row * 2 * s.plane,
                                      s, p);
   T* const y = a.y + p.column(s);
@@ -85,7 +86,7 @@ __global__ __launch_bounds__(kThreads, 3) void dplr_scan_forward_kernel(ForwardA
   };
   const TokenBlocks<T, false, kLanes> tokens(a.u, s, p);
   const int blocks = (p.longest + kBlock - 1) / kBlock;
-  const int full = table.rows == nullptr ? 0 : full_blocks(p);
+  const int full = kTail || table.rows == nullptr ? 0 : full_blocks(p);
   if (full > 0) {
     const auto m = load_ahead<kAhead, kPer>(table, s, p);
     const auto out = load_read_out<kAhead, kPer>(table, s, p, p.lane % (2 * kAhead) - kAhead);
@@ -203,7 +204,7 @@ AheadMemory make_ahead(Context& ctx, Sizes s, const Parameters& parameters) {
 template <class T, bool kReverse>
 void launch_ends(Context& ctx, const EndsArgs<T>& args) {
   const Sizes& s = args.sizes;
-  const SegmentRange range{kReverse ? 1 : 0, s.segments - 1};
+  const SegmentRange range = ends_range(s, kReverse);
   visit_width(s.states, [&](auto lanes, auto per) {
     AheadMemory memory = make_ahead<kEndsAhead, kReverse, lanes()>(ctx, s, args.parameters);
     dplr_scan_ends_kernel<T, kReverse, lanes(), per()>
@@ -213,9 +214,44 @@ void launch_ends(Context& ctx, const EndsArgs<T>& args) {
   LRNN_CUDA_CHECK_LAUNCH();
 }
 
+template <class T, int kLanes, int kPer, bool kTail>
+void launch_forward(Context& ctx, const ForwardArgs<T>& args, const AheadTable& table) {
+  const Sizes& s = args.sizes;
+  dplr_scan_forward_kernel<T, kLanes, kPer, kTail>
+      <<<group_blocks(s, {0, s.segments}, kLanes, kThreads), kThreads, 0, ctx.stream().handle>>>(
+          args, table);
+}
+
+// By whole chunks, and what is left of every sequence token by token.
+template <class T>
+void forward_by_chunks(Context& ctx, ForwardArgs<T> args) {
+  Sizes& s = args.sizes;
+  Tensor tokens = by_head(ctx, s, args.lengths, args.u);
+  Tensor outputs = empty_by_head<T>(ctx, s);
+  const T* const u = tokens.view().template data<T>();
+  const bool all_whole = args.lengths == nullptr && s.seqlen % kChunk == 0;
+  Tensor finals;
+  if (!all_whole) finals = ctx.empty({s.batch, 2, s.heads, s.states}, DType::float32);
+  float* const states = all_whole ? args.state_out : finals.view().data<float>();
+  walk_chunks<T>(ctx,
+                 {s, args.parameters, u, args.lengths, args.starts,
+                  outputs.view().template data<T>(), args.chunk_states, states},
+                 false);
+  by_token(ctx, s, args.lengths, outputs, args.y);
+  if (all_whole) return;
+  s.segments = 1;
+  s.segment_chunks = s.chunks;
+  args.starts = states;
+  visit_width(s.states, [&](auto lanes, auto per) {
+    launch_forward<T, lanes(), per(), true>(ctx, args, {});
+  });
+  LRNN_CUDA_CHECK_LAUNCH();
+}
+
 template <class T>
 void forward(Context& ctx, ForwardArgs<T> args) {
   const Sizes& s = args.sizes;
+  if (s.by_chunks) return forward_by_chunks(ctx, args);
   Tensor carries;
   if (s.segments > 1) {
     carries =
@@ -229,9 +265,7 @@ void forward(Context& ctx, ForwardArgs<T> args) {
       memory = make_ahead<kAheadOf<per()>, false, lanes()>(ctx, s, args.parameters);
       table = memory.table();
     }
-    dplr_scan_forward_kernel<T, lanes(), per()>
-        <<<group_blocks(s, {0, s.segments}, lanes(), kThreads), kThreads, 0, ctx.stream().handle>>>(
-            args, table);
+    launch_forward<T, lanes(), per(), false>(ctx, args, table);
   });
   LRNN_CUDA_CHECK_LAUNCH();
 }
@@ -359,16 +393,6 @@ __global__ __launch_bounds__(kSide* kSide) void dplr_scan_power_kernel(Sizes s,
   }
 }
 
-struct CarryArgs {
-  Sizes sizes;
-  bool reverse;
-  const std::int32_t* lengths;
-  const float* powers;  // of M, transposed in forward, so that a product reads columns
-  const float* ends;    // [B, segments, 2, H, N]
-  const float* start;   // [B, 2, H, N] or null
-  float* carries;       // [B, segments, 2, H, N]
-};
-
 // One block per head of a sequence walks its segments; thread i owns element i of (Re x, Im x). The
 // chain begins at the segment of the start, whose end already holds it. Bound by latency.
 __global__ __launch_bounds__(kMatrix) void dplr_scan_carry_kernel(CarryArgs a) {
@@ -384,7 +408,9 @@ __global__ __launch_bounds__(kMatrix) void dplr_scan_carry_kernel(CarryArgs a) {
                                          : s.plane + h * s.states + (i - s.states);
   const float* const power = a.powers + h * size * size + (exists ? i : 0);
   const std::int64_t length = a.lengths == nullptr ? s.seqlen : a.lengths[batch];
-  const std::int64_t origin = a.reverse ? (length - 1) / (s.segment_chunks * kChunk) : 0;
+  const std::int64_t origin = !a.reverse    ? 0
+                              : s.by_chunks ? last_segment(s, length)
+                                            : (length - 1) / (s.segment_chunks * kChunk);
   float carry = 0.0F;
   for (std::int64_t count = 0; count < s.segments; ++count) {
     const std::int64_t segment = a.reverse ? s.segments - 1 - count : count;
@@ -407,6 +433,12 @@ __global__ __launch_bounds__(kMatrix) void dplr_scan_carry_kernel(CarryArgs a) {
 
 }  // namespace
 
+void launch_carry(Context& ctx, const CarryArgs& args) {
+  const auto blocks = static_cast<unsigned>(args.sizes.batch * args.sizes.heads);
+  dplr_scan_carry_kernel<<<blocks, kMatrix, 0, ctx.stream().handle>>>(args);
+  LRNN_CUDA_CHECK_LAUNCH();
+}
+
 template <class T>
 Tensor connect_segments(Context& ctx, EndsArgs<T> args, bool reverse) {
   const Sizes& s = args.sizes;
@@ -425,10 +457,8 @@ Tensor connect_segments(Context& ctx, EndsArgs<T> args, bool reverse) {
     launch_ends<T, true>(ctx, args);
   else
     launch_ends<T, false>(ctx, args);
-  dplr_scan_carry_kernel<<<static_cast<unsigned>(s.batch * s.heads), kMatrix, 0, stream>>>(
-      {s, reverse, args.lengths, powers.view().data<float>(), args.ends, args.start,
-       carries.view().data<float>()});
-  LRNN_CUDA_CHECK_LAUNCH();
+  launch_carry(ctx, {s, reverse, args.lengths, powers.view().data<float>(), args.ends, args.start,
+                     carries.view().data<float>()});
   return carries;
 }
 template Tensor connect_segments(Context&, EndsArgs<float>, bool);
@@ -438,7 +468,7 @@ template Tensor connect_segments(Context&, EndsArgs<__nv_bfloat16>, bool);
 
 void dplr_scan_forward(Context& ctx, const DplrScanForward& a) {
   using namespace dplr;  // NOLINT(google-build-using-namespace)
-  const Sizes s{detail::DplrScanSizes(a.w, a.C, a.u)};
+  const Sizes s(detail::DplrScanSizes(a.w, a.C, a.u), true);
   visit_float("dplr_scan_forward", a.u.dtype(), [&]<class T>() {
     Parameters parameters = parameters_of(a);
     parameters.e_low = data_or_null<const float>(a.e_low);

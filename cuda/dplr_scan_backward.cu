@@ -1,10 +1,11 @@
 // Backward. Steps and ownership: common/dplr_scan.cuh.
 //
-// A group takes the chunks of its segment from the right, each in two halves of 16 tokens. Of a
-// half it first recomputes the states, which stay in shared memory, then walks back: nothing but
-// sums over tokens and adjoints lives in registers. The first half of a chunk is walked twice,
-// since the states of a whole one would not fit. Bound by issue slots: per state and token 26
-// instructions of the adjoint and its products, 18 of the states.
+// By whole chunks, adjoints are walked as states are forward, and sums over tokens follow from
+// both: dplr_scan_chunk_sums.cu. Else a group takes the chunks of its segment from the right, each
+// in two halves of 16 tokens. Of a half it first recomputes the states, which stay in shared
+// memory, then walks back: nothing but sums over tokens and adjoints lives in registers. The first
+// half of a chunk is walked twice, since the states of a whole one would not fit. Bound by issue
+// slots: per state and token 26 instructions of the adjoint and its products, 18 of the states.
 #include "lrnn/ops/dplr_scan.hpp"
 
 #include "common/check.cuh"
@@ -141,9 +142,7 @@ class WalkBack {
     }
     __syncwarp();
   }
-  [[nodiscard]] __device__ __forceinline__ float2 token(int j) const {
-    return tokens_[j];
-  }
+  [[nodiscard]] __device__ __forceinline__ float2 token(int j) const { return tokens_[j]; }
 
   // The half of a chunk that begins at its token `first`, which x enters. The products of the first
   // half are known from the walk to the second one.
@@ -159,8 +158,8 @@ class WalkBack {
 #pragma unroll 4
       for (int j = 0; j < kHalf; ++j) {
         keep(j, x);
-        keep_product(first + j, advance<kLanes>(m_, b_, token(first + j).x,
-                                                kFull || first + j < left, x));
+        keep_product(first + j,
+                     advance<kLanes>(m_, b_, token(first + j).x, kFull || first + j < left, x));
       }
     }
     __syncwarp();  // the group reads the products
@@ -254,32 +253,94 @@ class WalkBack {
   float dskip_ = 0.0F;
 };
 
-template <class T, int kLanes, int kPer>
+// kTail: what follows the whole chunks.
+template <class T, int kLanes, int kPer, bool kTail>
 __global__ __launch_bounds__(kThreads, kLanes == 8
                                            ? 6
                                            : 4) void dplr_scan_backward_kernel(BackwardArgs<T> a) {
   __shared__ float2 history[kHalf * kPer * kThreads];
   __shared__ float2 tokens[kThreads / kLanes * kPitch];
   __shared__ float products[kThreads / kLanes * kPitch];
-  const Place<kLanes> p(a.sizes, a.lengths, {0, a.sizes.segments});
+  Place<kLanes> p(a.sizes, a.lengths, {0, a.sizes.segments});
+  if constexpr (kTail) p.skip_whole_chunks();
   WalkBack<T, kLanes, kPer>(a, p, history, tokens, products).run();
+}
+
+template <class T, bool kTail>
+void launch_backward(Context& ctx, const BackwardArgs<T>& args) {
+  const Sizes& s = args.sizes;
+  visit_width(s.states, [&](auto lanes, auto per) {
+    dplr_scan_backward_kernel<T, lanes(), per(), kTail>
+        <<<group_blocks(s, {0, s.segments}, lanes(), kThreads), kThreads, 0, ctx.stream().handle>>>(
+            args);
+  });
+  LRNN_CUDA_CHECK_LAUNCH();
+}
+
+// Whether tokens follow the whole chunks of a sequence.
+template <class T>
+bool has_tail(const BackwardArgs<T>& args) {
+  return args.lengths != nullptr || args.sizes.seqlen % kChunk != 0;
+}
+
+template <class T>
+std::int64_t partial_rows(const BackwardArgs<T>& args) {
+  const Sizes& s = args.sizes;
+  if (!s.by_chunks) return s.rows();
+  return chunk_sum_rows(s) + (has_tail(args) ? s.batch : 0);
+}
+
+// What follows the whole chunks, token by token. Returns the adjoints that enter them, [B, 2, H,
+// N]; writes the partial sums from row `row` on.
+template <class T>
+Tensor backward_tail(Context& ctx, BackwardArgs<T> args, std::int64_t row) {
+  Sizes& s = args.sizes;
+  Tensor adjoints = ctx.empty({s.batch, 2, s.heads, s.states}, DType::float32);
+  args.dstate_in = adjoints.view().template data<float>();
+  args.partial += row * s.fields * 2 * s.plane;
+  if (args.partial_skip != nullptr) args.partial_skip += row * s.heads;
+  s.segments = 1;
+  s.segment_chunks = s.chunks;
+  launch_backward<T, true>(ctx, args);
+  return adjoints;
+}
+
+template <class T>
+void backward_by_chunks(Context& ctx, const BackwardArgs<T>& args) {
+  const Sizes& s = args.sizes;
+  const std::int64_t rows = chunk_sum_rows(s);
+  Tensor tail;
+  const float* start = args.dstate_out;
+  if (has_tail(args)) {
+    tail = backward_tail(ctx, args, rows);
+    start = tail.view().data<float>();
+  }
+  Tensor u = by_head(ctx, s, args.lengths, args.u);
+  Tensor dy = by_head(ctx, s, args.lengths, args.dy);
+  Tensor du = empty_by_head<T>(ctx, s);
+  Tensor adjoints = ctx.empty({s.batch, s.chunks, 2, s.heads, s.states}, DType::float32);
+  const T* const tokens = dy.view().template data<T>();
+  walk_chunks<T>(ctx,
+                 {s, args.parameters, tokens, args.lengths, start, du.view().template data<T>(),
+                  adjoints.view().data<float>(), args.dstate_in},
+                 true);
+  by_token(ctx, s, args.lengths, du, args.du);
+  sum_chunks<T>(ctx, {s, args.parameters, args.lengths, u.view().template data<T>(), tokens,
+                      args.chunk_states, adjoints.view().data<float>(), rows, args.partial,
+                      args.partial_skip});
 }
 
 template <class T>
 void backward(Context& ctx, BackwardArgs<T> args) {
   const Sizes& s = args.sizes;
+  if (s.by_chunks) return backward_by_chunks(ctx, args);
   Tensor carries;
   if (s.segments > 1) {
     carries = connect_segments<T>(ctx, {s, args.parameters, args.dy, args.lengths, args.dstate_out},
                                   true);
     args.carries = carries.view().template data<float>();
   }
-  visit_width(s.states, [&](auto lanes, auto per) {
-    dplr_scan_backward_kernel<T, lanes(), per()>
-        <<<group_blocks(s, {0, s.segments}, lanes(), kThreads), kThreads, 0, ctx.stream().handle>>>(
-            args);
-  });
-  LRNN_CUDA_CHECK_LAUNCH();
+  launch_backward<T, false>(ctx, args);
 }
 
 // Scratch of one warp of the general kernel.
@@ -426,11 +487,11 @@ void backward_general(Context& ctx, const BackwardArgs<T>& args) {
   LRNN_CUDA_CHECK_LAUNCH();
 }
 
-constexpr int kSumColumns = 32;
-constexpr int kSumRows = 16;
+constexpr int kSumThreads = 512;
 
 struct SumArgs {
   Sizes sizes;
+  std::int64_t rows;
   const float* partial;
   float* de;
   float* db;
@@ -439,9 +500,11 @@ struct SumArgs {
   float* dC;
 };
 
-// A block owns kSumColumns elements of one plane, blockIdx.y, of the partial sums; thread
-// (column, row) sums rows row, row + kSumRows, ...
-__global__ __launch_bounds__(kSumColumns* kSumRows) void dplr_scan_sum_kernel(SumArgs a) {
+// A block owns the elements of one plane, blockIdx.y, of the partial sums that kSumRows threads
+// each leave room for; thread (column, row) sums rows row, row + kSumRows, ...
+template <int kSumRows>
+__global__ __launch_bounds__(kSumThreads) void dplr_scan_sum_kernel(SumArgs a) {
+  constexpr int kSumColumns = kSumThreads / kSumRows;
   __shared__ double sums[kSumRows][kSumColumns];
   const Sizes& s = a.sizes;
   const int column = static_cast<int>(threadIdx.x) % kSumColumns;
@@ -450,7 +513,7 @@ __global__ __launch_bounds__(kSumColumns* kSumRows) void dplr_scan_sum_kernel(Su
   const auto plane = static_cast<std::int64_t>(blockIdx.y);
   const bool exists = offset < s.plane;
   double sum = 0.0;
-  for (std::int64_t row = first; exists && row < s.rows(); row += kSumRows)
+  for (std::int64_t row = first; exists && row < a.rows; row += kSumRows)
     sum += static_cast<double>(a.partial[(row * 2 * s.fields + plane) * s.plane + offset]);
   sums[first][column] = sum;
   __syncthreads();
@@ -469,43 +532,64 @@ __global__ __launch_bounds__(kSumColumns* kSumRows) void dplr_scan_sum_kernel(Su
   out[(2 * r + plane % 2) * s.plane + offset] += static_cast<float>(sum);
 }
 
+template <int kSumRows>
+void sum_rows(Context& ctx, const SumArgs& args) {
+  constexpr int kSumColumns = kSumThreads / kSumRows;
+  const dim3 blocks(static_cast<unsigned>((args.sizes.plane + kSumColumns - 1) / kSumColumns),
+                    static_cast<unsigned>(2 * args.sizes.fields));
+  dplr_scan_sum_kernel<kSumRows><<<blocks, kSumThreads, 0, ctx.stream().handle>>>(args);
+  LRNN_CUDA_CHECK_LAUNCH();
+}
+
 }  // namespace
 }  // namespace dplr
 
 void dplr_scan_backward(Context& ctx, const DplrScanBackward& a) {
   using namespace dplr;  // NOLINT(google-build-using-namespace)
-  const Sizes s{detail::DplrScanSizes(a.w, a.C, a.u)};
-  Tensor partial = ctx.empty({s.rows(), s.fields, 2, s.heads, s.states}, DType::float32);
+  const Sizes s(detail::DplrScanSizes(a.w, a.C, a.u), can_sum_chunks(a.w.dim(3)));
+  Tensor partial;
   Tensor partial_skip;
-  if (a.dD) partial_skip = ctx.empty({s.rows(), s.channels, s.heads}, DType::float32);
-  float* const sums = partial.view().data<float>();
+  std::int64_t rows = 0;
   visit_float("dplr_scan_backward", a.u.dtype(), [&]<class T>() {
-    const BackwardArgs<T> args{s,
-                               parameters_of(a),
-                               a.u.data<T>(),
-                               data_or_null<const std::int32_t>(a.lengths),
-                               a.dy.data<T>(),
-                               a.chunk_states.data<float>(),
-                               data_or_null<const float>(a.dstate_out),
-                               nullptr,
-                               a.du.data<T>(),
-                               data_or_null<float>(a.dstate_in),
-                               sums,
-                               data_or_null<float>(partial_skip.view())};
+    BackwardArgs<T> args{s,
+                         parameters_of(a),
+                         a.u.data<T>(),
+                         data_or_null<const std::int32_t>(a.lengths),
+                         a.dy.data<T>(),
+                         a.chunk_states.data<float>(),
+                         data_or_null<const float>(a.dstate_out),
+                         nullptr,
+                         a.du.data<T>(),
+                         data_or_null<float>(a.dstate_in),
+                         nullptr,
+                         nullptr};
+    rows = partial_rows(args);
+    partial = ctx.empty({rows, s.fields, 2, s.heads, s.states}, DType::float32);
+    args.partial = partial.view().data<float>();
+    if (a.dD) {
+      partial_skip = ctx.empty({rows, s.channels, s.heads}, DType::float32);
+      args.partial_skip = partial_skip.view().data<float>();
+    }
     if (s.in_registers())
       backward(ctx, args);
     else
       backward_general(ctx, args);
   });
-  const dim3 blocks(static_cast<unsigned>((s.plane + kSumColumns - 1) / kSumColumns),
-                    static_cast<unsigned>(2 * s.fields));
-  dplr_scan_sum_kernel<<<blocks, kSumColumns * kSumRows, 0, ctx.stream().handle>>>(
-      {s, sums, data_or_null<float>(a.de), data_or_null<float>(a.db), data_or_null<float>(a.dw),
-       data_or_null<float>(a.dk), data_or_null<float>(a.dC)});
-  LRNN_CUDA_CHECK_LAUNCH();
+  const SumArgs sums{s,
+                     rows,
+                     partial.view().data<float>(),
+                     data_or_null<float>(a.de),
+                     data_or_null<float>(a.db),
+                     data_or_null<float>(a.dw),
+                     data_or_null<float>(a.dk),
+                     data_or_null<float>(a.dC)};
+  if (rows < 8)
+    sum_rows<1>(ctx, sums);
+  else
+    sum_rows<16>(ctx, sums);
   if (a.dD)
-    fold_partials(ctx.stream().handle, partial_skip.view().data<float>(),
-                  static_cast<int>(s.rows()), s.channels * s.heads, a.dD.data<float>());
+    fold_partials(ctx.stream().handle, partial_skip.view().data<float>(), static_cast<int>(rows),
+                  s.channels * s.heads, a.dD.data<float>());
 }
 
 }  // namespace lrnn::cuda

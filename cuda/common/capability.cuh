@@ -15,6 +15,14 @@ inline int compute_capability() {
   LRNN_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
   return 10 * major + minor;
 }
+/// Bytes of shared memory that a block of the current device may ask for.
+inline int shared_memory_per_block() {
+  int device = 0;
+  int bytes = 0;
+  LRNN_CUDA_CHECK(cudaGetDevice(&device));
+  LRNN_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  return bytes;
+}
 /// Whether tensor cores take bfloat16.
 inline bool has_mma() {
   return compute_capability() >= 80;

@@ -52,7 +52,7 @@ struct Sizes {
     segments = (chunks + chunks_per_segment - 1) / chunks_per_segment;
     segment_length = chunks_per_segment * kChunk;
   }
-  [[nodiscard]] std::int64_t rows() const { return batch * segments; }
+  [[nodiscard]] __host__ __device__ std::int64_t rows() const { return batch * segments; }
   [[nodiscard]] std::int64_t tiles() const { return (lanes + tile - 1) / tile; }
   [[nodiscard]] dim3 grid() const {
     const std::int64_t per_block = kThreads / tile;

@@ -8,6 +8,9 @@
 ///   3. The whole work, from the true state or adjoint.
 /// Sizes decide the number of segments, never the device: results have the same bits everywhere.
 ///
+/// Many tokens of few states and one rank are taken by whole chunks, as products of matrices:
+/// common/dplr_scan_chunk.cuh. What is left of every sequence then follows token by token.
+///
 /// kLanes neighbouring threads own one head of one segment; lane l holds states l, l + kLanes, ...
 /// in registers. Groups of one warp may differ in length: a warp walks to the end of its longest
 /// group, and every shuffle is executed by all 32 threads.
@@ -18,6 +21,7 @@
 #include <limits>
 #include <type_traits>
 
+#include "common/capability.cuh"
 #include "common/check.cuh"
 #include "common/dtype.cuh"
 #include "ops/dplr_scan.hpp"
@@ -30,6 +34,9 @@ constexpr unsigned kAll = 0xFFFFFFFFU;
 
 constexpr int kMaxStates = 128;      // of the kernels with states in registers
 constexpr int kMaxSplitStates = 32;  // more: the matrices M^Q would not fit into shared memory
+constexpr int kColumns = 8;          // sequences or segments of a product
+constexpr std::int64_t kManyTokens = 512;  // fewer are not worth the maps of a chunk
+constexpr std::int64_t kFewBlocks = 256;
 constexpr std::int64_t kFewThreads = 16384;  // below, one segment leaves most of a device idle
 constexpr std::int64_t kManyThreads = 65536;
 constexpr std::int64_t kMinSegmentChunks = 8;
@@ -51,8 +58,9 @@ struct Sizes {
   std::int64_t fields;
   std::int64_t segments = 1;
   std::int64_t segment_chunks;  // a power of 2 if there are several segments
+  bool by_chunks = false;       // whole chunks on tensor cores
 
-  explicit Sizes(const lrnn::detail::DplrScanSizes& s)
+  Sizes(const lrnn::detail::DplrScanSizes& s, bool chunks_possible)
       : batch(s.batch),
         seqlen(s.seqlen),
         heads(s.heads),
@@ -67,6 +75,12 @@ struct Sizes {
                "dplr_scan: u: expected fewer than 2^30 tokens and sequences on CUDA, got ", batch,
                " x ", seqlen);
     if (!in_registers() || states > kMaxSplitStates) return;
+    by_chunks =
+        chunks_possible && seqlen >= 2 * kChunk && batch * seqlen >= kManyTokens && has_mma();
+    if (by_chunks) {
+      cut_for_chunks();
+      return;
+    }
     const std::int64_t threads = batch * heads * lanes_for(states);
     if (threads >= kFewThreads || chunks < 2 * kMinSegmentChunks || seqlen < kTokensPerHead * heads)
       return;
@@ -74,6 +88,20 @@ struct Sizes {
     while (threads * ((chunks + segment_chunks - 1) / segment_chunks) > kManyThreads)
       segment_chunks *= 2;
     if (segment_chunks > chunks) segment_chunks = chunks;
+    segments = (chunks + segment_chunks - 1) / segment_chunks;
+  }
+
+  // Walking a segment twice pays if few sequences would leave columns of products or most of a
+  // device idle.
+  void cut_for_chunks() {
+    std::int64_t wanted = 1;
+    while (batch * wanted < kColumns / 2 ||
+           heads * ((batch * wanted + kColumns - 1) / kColumns) < kFewBlocks)
+      wanted *= 2;
+    while (wanted > 1 && batch * wanted % kColumns != 0) wanted *= 2;
+    segment_chunks = kMinSegmentChunks;
+    while (segment_chunks * wanted < chunks) segment_chunks *= 2;
+    if (wanted == 1 || segment_chunks >= chunks) segment_chunks = chunks;
     segments = (chunks + segment_chunks - 1) / segment_chunks;
   }
 
@@ -150,6 +178,11 @@ struct Place {
     end = min(size_end, length);
     first = segment == 0;
     holds_last = begin < length && length <= size_end;
+    longest = warp_max(size_end - begin);
+  }
+  /// Leaves the tokens after the last whole chunk that is valid, of a sequence of one segment.
+  __device__ void skip_whole_chunks() {
+    begin = end / kChunk * kChunk;
     longest = warp_max(size_end - begin);
   }
   /// Of row 0 of [B, L, H].
@@ -343,6 +376,77 @@ struct EndsArgs {
 /// Steps 1 and 2. Returns the carries, [B, segments, 2, H, N].
 template <class T>
 Tensor connect_segments(Context& ctx, EndsArgs<T> args, bool reverse);
+
+/// Segments that step 1 walks: all but the one that nothing follows.
+inline SegmentRange ends_range(const Sizes& s, bool reverse) {
+  return {reverse ? 1 : 0, s.segments - 1};
+}
+/// Of whole chunks: the segment in which those of a sequence of `length` valid tokens end.
+__device__ __forceinline__ int last_segment(const Sizes& s, std::int64_t length) {
+  return static_cast<int>(min(length / kChunk / s.segment_chunks, s.segments - 1));
+}
+
+/// Step 2.
+struct CarryArgs {
+  Sizes sizes;
+  bool reverse;
+  const std::int32_t* lengths;
+  const float* powers;  // of M, transposed in forward, so that a product reads columns
+  const float* ends;    // [B, segments, 2, H, N]
+  const float* start;   // [B, 2, H, N] or null
+  float* carries;       // [B, segments, 2, H, N]
+};
+void launch_carry(Context& ctx, const CarryArgs& args);
+
+/// All steps of the whole chunks, if sizes.by_chunks. `reverse`: the adjoints, from dy to du.
+template <class T>
+struct ChunkWalkArgs {
+  Sizes sizes;
+  Parameters parameters;
+  const T* tokens;  // [B, chunks, H, Q]
+  const std::int32_t* lengths;
+  const float* start;  // [B, 2, H, N], where the walk along a sequence starts; null: 0
+  T* outputs;          // [B, chunks, H, Q]
+  float* states;       // [B, chunks, 2, H, N] before each chunk on the walk, or null
+  float* finals;       // [B, 2, H, N] after all chunks, or null
+};
+template <class T>
+void walk_chunks(Context& ctx, const ChunkWalkArgs<T>& args, bool reverse);
+
+/// Tokens of whole chunks, [B, chunks, H, Q]: a head of [B, L, H] alone would fill an eighth of
+/// every sector of memory.
+template <class T>
+Tensor empty_by_head(Context& ctx, const Sizes& s) {
+  return ctx.empty({s.batch, s.chunks, s.heads, kChunk},
+                   sizeof(T) == 4 ? DType::float32 : DType::bfloat16);
+}
+template <class T>
+Tensor by_head(Context& ctx, const Sizes& s, const std::int32_t* lengths, const T* tokens);
+/// Back.
+template <class T>
+void by_token(Context& ctx, const Sizes& s, const std::int32_t* lengths, const Tensor& by_head,
+              T* tokens);
+
+/// Sums over the tokens of all whole chunks.
+template <class T>
+struct ChunkSumArgs {
+  Sizes sizes;
+  Parameters parameters;
+  const std::int32_t* lengths;
+  const T* u;   // [B, chunks, H, Q]
+  const T* dy;  // [B, chunks, H, Q]
+  const float* chunk_states;
+  const float* adjoints;
+  std::int64_t rows;    // of the partial sums
+  float* partial;       // [rows, 5, 2, H, N]: e, b, w, k, C
+  float* partial_skip;  // [rows, H] or null
+};
+/// Whether the device has the shared memory that this takes.
+bool can_sum_chunks(std::int64_t states);
+/// Rows of partial sums that keep a device busy.
+std::int64_t chunk_sum_rows(const Sizes& s);
+template <class T>
+void sum_chunks(Context& ctx, const ChunkSumArgs<T>& args);
 
 /// Calls f with the lanes of a group and the states of a lane as constants.
 template <class F>

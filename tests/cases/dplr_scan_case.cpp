@@ -206,6 +206,33 @@ std::vector<OpCase> cases() {
          .states = states,
          .lengths = true,
          .gradcheck = false});
+  // Enough tokens for whole chunks at once: with and without tokens that are left, columns and
+  // states that are not full, and tokens of several groups of chunks.
+  add({.name = "chunks",
+       .batch = 5,
+       .seqlen = 4 * kQ,
+       .heads = 3,
+       .states = 5,
+       .gradcheck = false});
+  add({.name = "chunks",
+       .batch = 11,
+       .seqlen = 6 * kQ + 11,
+       .heads = 2,
+       .states = 20,
+       .lengths = true,
+       .gradcheck = false});
+  add({.name = "chunks",
+       .batch = 9,
+       .seqlen = 2 * kQ,
+       .heads = 5,
+       .states = 32,
+       .gradcheck = false});
+  add({.name = "chunks",
+       .batch = 1,
+       .seqlen = 41 * kQ,
+       .heads = 2,
+       .states = 9,
+       .gradcheck = false});
   // Slow states with large angles: what rounding the transition itself would get wrong.
   add({.name = "long_s4",
        .batch = 1,
