@@ -53,6 +53,29 @@ struct Conv {
   }
 };
 
+/// The element that a thread of the plain kernels owns, channels fastest.
+struct Element {
+  std::int64_t index, token, b, t, c;
+
+  template <class T>
+  __device__ __forceinline__ explicit Element(const Conv<T>& v)
+      : index(static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x),
+        token(index / v.channels),
+        b(token / v.seqlen),
+        t(token - b * v.seqlen),
+        c(index - token * v.channels) {}
+};
+/// The channel of a sequence that a thread owns.
+struct Line {
+  std::int64_t index, b, c;
+
+  template <class T>
+  __device__ __forceinline__ explicit Line(const Conv<T>& v)
+      : index(static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x),
+        b(index / v.channels),
+        c(index - b * v.channels) {}
+};
+
 template <class T, class Args>
 Conv<T> conv_of(const Args& a) {
   return {.x = a.x.template data<T>(),
@@ -229,30 +252,50 @@ __device__ __forceinline__ void load_window(const Conv<T>& v, const Place<kN>& p
   }
 }
 
-/// kDepth rows on their way from memory.
-template <class T, int kN, int kDepth>
+/// kDepth rows on their way from memory to registers, and those up to kFar on their way to L2.
+template <class T, int kN, int kDepth, int kFar = kDepth>
 struct Ahead {
   const T* next;
   std::int64_t stride;
   Packed<T, kN> rows[kDepth];
 
-  /// Asks for the first kDepth of `count` rows.
+  /// Asks for the first of `count` rows.
   __device__ __forceinline__ Ahead(const T* first, std::int64_t row_stride, int count)
       : next(first), stride(row_stride), rows{} {
 #pragma unroll
-    for (int i = 0; i < kDepth; ++i) request(i, i < count);
+    for (int i = kDepth; i < kFar - kDepth; ++i)
+      if (i < count) prefetch(first + i * stride);
+#pragma unroll
+    for (int i = 0; i < kDepth; ++i) request(i, count);
   }
-  __device__ __forceinline__ void request(int i, bool exists) {
-    if (exists) rows[i].load_constant(next);
-    next += stride;
-  }
-  /// Takes row i and asks for the one kDepth rows later, if there is one.
-  __device__ __forceinline__ void take(int i, bool later, float (&out)[kN]) {
+  /// Takes row i of a batch and asks for the one kDepth rows later, if the `left` rows after the
+  /// batch have it.
+  __device__ __forceinline__ void take(int i, int left, float (&out)[kN]) {
 #pragma unroll
     for (int c = 0; c < kN; ++c) out[c] = rows[i].get(c);
-    request(i, later);
+    request(i, left);
+  }
+
+ private:
+  __device__ __forceinline__ void request(int i, int left) {
+    if (i < left) rows[i].load_constant(next);
+    if constexpr (kFar > kDepth)
+      if (i < left - (kFar - kDepth)) prefetch(next + (kFar - kDepth) * stride);
+    next += stride;
+  }
+  static __device__ __forceinline__ void prefetch(const T* p) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
   }
 };
+
+/// Calls f.operator()<kN>() or, where rows cannot be walked by kN channels, f.operator()<1>().
+template <int kN, class F>
+void visit_channels(bool vectors, F&& f) {
+  if (vectors)
+    f.template operator()<kN>();
+  else
+    f.template operator()<1>();
+}
 
 /// Calls f.operator()<K>() and returns whether the width has a kernel of its own.
 template <class F>
