@@ -50,7 +50,7 @@ void run_float_scan(const FloatScan& p) {
 #pragma omp parallel
   {
     const FlushDenormals flush;
-    const auto scratch = lines_of(groups * 2 * kFloatChannels * p.dstate);
+    const auto scratch = lines_of(groups * 2 * kFloatChannels * (p.dstate + 1));
 #pragma omp for collapse(2) schedule(dynamic)
     for (std::int64_t b = 0; b < p.batch; ++b)
       for (std::int64_t g = 0; g < all; g += groups)

@@ -115,7 +115,7 @@ LRNN_INLINE void recompute(const FloatScan& in, const Work& w, const BackwardCha
     Vec state = load(h);
     Vec a[kTokens];
     LRNN_EACH a[j] = delta[j] * A;
-    exp2_of_negative(a, count);
+    exp2_of_negative(a, count, false);
     LRNN_EACH {
       state = a[j] * state + drive[j] * B[j * in.B_stride + n];
       y[j] += state * C[j * in.C_stride + n];
