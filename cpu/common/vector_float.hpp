@@ -84,6 +84,51 @@ LRNN_INLINE void polynomial(Vec* p, const Vec* f, const int count, const float* 
   for (int k = 2; k < coefficients; ++k) LRNN_EACH p[j] = p[j] * f[j] + c[k];
 }
 
+// Adds two sums over lanes of each of 2 kMost vectors to `sums`: those of v[i] and v[kMost + i] at
+// 4 i, in turn; of the first of both alone, if `count` is 1.
+LRNN_INLINE void add_lanes(const Vec* v, float* sums, const int count) {
+  if (count == 1) {
+    for (int l = 0; l < kLanes; ++l) {
+      sums[l % 2] += v[0][l];
+      sums[2 + l % 2] += v[kMost][l];
+    }
+    return;
+  }
+#if LRNN_LANES == 16
+  Vec quarter[2];  // a vector's sums are a quarter of it
+  LRNN_UNROLL
+  for (int k = 0; k < 2; ++k) {
+    Vec half[2];
+    LRNN_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      const Vec a = v[4 * k + 2 * i];
+      const Vec b = v[4 * k + 2 * i + 1];
+      half[i] = _mm512_shuffle_f32x4(a, b, 0x44) + _mm512_shuffle_f32x4(a, b, 0xEE);
+    }
+    quarter[k] =
+        _mm512_shuffle_f32x4(half[0], half[1], 0x88) + _mm512_shuffle_f32x4(half[0], half[1], 0xDD);
+  }
+  store(sums, load(sums) + (_mm512_shuffle_ps(quarter[0], quarter[1], 0x44) +
+                            _mm512_shuffle_ps(quarter[0], quarter[1], 0xEE)));
+#elif LRNN_LANES == 8
+  Vec half[4];
+  LRNN_UNROLL
+  for (int i = 0; i < 4; ++i)
+    half[i] = _mm256_permute2f128_ps(v[2 * i], v[2 * i + 1], 0x20) +
+              _mm256_permute2f128_ps(v[2 * i], v[2 * i + 1], 0x31);
+  LRNN_UNROLL
+  for (int i = 0; i < 2; ++i)
+    store(sums + 8 * i, load(sums + 8 * i) + (_mm256_shuffle_ps(half[i], half[i + 2], 0x44) +
+                                              _mm256_shuffle_ps(half[i], half[i + 2], 0xEE)));
+#else
+  for (int i = 0; i < kMost; ++i)
+    for (int k = 0; k < 2; ++k) {
+      sums[4 * i + k] += v[i][k] + v[i][k + 2];
+      sums[4 * i + 2 + k] += v[kMost + i][k] + v[kMost + i][k + 2];
+    }
+#endif
+}
+
 // Where exp2_of_negative() stops; nothing lies below if its `in_range`, a constant.
 constexpr float kLeastExponent = -125.0F;
 
