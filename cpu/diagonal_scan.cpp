@@ -16,7 +16,8 @@ constexpr std::int64_t kChunk = kDiagonalScanChunk;
 // not depend on the number of threads. Unused lanes of the last block hold zeros.
 constexpr std::int64_t kLanes = 16;
 
-// In cache lines, so that no vector lies across two.
+// In cache lines, so that no vector lies across two. Loops that convert them are marked for
+// the compiler, which would else unroll them into scalars before it vectorises.
 struct alignas(64) Lanes {
   double re[kLanes] = {};
   double im[kLanes] = {};
@@ -25,17 +26,21 @@ struct alignas(64) Lanes {
 // The first `count` of kLanes elements; with all of them, a loop of known length.
 template <class T>
 void load(const T* from, std::int64_t count, double* to) {
-  if (count == kLanes)
+  if (count == kLanes) {
+#pragma omp simd
     for (std::int64_t i = 0; i < kLanes; ++i) to[i] = static_cast<double>(from[i]);
-  else
+  } else {
     for (std::int64_t i = 0; i < count; ++i) to[i] = static_cast<double>(from[i]);
+  }
 }
 template <class T>
 void store(const double* from, std::int64_t count, T* to) {
-  if (count == kLanes)
+  if (count == kLanes) {
+#pragma omp simd
     for (std::int64_t i = 0; i < kLanes; ++i) to[i] = static_cast<T>(from[i]);
-  else
+  } else {
     for (std::int64_t i = 0; i < count; ++i) to[i] = static_cast<T>(from[i]);
+  }
 }
 // `count` lanes of planes whose imaginary parts lie `plane` elements further on.
 template <class T>
@@ -351,6 +356,7 @@ class BackwardBlock {
   void event_gradient(std::int64_t t, const Lanes& dw) {
     const auto tau = static_cast<double>(problem_.multiplier.tau[token(t)]);
     double parts[kLanes];
+#pragma omp simd
     for (std::int64_t i = 0; i < kLanes; ++i) {
       sums_.multiplier.re[i] += tau * dw.re[i];
       sums_.multiplier.im[i] += tau * dw.im[i];

@@ -17,6 +17,7 @@ constexpr int kFloatChannels = 16;  // of a work item: a cache line
 // Between buffers that are read and one that is written at the same time: loads wait for a store
 // whose address is a multiple of 4 KiB away.
 constexpr std::int64_t kFloatSkew = 192;
+constexpr std::int64_t kFloatParts = 16;  // of dB and dC of a few tokens and a state
 // Of rows of a group in scratch: neighbours lie in different sets of the first cache.
 constexpr std::int64_t kRowStride = kFloatGroup + kFloatChannels;
 // Floats of a group in the backward pass; see Work.
@@ -29,7 +30,7 @@ std::int64_t group_scratch(std::int64_t dstate) {
 
 // Floats that a chunk of the widest vectors takes; see Work.
 std::int64_t chunk_scratch(std::int64_t dstate) {
-  constexpr std::int64_t kVectors = (kSelectiveScanChunk + 1) + 3 * kSelectiveScanChunk;
+  constexpr std::int64_t kVectors = (kSelectiveScanChunk + 1) + 2 * kSelectiveScanChunk;
   return kVectors * dstate * kFloatChannels + 2 * kSelectiveScanChunk * kFloatChannels +
          7 * kSelectiveScanChunk * kRowStride + kFloatSkew;
 }
@@ -50,7 +51,7 @@ void run_float_scan(const FloatScan& p) {
 #pragma omp parallel
   {
     const FlushDenormals flush;
-    const auto scratch = lines_of(groups * 2 * kFloatChannels * p.dstate);
+    const auto scratch = lines_of(groups * 2 * kFloatChannels * (p.dstate + 1));
 #pragma omp for collapse(2) schedule(dynamic)
     for (std::int64_t b = 0; b < p.batch; ++b)
       for (std::int64_t g = 0; g < all; g += groups)

@@ -22,7 +22,7 @@ struct Work {
   float* a;           // [kSelectiveScanChunk, N, kLanes]
   float *y, *delta;   // [kSelectiveScanChunk, kLanes]
   float* rows;        // [7, kSelectiveScanChunk, kRowStride]: see rows_of()
-  float* dBC;         // [kSelectiveScanChunk, 2 N, kLanes]
+  float* dBC;         // [kSelectiveScanChunk / kTokens, N, kFloatParts]: see add_lanes()
 };
 
 // The rows of a chunk of all channels of the group, read before and written after it.
@@ -56,7 +56,7 @@ inline Work divide(float* scratch, std::int64_t dstate, std::int64_t index, std:
   w.delta = take(scratch, kSelectiveScanChunk * kLanes);
   w.rows = take(scratch, 7 * kSelectiveScanChunk * kRowStride);
   take(scratch, kFloatSkew);
-  w.dBC = take(scratch, kSelectiveScanChunk * 2 * vector);
+  w.dBC = take(scratch, kSelectiveScanChunk / kTokens * dstate * kFloatParts);
   return w;
 }
 
@@ -115,7 +115,7 @@ LRNN_INLINE void recompute(const FloatScan& in, const Work& w, const BackwardCha
     Vec state = load(h);
     Vec a[kTokens];
     LRNN_EACH a[j] = delta[j] * A;
-    exp2_of_negative(a, count);
+    exp2_of_negative(a, count, false);
     LRNN_EACH {
       state = a[j] * state + drive[j] * B[j * in.B_stride + n];
       y[j] += state * C[j * in.C_stride + n];
@@ -168,8 +168,7 @@ LRNN_INLINE void retrace(const FloatScanBackward& p, const Work& w, BackwardChan
     const Vec A = load(c.A + n * kLanes);
     const float* const a = w.a + i * vector + n * kLanes;
     const float* const h = w.h + i * vector + n * kLanes;
-    float* const dB = w.dBC + i * 2 * vector + n * kLanes;
-    float* const dC = dB + vector;
+    Vec parts[2 * kTokens] = {};  // of dB, then of dC
     Vec g = load(c.g + n * kLanes);
     Vec dA = load(c.dA + n * kLanes);
     Vec after = load(h + count * vector);
@@ -177,8 +176,8 @@ LRNN_INLINE void retrace(const FloatScanBackward& p, const Work& w, BackwardChan
     for (int j = count - 1; j >= 0; --j) {
       const Vec before = load(h + j * vector);
       g += dy[j] * C[j * in.C_stride + n];
-      store(dC + j * 2 * vector, load(dC + j * 2 * vector) + dy[j] * after);
-      store(dB + j * 2 * vector, load(dB + j * 2 * vector) + g * drive[j]);
+      parts[kTokens + j] = dy[j] * after;
+      parts[j] = g * drive[j];
       ddrive[j] += g * B[j * in.B_stride + n];
       g *= load(a + j * vector);
       const Vec dexponent = g * before;
@@ -188,6 +187,9 @@ LRNN_INLINE void retrace(const FloatScanBackward& p, const Work& w, BackwardChan
     }
     store(c.g + n * kLanes, g);
     store(c.dA + n * kLanes, dA);
+    // A single token is token i % kTokens of its group.
+    float* const sums = w.dBC + (i / kTokens * in.dstate + n) * kFloatParts;
+    add_lanes(parts, sums + 4 * (i % kTokens), count);
   }
   Vec slope[kTokens];  // of softplus
   LRNN_EACH slope[j] = load(row_of(w, kDt, c, i + j)) + c.bias;
@@ -218,22 +220,15 @@ inline void chunk_of_channels(const FloatScanBackward& p, const Work& w, Backwar
   for (; i > 0; i -= kTokens) retrace(p, w, c, row + i - kTokens, i - kTokens, kTokens);
 }
 
-// `count` groups of 2 `half` floats at `from` become groups of `half` at `to`, which may be `from`.
-LRNN_INLINE void add_halves(const float* from, float* to, std::int64_t count, const int half) {
-  for (std::int64_t i = 0; i < count; ++i) {
-    float sums[kLanes];
-    for (int l = 0; l < half; ++l) sums[l] = from[2 * i * half + l] + from[(2 * i + 1) * half + l];
-    for (int l = 0; l < half; ++l) to[i * half + l] = sums[l];
-  }
-}
-
-// Adds up the lanes of the parts of dB and dC of `count` tokens.
+// The sums over the channels of the group for `count` tokens.
 inline void write_parts(const Work& w, std::int64_t count, std::int64_t dstate, float* dBC) {
-  const std::int64_t sums = count * 2 * dstate;
-  if (kLanes >= 16) add_halves(w.dBC, w.dBC, sums, 8);
-  if (kLanes >= 8) add_halves(w.dBC, w.dBC, sums, 4);
-  add_halves(w.dBC, w.dBC, sums, 2);
-  add_halves(w.dBC, dBC, sums, 1);
+  for (std::int64_t i = 0; i < count; ++i)
+    for (std::int64_t n = 0; n < dstate; ++n) {
+      const float* const sums =
+          w.dBC + (i / kTokens * dstate + n) * kFloatParts + 4 * (i % kTokens);
+      dBC[i * 2 * dstate + n] = sums[0] + sums[1];
+      dBC[(i * 2 + 1) * dstate + n] = sums[2] + sums[3];
+    }
 }
 
 inline void clear_padding(const FloatScanBackward& p, std::int64_t first, std::int64_t row,
@@ -302,7 +297,8 @@ inline void copy_chunk(const FloatScanBackward& p, const Work& w, bool in, std::
 inline void run_chunk(const FloatScanBackward& p, const Work& w, std::int64_t b, std::int64_t group,
                       std::int64_t t, std::int64_t count) {
   const std::int64_t dstate = p.in.dstate;
-  for (std::int64_t i = 0; i < count * 2 * dstate; ++i) store(w.dBC + i * kLanes, Vec{});
+  const std::int64_t groups_of_tokens = (count + kTokens - 1) / kTokens;
+  for (std::int64_t i = 0; i < groups_of_tokens * dstate * kFloatParts; ++i) w.dBC[i] = 0.0F;
   const std::int64_t row = b * p.in.seqlen + t;
   copy_chunk(p, w, true, row, count, group * kFloatGroup);
   for_each_vector(p, w, group,

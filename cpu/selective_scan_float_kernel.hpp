@@ -17,9 +17,10 @@ inline void rates(float* A, std::int64_t size) {
 }
 
 // Runs `count` <= kTokens tokens from row `row` on through all states of a vector of channels and
-// adds sum C h to y. A is times log2(e). Inlined, so that `count` is a constant.
-LRNN_INLINE void advance(const FloatScan& p, std::int64_t row, const int count, const float* A,
-                         float* h, const Vec* delta, const Vec* drive, Vec* y) {
+// adds sum C h to y. Inlined, so that `count` and `in_range` are constants.
+LRNN_INLINE void advance_states(const FloatScan& p, std::int64_t row, const int count,
+                                const float* A, float* h, const Vec* delta, const Vec* drive,
+                                Vec* y, const bool in_range) {
   const std::int64_t dstate = p.dstate;
   const float* B[kTokens];
   const float* C[kTokens];
@@ -34,7 +35,7 @@ LRNN_INLINE void advance(const FloatScan& p, std::int64_t row, const int count, 
     Vec state = load(h + n * kFloatChannels);
     Vec a[kTokens];
     LRNN_EACH a[j] = delta[j] * log_a;
-    exp2_of_negative(a, count);
+    exp2_of_negative(a, count, in_range);
     LRNN_EACH {
       state = a[j] * state + drive[j] * B[j][n];
       sum[j] += state * C[j][n];
@@ -43,8 +44,20 @@ LRNN_INLINE void advance(const FloatScan& p, std::int64_t row, const int count, 
   }
   LRNN_EACH y[j] = sum[j];
 }
+// The bound of exponents is a fifteenth of the work of a state, and models seldom reach it.
+LRNN_INLINE void advance(const FloatScan& p, std::int64_t row, const int count, const float* A,
+                         float* h, const Vec* delta, const Vec* drive, Vec* y) {
+  Vec longest = delta[0];
+  LRNN_EACH longest = LRNN_MAX(longest, delta[j]);
+  const Vec lowest = longest * load(A + p.dstate * kFloatChannels);
+  if (all_at_least(lowest, kLeastExponent))
+    advance_states(p, row, count, A, h, delta, drive, y, true);
+  else
+    advance_states(p, row, count, A, h, delta, drive, y, false);
+}
 
-// A vector of channels. A, times log2(e), and h are [N, kFloatChannels] and begin with these.
+// A vector of channels. A, times log2(e) and with the least of all N after them, and h are
+// [N + 1, kFloatChannels] and begin with these.
 struct Channels {
   std::int64_t first, count;
   const float* A;
@@ -126,6 +139,12 @@ inline void begin_group(const FloatScan& p, std::int64_t b, std::int64_t first, 
                                       : 0.0F;
     }
   rates(A, p.dstate * kFloatChannels);
+  for (std::int64_t i = 0; i < kFloatChannels; ++i) {
+    float least = 0.0F;
+    for (std::int64_t n = 0; n < p.dstate; ++n)
+      least = A[n * kFloatChannels + i] < least ? A[n * kFloatChannels + i] : least;
+    A[p.dstate * kFloatChannels + i] = least;
+  }
 }
 
 inline void prefetch_tile(const FloatScan& p, std::int64_t row, std::int64_t first,
@@ -170,19 +189,18 @@ inline void run_group(const FloatScan& p, std::int64_t b, std::int64_t first, st
 // kFloatChannels per group.
 void run(const FloatScan& p, std::int64_t b, std::int64_t first, std::int64_t groups,
          float* scratch) {
-  const std::int64_t size = p.dstate * kFloatChannels;
+  const std::int64_t size = (p.dstate + 1) * kFloatChannels;
+  const auto A = [&](std::int64_t g) { return scratch + 2 * g * size; };
+  const auto h = [&](std::int64_t g) { return A(g) + size; };
   for (std::int64_t g = 0; g < groups; ++g)
-    begin_group(p, b, first + g * kFloatChannels, scratch + 2 * g * size,
-                scratch + (2 * g + 1) * size);
+    begin_group(p, b, first + g * kFloatChannels, A(g), h(g));
   for (std::int64_t t = 0; t < p.seqlen; t += kTile)
     for (std::int64_t g = 0; g < groups; ++g)
-      run_group(p, b, first + g * kFloatChannels, t, scratch + 2 * g * size,
-                scratch + (2 * g + 1) * size);
+      run_group(p, b, first + g * kFloatChannels, t, A(g), h(g));
   if (p.state_out == nullptr) return;
   for (std::int64_t g = 0; g < groups; ++g) {
     const std::int64_t from = first + g * kFloatChannels;
-    write_states(p, scratch + (2 * g + 1) * size, channels_of(p, from),
-                 p.state_out + (b * p.channels + from) * p.dstate);
+    write_states(p, h(g), channels_of(p, from), p.state_out + (b * p.channels + from) * p.dstate);
   }
 }
 

@@ -59,12 +59,8 @@ inline bool has_avx2() {
 class FlushDenormals {
 #if LRNN_X86_TARGETS
  public:
-  FlushDenormals() : before_(_mm_getcsr()) {
-    _mm_setcsr(before_ | 0x8040U);
-  }
-  ~FlushDenormals() {
-    _mm_setcsr(before_);
-  }
+  FlushDenormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8040U); }
+  ~FlushDenormals() { _mm_setcsr(before_); }
   FlushDenormals(const FlushDenormals&) = delete;
   FlushDenormals& operator=(const FlushDenormals&) = delete;
 

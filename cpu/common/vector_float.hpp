@@ -62,6 +62,17 @@ inline Vec at_least(Vec v, float low) {
 inline Vec at_most(Vec v, float high) {
   return LRNN_MIN(high - Vec{}, v);
 }
+inline bool all_at_least(Vec v, float low) {
+#if LRNN_LANES == 16
+  return _mm512_cmp_ps_mask(v, low - Vec{}, _CMP_LT_OQ) == 0;
+#elif LRNN_LANES == 8
+  return _mm256_movemask_ps(_mm256_cmp_ps(v, low - Vec{}, _CMP_LT_OQ)) == 0;
+#else
+  bool all = true;
+  for (int i = 0; i < kLanes; ++i) all = all && !(v[i] < low);
+  return all;
+#endif
+}
 
 // p := the polynomial in f with these coefficients, from the highest down. Each step for all
 // `count` before the next: compilers keep this order, and the scheduler of a processor sees too few
@@ -72,6 +83,54 @@ LRNN_INLINE void polynomial(Vec* p, const Vec* f, const int count, const float* 
   LRNN_UNROLL
   for (int k = 2; k < coefficients; ++k) LRNN_EACH p[j] = p[j] * f[j] + c[k];
 }
+
+// Adds two sums over lanes of each of 2 kMost vectors to `sums`: those of v[i] and v[kMost + i] at
+// 4 i, in turn; of the first of both alone, if `count` is 1.
+LRNN_INLINE void add_lanes(const Vec* v, float* sums, const int count) {
+  if (count == 1) {
+    for (int l = 0; l < kLanes; ++l) {
+      sums[l % 2] += v[0][l];
+      sums[2 + l % 2] += v[kMost][l];
+    }
+    return;
+  }
+#if LRNN_LANES == 16
+  Vec quarter[2];  // a vector's sums are a quarter of it
+  LRNN_UNROLL
+  for (int k = 0; k < 2; ++k) {
+    Vec half[2];
+    LRNN_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      const Vec a = v[4 * k + 2 * i];
+      const Vec b = v[4 * k + 2 * i + 1];
+      half[i] = _mm512_shuffle_f32x4(a, b, 0x44) + _mm512_shuffle_f32x4(a, b, 0xEE);
+    }
+    quarter[k] =
+        _mm512_shuffle_f32x4(half[0], half[1], 0x88) + _mm512_shuffle_f32x4(half[0], half[1], 0xDD);
+  }
+  store(sums, load(sums) + (_mm512_shuffle_ps(quarter[0], quarter[1], 0x44) +
+                            _mm512_shuffle_ps(quarter[0], quarter[1], 0xEE)));
+#elif LRNN_LANES == 8
+  Vec half[4];
+  LRNN_UNROLL
+  for (int i = 0; i < 4; ++i)
+    half[i] = _mm256_permute2f128_ps(v[2 * i], v[2 * i + 1], 0x20) +
+              _mm256_permute2f128_ps(v[2 * i], v[2 * i + 1], 0x31);
+  LRNN_UNROLL
+  for (int i = 0; i < 2; ++i)
+    store(sums + 8 * i, load(sums + 8 * i) + (_mm256_shuffle_ps(half[i], half[i + 2], 0x44) +
+                                              _mm256_shuffle_ps(half[i], half[i + 2], 0xEE)));
+#else
+  for (int i = 0; i < kMost; ++i)
+    for (int k = 0; k < 2; ++k) {
+      sums[4 * i + k] += v[i][k] + v[i][k + 2];
+      sums[4 * i + 2 + k] += v[kMost + i][k] + v[kMost + i][k + 2];
+    }
+#endif
+}
+
+// Where exp2_of_negative() stops; nothing lies below if its `in_range`, a constant.
+constexpr float kLeastExponent = -125.0F;
 
 #if LRNN_LANES == 16
 // x and floor(x) by instructions of their own.
@@ -91,8 +150,8 @@ LRNN_INLINE void exp2_split(Vec* x, const Vec* f, const int count) {
   polynomial(p, f, count, kSeries, 7);
   LRNN_EACH x[j] = _mm512_scalef_ps(p[j], x[j]);
 }
-// x := 2^x, for x <= 0.
-LRNN_INLINE void exp2_of_negative(Vec* x, const int count) {
+// x := 2^x, for x <= 0; 0 for all below 2^-126 while denormals are flushed.
+LRNN_INLINE void exp2_of_negative(Vec* x, const int count, bool) {
   Vec f[kMost];
   LRNN_EACH f[j] = fraction(x[j]);
   exp2_split(x, f, count);
@@ -133,10 +192,10 @@ LRNN_INLINE void exp(Vec* x, const int count) {
   LRNN_EACH x[j] = scale(p[j], n[j]);
 }
 #if LRNN_LANES == 8
-// x := 2^x for x <= 0, 2^-125 for all below: n + f in eighths, a power from a table, and a
+// x := 2^x for x <= 0, 2^-125 for all below: x = n + f in eighths, a power from a table, and a
 // polynomial with relative error 3e-8 on |f| <= 1/16. Additions and the look-up leave the two units
 // that multiply free.
-LRNN_INLINE void exp2_of_negative(Vec* x, const int count) {
+LRNN_INLINE void exp2_of_negative(Vec* x, const int count, const bool in_range) {
   constexpr float kRoundToEighths = 1572864.0F;
   // 2^(i / 8) less the bits that i adds to its mantissa.
   const Int table = {0x3F800000, 0x3F7B95C2, 0x3F7837F0, 0x3F75FED7,
@@ -144,7 +203,7 @@ LRNN_INLINE void exp2_of_negative(Vec* x, const int count) {
   Vec f[kMost];
   Vec p[kMost];
   LRNN_EACH {
-    const Vec v = at_least(x[j], -125.0F);
+    const Vec v = in_range ? x[j] : at_least(x[j], kLeastExponent);
     x[j] = v + kRoundToEighths;
     f[j] = v - (x[j] - kRoundToEighths);
   }
@@ -160,11 +219,11 @@ LRNN_INLINE void exp2_of_negative(Vec* x, const int count) {
 }
 #else
 // x := 2^x for x <= 0, 2^-125 for all below; relative error of the polynomial 2e-9.
-LRNN_INLINE void exp2_of_negative(Vec* x, const int count) {
+LRNN_INLINE void exp2_of_negative(Vec* x, const int count, const bool in_range) {
   Vec f[kMost];
   Vec p[kMost];
   LRNN_EACH {
-    const Vec v = at_least(x[j], -125.0F);
+    const Vec v = in_range ? x[j] : at_least(x[j], kLeastExponent);
     x[j] = v + kRound;
     f[j] = v - (x[j] - kRound);
   }
