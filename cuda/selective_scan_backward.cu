@@ -8,9 +8,10 @@
 // (common/quad_sum.cuh), shared memory the quads of a block, while the next steps are worked on,
 // and a second kernel the tiles of channels, all in fixed order.
 //
-// Bound by issue slots and latency. Of every 125 instructions of a warp (4 states of 32 / kLanes
-// channels, one step) about 80 are the sub-tile; they take half of the time. On an H200 the kernel
-// uses 62 % of the issue slots at B8 L2048 D1536 N16 in bfloat16.
+// Bound by issue slots and latency, three warps per scheduler: at B8 L2048 D1536 N16 in bfloat16 on
+// an H200 0.74 ms, 38 % of the limit of 20 instructions per state and 30 per channel. Before
+// multipliers were computed ahead, 62 % of the issue slots were used; the adjoint was half of the
+// instructions and 29 % of the time, replay and recomputed states 25 and 30 %, prepare() 8 and 8 %.
 #include "common/quad_sum.cuh"
 #include "common/selective_scan.cuh"
 #include "common/split_barrier.cuh"
@@ -22,9 +23,10 @@ namespace {
 /// How the backward pass splits a chunk: kSteps per staged window, kSubTile steps whose states are
 /// in registers, kGroup steps whose sums over states are added at once, kAdded steps per addition
 /// of the parts of dB and dC (a turn), kBlocks blocks per multiprocessor to leave registers for,
-/// kWindowsHeld windows in shared memory.
+/// kWindowsHeld windows in shared memory, kAhead multipliers of a sub-tile computed during the one
+/// before.
 template <class L, int kSteps_, int kSubTile_, int kGroup_, int kAdded_, int kBlocks_,
-          int kWindowsHeld_>
+          int kWindowsHeld_, int kAhead_>
 struct Plan : L {
   using Base = L;
   static constexpr int kSteps = kSteps_;
@@ -33,6 +35,7 @@ struct Plan : L {
   static constexpr int kAdded = kAdded_;
   static constexpr int kBlocks = kBlocks_;
   static constexpr int kWindowsHeld = kWindowsHeld_;
+  static constexpr int kAhead = kAhead_;
   static constexpr int kSums = 2 * L::kN;           // dB and dC of one step
   static constexpr bool kQuads = L::kPerWarp >= 4;  // whether a quad holds four channels
   static constexpr int kParts = kQuads ? L::kChannels / 4 : L::kWarps;  // of each sum of a block
@@ -637,12 +640,36 @@ struct Backward {
     dbias += ddt;
   }
 
-  /// Sub-tile k of the window that begins at `first`; `index` counts in the chunk.
-  __device__ __forceinline__ void sub_tile(int first, int k, int index) {
+  /// The multipliers of kCount steps from j on.
+  template <int kCount>
+  __device__ __forceinline__ void multipliers(int j, float (*a)[kStates]) const {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const float delta = drive_of(j + i).x;
+#pragma unroll
+      for (int n = 0; n < kStates; ++n) a[i][n] = multiplier(j + i, n, delta);
+    }
+  }
+
+  /// The sub-tiles of a window from the right.
+  __device__ __forceinline__ void sub_tiles(int first, int index) {
+    constexpr int kLast = kSteps / P::kSubTile - 1;
+    float ahead[P::kAhead > 0 ? P::kAhead : 1][kStates];
+    multipliers<P::kAhead>(kLast * P::kSubTile, ahead);
+#pragma unroll 1
+    for (int k = kLast; k >= 0; --k) sub_tile(first, k, index + k, ahead);
+  }
+
+  /// Sub-tile k of the window that begins at `first`; `index` counts in the chunk. `ahead`: the
+  /// multipliers of its first steps, then of those of sub-tile k - 1: special functions overlap
+  /// with the adjoint.
+  __device__ __forceinline__ void sub_tile(int first, int k, int index,
+                                           float (&ahead)[P::kAhead > 0 ? P::kAhead : 1][kStates]) {
     float h[P::kSubTile + 1][kStates];
     float a[P::kSubTile][kStates];
     read_few<kStates>(s.states[index][threadIdx.x], h[0]);
     const int j0 = k * P::kSubTile;
+    multipliers<P::kSubTile - P::kAhead>(j0 + P::kAhead, a + P::kAhead);
 #pragma unroll
     for (int i = 0; i < P::kSubTile; ++i) {
       const float2 d = drive_of(j0 + i);
@@ -650,13 +677,14 @@ struct Backward {
       read_few<kStates>(row_B(j0 + i) + at.part * kStates, B);
 #pragma unroll
       for (int n = 0; n < kStates; ++n) {
-        a[i][n] = multiplier(j0 + i, n, d.x);
+        if (i < P::kAhead) a[i][n] = ahead[i < P::kAhead ? i : 0][n];
         h[i + 1][n] = fmaf(a[i][n], h[i][n], drive(d, n, B[n]));
       }
     }
 #pragma unroll
     for (int group = P::kSubTile - P::kGroup; group >= 0; group -= P::kGroup) {
       if ((j0 + group + P::kGroup) % P::kAdded == 0) begin_turn();
+      if (group == 0) multipliers<P::kAhead>(max(j0 - P::kSubTile, 0), ahead);
       StateSums sums;
       QuadSums quad;
 #pragma unroll
@@ -761,9 +789,7 @@ struct Backward {
       const int first = begin + w * kSteps;
       enter<false>(first, w > 0 ? first - kSteps : begin - kChunk, w == 0 && kWindows > 1);
       if (w == windows - 1) replay(h, w * kSteps / P::kSubTile, kSteps / P::kSubTile - 1);
-#pragma unroll 1
-      for (int k = kSteps / P::kSubTile - 1; k >= 0; --k)
-        sub_tile(first, k, w * kSteps / P::kSubTile + k);
+      sub_tiles(first, w * kSteps / P::kSubTile);
       write_window(first);
     }
   }
@@ -1021,20 +1047,25 @@ int shared_limit() {
 /// Calls f.operator()<P>(). The general rule has fewer layouts: more lanes hold no state.
 template <bool kGeneral, class F>
 void visit_plan(std::int64_t dstate, F&& f) {
+  // Shorter windows give the same sums.
+  const int limit = shared_limit();
   if (dstate <= 16) {
-    // Shorter windows give the same sums.
-    if (shared_limit() < 96 * 1024)
-      return f.template operator()<Plan<Layout<4, 4, 32>, 16, 8, 4, 8, 1, 1>>();
-    return f.template operator()<Plan<Layout<4, 4, 32>, 32, 8, 4, 8, 3, 2>>();
+    if (limit < 96 * 1024)
+      return f.template operator()<Plan<Layout<4, 4, 32>, 16, 8, 4, 8, 1, 1, 0>>();
+    return f.template operator()<Plan<Layout<4, 4, 32>, 32, 8, 4, 8, 3, 2, 4>>();
   }
   if constexpr (kGeneral) {
-    if (dstate <= 64) return f.template operator()<Plan<Layout<16, 4, 16>, 16, 8, 4, 4, 2, 1>>();
+    if (dstate <= 64) return f.template operator()<Plan<Layout<16, 4, 16>, 16, 8, 4, 4, 2, 1, 0>>();
   } else {
-    if (dstate <= 32) return f.template operator()<Plan<Layout<8, 4, 16>, 32, 8, 4, 8, 3, 2>>();
-    if (dstate <= 64) return f.template operator()<Plan<Layout<8, 8, 16>, 16, 8, 8, 8, 2, 2>>();
-    if (dstate <= 128) return f.template operator()<Plan<Layout<32, 4, 8>, 16, 8, 4, 4, 2, 1>>();
+    if (dstate <= 32) return f.template operator()<Plan<Layout<8, 4, 16>, 32, 8, 4, 8, 3, 2, 4>>();
+    if (dstate <= 64) {
+      if (limit < 112 * 1024)
+        return f.template operator()<Plan<Layout<8, 8, 16>, 16, 8, 8, 8, 2, 1, 0>>();
+      return f.template operator()<Plan<Layout<8, 8, 16>, 32, 8, 8, 8, 2, 2, 0>>();
+    }
+    if (dstate <= 128) return f.template operator()<Plan<Layout<32, 4, 8>, 16, 8, 4, 4, 2, 1, 0>>();
   }
-  return f.template operator()<Plan<Layout<32, 8, 4>, 8, 8, 4, 4, 2, 1>>();
+  return f.template operator()<Plan<Layout<32, 8, 4>, 8, 8, 4, 4, 2, 1, 0>>();
 }
 
 }  // namespace
