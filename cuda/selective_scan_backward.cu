@@ -4,45 +4,111 @@
 // which leaves a state every kSubTile steps in shared memory; from there the states and multipliers
 // of kSubTile steps are recomputed into registers and the adjoint g runs through them:
 //   g_t = C_t dy_t + a_{t+1} g_{t+1},   dy already multiplied by the gate.
-// dB and dC are sums over channels: shuffles add the channels of a warp, shared memory the warps of
-// a block, and a second kernel the tiles of channels, all in fixed order.
-// Bound by issue slots: about 17 instructions for the recurrence and 7 for dB, dC per state.
+// dB and dC are sums over channels: tensor cores add the channels of a quad of lanes
+// (common/quad_sum.cuh), shared memory the quads of a block, while the next steps are worked on,
+// and a second kernel the tiles of channels, all in fixed order.
+//
+// Bound by issue slots and latency, three warps per scheduler: at B8 L2048 D1536 N16 in bfloat16 on
+// an H200 0.74 ms, 38 % of the limit of 20 instructions per state and 30 per channel. Before
+// multipliers were computed ahead, 62 % of the issue slots were used; the adjoint was half of the
+// instructions and 29 % of the time, replay and recomputed states 25 and 30 %, prepare() 8 and 8 %.
+#include "common/quad_sum.cuh"
 #include "common/selective_scan.cuh"
+#include "common/split_barrier.cuh"
 
 namespace lrnn::cuda {
 namespace selective {
 namespace {
 
-constexpr int kSubTile = 8;  // steps whose states are in registers
-constexpr int kGroup = 4;    // steps whose sums over states are added at once
-
-/// How the backward pass splits a chunk: kSteps per staged window, kAdded steps per addition of the
-/// parts of dB and dC, kBlocks blocks per multiprocessor to leave registers for.
-template <class L, int kSteps_, int kAdded_, int kBlocks_>
+/// How the backward pass splits a chunk: kSteps per staged window, kSubTile steps whose states are
+/// in registers, kGroup steps whose sums over states are added at once, kAdded steps per addition
+/// of the parts of dB and dC (a turn), kBlocks blocks per multiprocessor to leave registers for,
+/// kWindowsHeld windows in shared memory, kAhead multipliers of a sub-tile computed during the one
+/// before.
+template <class L, int kSteps_, int kSubTile_, int kGroup_, int kAdded_, int kBlocks_,
+          int kWindowsHeld_, int kAhead_>
 struct Plan : L {
   using Base = L;
   static constexpr int kSteps = kSteps_;
+  static constexpr int kSubTile = kSubTile_;
+  static constexpr int kGroup = kGroup_;
   static constexpr int kAdded = kAdded_;
   static constexpr int kBlocks = kBlocks_;
-  static constexpr int kSums = 2 * L::kN;  // dB and dC of one step
+  static constexpr int kWindowsHeld = kWindowsHeld_;
+  static constexpr int kAhead = kAhead_;
+  static constexpr int kSums = 2 * L::kN;           // dB and dC of one step
+  static constexpr bool kQuads = L::kPerWarp >= 4;  // whether a quad holds four channels
+  static constexpr int kParts = kQuads ? L::kChannels / 4 : L::kWarps;  // of each sum of a block
+  // Strides that spread over the banks what a warp writes at once.
+  static constexpr int kSumsRow = kSums + 4;
+  static constexpr int kSumsPad = 16;
+  static constexpr int kSumsPart = kAdded * kSumsRow + kSumsPad;
+  // With two sets of parts, one is added while the other is written.
+  static constexpr int kSumsHeld = kQuads ? 2 : 1;
+  static_assert(kSteps % kAdded == 0 && kAdded % kGroup == 0 && kSubTile % kGroup == 0 &&
+                L::kLanes >= kGroup && kGroup % kQuadTurns == 0);
 };
+
+/// What prepare() leaves of a channel and a step.
+struct alignas(16) Drive {
+  float delta;
+  float input;  // delta u; general: u
+  float dy;     // times the gate
+  float slope;  // of delta over dt
+};
+
+/// load_tile() with addresses relative to the corner of the tile.
+template <int kRows, int kWidth, int kThreads, class T>
+__device__ __forceinline__ void stage_tile(T* tile, const DeviceRows<const T>& from,
+                                           std::int64_t row, int rows, int column, int columns,
+                                           bool wide) {
+  constexpr int kVec = kWide<T>;
+  if constexpr (kWidth % kVec == 0) {
+    if (wide) {
+      constexpr int kPerRow = kWidth / kVec;
+      const T* const corner = from.row(row) + column;
+      const int stride = static_cast<int>(from.stride);
+      const int width = columns - column;
+      for_items<kRows * kPerRow, kThreads>([&](int i) {
+        const int r = i / kPerRow;
+        const int c = i % kPerRow * kVec;
+        copy_16_bytes_async(tile + i * kVec, corner + (r * stride + c), r < rows && c < width);
+      });
+      return;
+    }
+  }
+  load_tile<kRows, kWidth, kThreads>(tile, from, row, rows, column, columns, false);
+}
+
+/// What is loaded of a window and replaced by the gradients.
+template <class T, class P>
+struct Window {
+  alignas(16) T u[P::kSteps][P::kChannels];   // then du
+  alignas(16) T dt[P::kSteps][P::kChannels];  // then ddt
+  alignas(16) T z[P::kSteps][P::kChannels];   // then dz
+};
+
+/// With two windows in shared memory, one is loaded while the other is worked on.
+template <class T, class P>
+constexpr int kWindowsHeld = std::is_same_v<T, float> ? 1 : P::kWindowsHeld;
 
 template <class T, class P, bool kGeneral>
 struct BackwardShared {
-  alignas(16) T u[P::kSteps][P::kChannels];   // replaced by du
-  alignas(16) T dt[P::kSteps][P::kChannels];  // replaced by ddt
-  alignas(16) T z[P::kSteps][P::kChannels];   // replaced by dz
+  Window<T, P> window[kWindowsHeld<T, P>];
   alignas(16) T dy[P::kSteps][P::kChannels];
   alignas(16) T raw_B[P::kSteps][P::kN];
   alignas(16) T raw_C[P::kSteps][P::kN];
-  alignas(16) float2 drive[P::kSteps][P::kChannels];  // delta and delta u; general: delta and u
-  alignas(16) float gated_dy[P::kSteps][P::kChannels];
-  alignas(16) float B[P::kSteps][P::kN];
-  alignas(16) float C[P::kSteps][P::kN];
-  alignas(16) float states[kChunk / kSubTile][P::kThreads][P::kStates];
-  alignas(16) float sums[P::kWarps][P::kAdded][P::kSums];
-  alignas(16) float alpha[kGeneral ? P::kSteps : 1][P::kChannels];
-  alignas(16) float dtau[kGeneral ? P::kSteps : 1][P::kChannels];
+  Drive drive[P::kSteps][P::kChannels];
+  alignas(16) float dz_of_y[P::kSteps][P::kChannels];  // dz divided by y before the gate
+  alignas(16) float states[kChunk / P::kSubTile][P::kThreads][P::kStates];
+  alignas(16) float sums[P::kSumsHeld][P::kParts * P::kSumsPart - P::kSumsPad];
+  SplitBarrier added;
+  // B and C in float, unless T is.
+  static constexpr int kWidened = std::is_same_v<T, float> ? 1 : P::kSteps * P::kN;
+  alignas(kWidened > 1 ? 16 : 4) float B[kWidened];
+  alignas(kWidened > 1 ? 16 : 4) float C[kWidened];
+  float alpha[kGeneral ? P::kSteps : 1][kGeneral ? P::kChannels : 1];
+  float dtau[kGeneral ? P::kSteps : 1][kGeneral ? P::kChannels : 1];
 };
 
 template <class T>
@@ -53,7 +119,7 @@ struct BackwardArgs {
   const float* starts;  // gradients that enter the segments from the right [B, S, E, N], or null
   DeviceRows<T> du, ddt, dz;
   float* dstate_in;
-  float* dBC = nullptr;       // [tiles, B, L, 2, N]
+  float* dBC = nullptr;       // [tiles, B, L, sums of a step]
   float* dtau = nullptr;      // [tiles, B, L]; event mode
   float* dA_log = nullptr;    // [B, S, E, N]
   float* dvectors = nullptr;  // [B, S, 3, E]: dt_bias, D, dtA_bias
@@ -70,6 +136,63 @@ struct BackwardArgs {
         dz(a.dz ? device_rows<T>(a.dz) : DeviceRows<T>{nullptr, 0}),
         dstate_in(data_or_null<float>(a.dstate_in)) {}
 };
+
+/// As read_shared() and write_shared(), for two floats too.
+template <int kCount>
+__device__ __forceinline__ void read_few(const float* p, float (&v)[kCount]) {
+  if constexpr (kCount == 2) {
+    const float2 q = *reinterpret_cast<const float2*>(p);
+    v[0] = q.x;
+    v[1] = q.y;
+  } else {
+    read_shared<kCount>(p, v);
+  }
+}
+template <int kCount>
+__device__ __forceinline__ void write_few(float* p, const float (&v)[kCount]) {
+  if constexpr (kCount == 2)
+    *reinterpret_cast<float2*>(p) = make_float2(v[0], v[1]);
+  else
+    write_shared<kCount>(p, v);
+}
+/// As write_states().
+template <class L>
+__device__ __forceinline__ void write_few_states(float* base, std::int64_t row, const Place<L>& at,
+                                                 int dstate, const float (&h)[L::kStates]) {
+  if constexpr (L::kStates % 4 == 0) {
+    write_states<L>(base, row, at, dstate, h);
+  } else {
+    if (!at.active) return;
+#pragma unroll
+    for (int i = 0; i < L::kStates; ++i) {
+      const int n = at.part * L::kStates + i;
+      if (n < dstate) base[row * dstate + n] = h[i];
+    }
+  }
+}
+
+__device__ __forceinline__ float reciprocal(float x) {
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+}
+/// fast_sigmoid() without the cases of subnormal numbers.
+__device__ __forceinline__ float gate_of(float z) {
+  return reciprocal(1.0F + exp2_approx(-kLog2e * z));
+}
+
+/// softplus(x), as in common/selective_scan.cuh, and its derivative.
+__device__ __forceinline__ float softplus_slope(float x, float& slope) {
+  const float e = exp2_approx(-kLog2e * fabsf(x));
+  const float s = e * reciprocal(2.0F + e);
+  const float w = s * s;
+  float p = fmaf(w, 0.281577784F, 0.279651577F);
+  p = fmaf(p, w, 0.400245952F);
+  p = fmaf(p, w, 0.666663216F);
+  p = fmaf(p, w, 2.0F);
+  slope = (x < 0.0F ? e : 1.0F) * reciprocal(1.0F + e);
+  return fmaf(p, s, fmaxf(x, 0.0F));
+}
 
 /// d/dA of expm1(delta A) / A = delta^2 psi(x), x = delta A, psi(x) = ((x - 1) e^x + 1) / x^2,
 /// which is the sum over k of x^k / (k! (k + 2)).
@@ -117,13 +240,15 @@ struct Backward {
   static constexpr int kSteps = P::kSteps;
   static constexpr int kStates = P::kStates;
   static constexpr int kWindows = kChunk / kSteps;
-  static_assert(kSteps % P::kAdded == 0 && P::kAdded % kGroup == 0 && P::kLanes >= kGroup);
 
   const BackwardArgs<T>& p;
   const Place<L>& at;
   Shared& s;
-  float A[kStates];  // times log2(e) unless general
-  float g[kStates];  // a_{t+1} g_{t+1}
+  Window<T, P>* window;  // in work
+  unsigned turn = 0;     // of adding dB and dC over the block
+  int turn_step = 0;     // position of the first step of the last turn
+  float A[kStates];      // times log2(e) unless general
+  float g[kStates];      // a_{t+1} g_{t+1}
   float dA[kStates] = {};
   float product[kGeneral && kEnds ? kStates : 1];
   float delta_sum = 0.0F;
@@ -131,27 +256,24 @@ struct Backward {
   float dbias = 0.0F;
   float drate = 0.0F;
   float D;
-  float bias;
   float rate = 0.0F;
-  // Channel of the calling thread while a window is prepared.
-  int column;
-  float column_bias;
-  float column_rate = 0.0F;
+  // Of the pair of channels of the calling thread while a window is prepared.
+  float pair_bias[2];
+  float pair_rate[2] = {};
 
   __device__ Backward(const BackwardArgs<T>& args, const Place<L>& place, Shared& shared)
-      : p(args), at(place), s(shared) {
-    static_assert(kThreads % P::kChannels == 0);
+      : p(args), at(place), s(shared), window(shared.window) {
     const Operands<T>& in = p.in;
     read_A<L>(in.A_log, at, in.sizes.dstate, kGeneral ? 1.0F : kLog2e, A);
     D = in.D != nullptr && at.active ? in.D[at.channel] : 0.0F;
-    bias = at.active ? in.dt_bias[at.channel] : 0.0F;
-    column = static_cast<int>(threadIdx.x) % P::kChannels;
-    const int channel = at.tile * P::kChannels + column;
-    const bool exists = channel < in.sizes.channels;
-    column_bias = exists ? in.dt_bias[channel] : 0.0F;
-    if (kGeneral && in.tau != nullptr) {
-      rate = at.active ? softplus(in.dtA_bias[at.channel]) : 0.0F;
-      column_rate = exists ? softplus(in.dtA_bias[channel]) : 0.0F;
+    if (kGeneral && in.tau != nullptr) rate = at.active ? softplus(in.dtA_bias[at.channel]) : 0.0F;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int channel = at.tile * P::kChannels + pair_column() + i;
+      const bool exists = channel < in.sizes.channels;
+      pair_bias[i] = exists ? in.dt_bias[channel] : 0.0F;
+      if (kGeneral && in.tau != nullptr)
+        pair_rate[i] = exists ? softplus(in.dtA_bias[channel]) : 0.0F;
     }
     for (float& v : product) v = 1.0F;
   }
@@ -160,64 +282,155 @@ struct Backward {
     return (std::int64_t{at.batch} * p.in.sizes.chunks + chunk) * p.in.sizes.channels + at.channel;
   }
 
+  __device__ int rows_from(int first) const { return min(at.length, at.stop) - first; }
+
   __device__ void load_channels(T* tile, const DeviceRows<const T>& from, int first) {
-    load_tile<kSteps, P::kChannels, kThreads>(
-        tile, from, at.first_row + first, min(at.length, at.stop) - first, at.tile * P::kChannels,
-        p.in.sizes.channels, p.in.wide_channels);
+    stage_tile<kSteps, P::kChannels, kThreads>(tile, from, at.first_row + first, rows_from(first),
+                                               at.tile * P::kChannels, p.in.sizes.channels,
+                                               p.in.wide_channels);
   }
   __device__ void load_states(T* tile, const DeviceRows<const T>& from, int first) {
-    load_tile<kSteps, P::kN, kThreads>(tile, from, at.first_row + first,
-                                       min(at.length, at.stop) - first, 0, p.in.sizes.dstate,
-                                       p.in.wide_states);
+    stage_tile<kSteps, P::kN, kThreads>(tile, from, at.first_row + first, rows_from(first), 0,
+                                        p.in.sizes.dstate, p.in.wide_states);
   }
 
-  /// Stages a window. `replay`: only what the states need; otherwise all, and step 1 what g needs.
-  __device__ void stage(int first, bool replay) {
-    load_channels(s.dt[0], p.in.dt, first);
+  static constexpr int kHeld = kWindowsHeld<T, P>;
+
+  /// Begins to load a window. `replay`: only what the states need; otherwise all, and step 1 what g
+  /// needs.
+  __device__ __forceinline__ void request(Window<T, P>& to, int first, bool replay) {
+    load_channels(to.dt[0], p.in.dt, first);
     if constexpr (!kEnds) {
-      load_channels(s.u[0], p.in.u, first);
+      load_channels(to.u[0], p.in.u, first);
       load_states(s.raw_B[0], p.in.B, first);
     }
     if (!replay) {
       load_channels(s.dy[0], p.dy, first);
       load_states(s.raw_C[0], p.in.C, first);
-      if (p.in.z.data != nullptr) load_channels(s.z[0], p.in.z, first);
+      if (p.in.z.data != nullptr) load_channels(to.z[0], p.in.z, first);
     }
     commit_copies();
+  }
+  /// The window that enter() will ask for first.
+  __device__ __forceinline__ void request_first(int first, bool replay) {
+    if constexpr (kHeld > 1) request(s.window[1], first, replay);
+  }
+  /// Makes window `first` the one in work and asks for `next`, unless it precedes the segment.
+  template <bool kReplay>
+  __device__ __forceinline__ void enter(int first, int next, bool next_replays) {
+    if constexpr (kHeld == 1) {
+      __syncthreads();  // what was in work is not needed any more
+      request(*window, first, kReplay);
+    }
     wait_for_copies();
     __syncthreads();
-    prepare(first, replay);
+    Window<T, P>* const last = window;
+    if constexpr (kHeld > 1) window = window == s.window ? s.window + 1 : s.window;
+    prepare<kReplay>(first);
     __syncthreads();
+    if constexpr (kHeld > 1) {
+      if (next >= at.begin) request(*last, next, next_replays);
+    }
   }
 
-  __device__ void prepare(int first, bool replay) {
-    constexpr int kAtOnce = kThreads / P::kChannels;
-#pragma unroll 2
-    for (int k = 0; k < (kSteps + kAtOnce - 1) / kAtOnce; ++k) {
-      const int j = static_cast<int>(threadIdx.x) / P::kChannels + k * kAtOnce;
-      if (kSteps % kAtOnce != 0 && j >= kSteps) break;
-      const int t = first + j;
-      const bool valid = t < at.length && t < at.stop;
-      const float delta = valid ? softplus(to_float(s.dt[j][column]) + column_bias) : 0.0F;
-      const float u = kEnds ? 0.0F : to_float(s.u[j][column]);
-      if constexpr (kGeneral) {
-        float alpha = delta;
-        if (p.in.tau != nullptr) alpha = valid ? p.in.tau[at.first_row + t] * column_rate : 0.0F;
-        s.alpha[j][column] = alpha;
-        s.drive[j][column] = {delta, u};
-      } else {
-        s.drive[j][column] = {delta, delta * u};
-      }
-      if (replay) continue;
-      float dy = to_float(s.dy[j][column]);
-      if (p.in.z.data != nullptr) {
-        const float z = to_float(s.z[j][column]);
-        dy *= z * fast_sigmoid(z);
-      }
-      s.gated_dy[j][column] = dy;
+  // A window is prepared by pairs of channels, in turns of kTurnRows steps.
+  static constexpr int kPairs = P::kChannels / 2;
+  static constexpr int kTurnRows = kThreads / kPairs;
+  static constexpr int kTurns = kTurnRows < kSteps ? kSteps / kTurnRows : 1;
+  static_assert(P::kChannels % 2 == 0 && kThreads % kPairs == 0 &&
+                (kTurnRows >= kSteps || kSteps % kTurnRows == 0));
+  static __device__ int pair_column() { return static_cast<int>(threadIdx.x) % kPairs * 2; }
+
+  /// Fills drive, alpha, B and C. All of a thread is read before it writes, so that its chains of
+  /// special functions overlap.
+  template <bool kReplay>
+  __device__ __forceinline__ void prepare(int first) {
+    const int row = static_cast<int>(threadIdx.x) / kPairs;
+    if (kTurnRows <= kSteps || row < kSteps) prepare_pairs<kReplay>(first, row);
+    if constexpr (!std::is_same_v<T, float>) {
+      if constexpr (!kEnds) widen_tile<kSteps * P::kN, kThreads>(s.raw_B[0], s.B);
+      if constexpr (!kReplay) widen_tile<kSteps * P::kN, kThreads>(s.raw_C[0], s.C);
     }
-    if constexpr (!kEnds) widen_tile<kSteps * P::kN, kThreads>(s.raw_B[0], s.B[0]);
-    if (!replay) widen_tile<kSteps * P::kN, kThreads>(s.raw_C[0], s.C[0]);
+  }
+  template <bool kReplay>
+  __device__ __forceinline__ void prepare_pairs(int first, int row) {
+    const bool gated = p.in.z.data != nullptr;
+    const int column = pair_column();
+    float dt[kTurns][2];
+    float u[kTurns][2] = {};
+    float dy[kTurns][2];
+    float z[kTurns][2];
+#pragma unroll
+    for (int k = 0; k < kTurns; ++k) {
+      const int j = row + k * kTurnRows;
+      load_vec<T, 2>(&window->dt[j][column], dt[k]);
+      if constexpr (!kEnds) load_vec<T, 2>(&window->u[j][column], u[k]);
+      if constexpr (!kReplay) {
+        load_vec<T, 2>(&s.dy[j][column], dy[k]);
+        if (gated) load_vec<T, 2>(&window->z[j][column], z[k]);
+      }
+    }
+    if constexpr (!kReplay) {
+      if (gated) {
+#pragma unroll
+        for (int k = 0; k < kTurns; ++k)
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            const float gate = gate_of(z[k][i]);
+            const float through = dy[k][i] * gate;
+            if constexpr (!kEnds)
+              s.dz_of_y[row + k * kTurnRows][column + i] =
+                  through * fmaf(z[k][i], 1.0F - gate, 1.0F);
+            dy[k][i] = through * z[k][i];
+          }
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < kTurns; ++k) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        Drive d;
+        d.delta = softplus_slope(dt[k][i] + pair_bias[i], d.slope);
+        d.input = kGeneral ? u[k][i] : d.delta * u[k][i];
+        Drive* const to = &s.drive[row + k * kTurnRows][column + i];
+        if constexpr (kReplay) {
+          *reinterpret_cast<float2*>(to) = make_float2(d.delta, d.input);
+        } else {
+          d.dy = dy[k][i];
+          *to = d;
+        }
+        if constexpr (kGeneral) s.alpha[row + k * kTurnRows][column + i] = d.delta;
+      }
+    }
+    const int rows = rows_from(first);
+    if (rows < kSteps || (kGeneral && p.in.tau != nullptr)) correct_pairs(first, row, rows);
+  }
+  /// What depends on the position: padding, and alpha in event mode.
+  __device__ void correct_pairs(int first, int row, int rows) {
+#pragma unroll 1
+    for (int k = 0; k < 2 * kTurns; ++k) {
+      const int j = row + k / 2 * kTurnRows;
+      const int column = pair_column() + k % 2;
+      if (j >= rows) s.drive[j][column].delta = s.drive[j][column].slope = 0.0F;
+      if constexpr (kGeneral) {
+        if (j >= rows)
+          s.alpha[j][column] = 0.0F;
+        else if (p.in.tau != nullptr)
+          s.alpha[j][column] = p.in.tau[at.first_row + first + j] * pair_rate[k % 2];
+      }
+    }
+  }
+  __device__ __forceinline__ const float* row_B(int j) const {
+    if constexpr (std::is_same_v<T, float>)
+      return s.raw_B[j];
+    else
+      return s.B + j * P::kN;
+  }
+  __device__ __forceinline__ const float* row_C(int j) const {
+    if constexpr (std::is_same_v<T, float>)
+      return s.raw_C[j];
+    else
+      return s.C + j * P::kN;
   }
 
   __device__ __forceinline__ float multiplier(int j, int i, float delta) const {
@@ -226,51 +439,61 @@ struct Backward {
     else
       return exp2_approx(delta * A[i]);
   }
-  /// k u B, where d is what prepare() stored.
+  /// k u B.
   __device__ __forceinline__ float drive(float2 d, int i, float B) const {
     if constexpr (kGeneral)
       return GeneralRule{p.in.discretization}.factor(d.x, A[i]) * d.y * B;
     else
       return d.y * B;
   }
+  /// delta and input of a step of the own channel.
+  __device__ __forceinline__ float2 drive_of(int j) const {
+    return *reinterpret_cast<const float2*>(&s.drive[j][at.local]);
+  }
 
-  /// Runs the states through a window and keeps those that enter the sub-tiles, the first of which
-  /// is sub-tile `index` of the chunk. Not further than into the last sub-tile of the last window.
-  __device__ void replay(float (&h)[kStates], int index, bool last_window) {
-    for (int k = 0; k < kSteps / kSubTile; ++k) {
-      write_shared<kStates>(s.states[index + k][threadIdx.x], h);
-      if (last_window && k == kSteps / kSubTile - 1) return;
+  /// Runs the states through the first `sub_tiles` of a window and keeps those that enter them and
+  /// what follows. Sub-tile `index` of the chunk is the first of the window.
+  __device__ __forceinline__ void replay(float (&h)[kStates], int index, int sub_tiles) {
+    write_few<kStates>(s.states[index][threadIdx.x], h);
+#pragma unroll 1
+    for (int k = 0; k < sub_tiles; ++k) {
 #pragma unroll
-      for (int i = 0; i < kSubTile; ++i) {
-        const int j = k * kSubTile + i;
-        const float2 d = s.drive[j][at.local];
+      for (int i = 0; i < P::kSubTile; ++i) {
+        const int j = k * P::kSubTile + i;
+        const float2 d = drive_of(j);
         float B[kStates];
-        read_shared<kStates>(s.B[j] + at.part * kStates, B);
+        read_few<kStates>(row_B(j) + at.part * kStates, B);
 #pragma unroll
         for (int n = 0; n < kStates; ++n)
           h[n] = fmaf(multiplier(j, n, d.x), h[n], drive(d, n, B[n]));
       }
+      write_few<kStates>(s.states[index + k + 1][threadIdx.x], h);
     }
   }
 
-  /// Sums over the states of a channel, for kGroup steps.
+  /// Sums over the states of a channel, for P::kGroup steps.
   struct StateSums {
-    float y[kGroup];                      // C h
-    float du[kGroup];                     // g k B; without k unless general
-    float dalpha[kGroup];                 // unless general: of delta, divided by ln 2
-    float ddelta[kGeneral ? kGroup : 1];  // through k
+    float y[P::kGroup];                      // C h
+    float du[P::kGroup];                     // g k B; without k unless general
+    float dalpha[P::kGroup];                 // unless general: of delta, divided by ln 2
+    float ddelta[kGeneral ? P::kGroup : 1];  // through k
+  };
+
+  /// dB and dC of kQuadTurns steps, added over the channels of a quad.
+  struct QuadSums {
+    float v[2 * kStates / 4][4];
   };
 
   /// Step j of the window, of which h_before and h_after are the states and a the multipliers.
   __device__ __forceinline__ void retreat(int j, int slot, const float (&h_before)[kStates],
                                           const float (&h_after)[kStates],
-                                          const float (&a)[kStates], StateSums& sums) {
-    const float2 d = s.drive[j][at.local];
-    const float dy = s.gated_dy[j][at.local];
+                                          const float (&a)[kStates], StateSums& sums,
+                                          QuadSums& quad) {
+    const Drive d = s.drive[j][at.local];
     float B[kStates];
     float C[kStates];
-    read_shared<kStates>(s.B[j] + at.part * kStates, B);
-    read_shared<kStates>(s.C[j] + at.part * kStates, C);
+    read_few<kStates>(row_B(j) + at.part * kStates, B);
+    read_few<kStates>(row_C(j) + at.part * kStates, C);
     float shared_sums[2 * kStates];  // dB and dC of this channel
     float y = 0.0F;
     float du = 0.0F;
@@ -278,154 +501,250 @@ struct Backward {
     float ddelta = 0.0F;
 #pragma unroll
     for (int n = 0; n < kStates; ++n) {
-      const float gn = fmaf(C[n], dy, g[n]);
+      const float gn = fmaf(C[n], d.dy, g[n]);
       y = fmaf(C[n], h_after[n], y);
-      shared_sums[kStates + n] = dy * h_after[n];
+      shared_sums[kStates + n] = d.dy * h_after[n];
       g[n] = a[n] * gn;
       if constexpr (kGeneral) {
         const float alpha = s.alpha[j][at.local];
-        const float k = GeneralRule{p.in.discretization}.factor(d.x, A[n]);
-        shared_sums[n] = gn * k * d.y;
+        const float k = GeneralRule{p.in.discretization}.factor(d.delta, A[n]);
+        shared_sums[n] = gn * k * d.input;
         du = fmaf(gn * k, B[n], du);
-        dA[n] += chain_rule(p.in.discretization, gn * h_before[n], gn * d.y * B[n], a[n], alpha,
-                            d.x, A[n], dalpha, ddelta);
+        dA[n] += chain_rule(p.in.discretization, gn * h_before[n], gn * d.input * B[n], a[n], alpha,
+                            d.delta, A[n], dalpha, ddelta);
       } else {
-        shared_sums[n] = gn * d.y;
+        shared_sums[n] = gn * d.input;
         du = fmaf(gn, B[n], du);
         const float r = g[n] * h_before[n];
         dalpha = fmaf(r, A[n], dalpha);
-        dA[n] = fmaf(r, d.x, dA[n]);
+        dA[n] = fmaf(r, d.delta, dA[n]);
       }
     }
     sums.y[slot] = y;
     sums.du[slot] = du;
     sums.dalpha[slot] = dalpha;
     if constexpr (kGeneral) sums.ddelta[slot] = ddelta;
-    add_channels(j, shared_sums);
+    add_channels(j, slot % kQuadTurns, shared_sums, quad);
   }
 
-  /// Adds dB and dC over the channels of the warp.
-  __device__ __forceinline__ void add_channels(int j, float (&v)[2 * kStates]) {
-    constexpr int kOut = 2 * kStates / P::kPerWarp;
-    const int id = static_cast<int>(threadIdx.x) % 32 % P::kPerWarp;
-    transpose_add<2 * kStates, P::kPerWarp, 1>(v, id);
-    float* const out = s.sums[threadIdx.x / 32][j % P::kAdded];
+  /// Adds dB and dC of step j over the channels of a quad; the last of kQuadTurns turns writes.
+  __device__ __forceinline__ void add_channels(int j, int slot, float (&v)[2 * kStates],
+                                               QuadSums& quad) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const int warp = static_cast<int>(threadIdx.x) / 32;
+    if constexpr (P::kQuads) {
+      // Results in bfloat16 drop more than one product in TF32 does.
+      constexpr bool kExact = std::is_same_v<T, float>;
+      const int part = warp * (P::kPerWarp / 4) + lane % P::kPerWarp / 4;
+      float* const out = sums_of(turn) + part * P::kSumsPart +
+                         (j % P::kAdded + lane % 4) * P::kSumsRow + at.part * 2 * kStates;
 #pragma unroll
-    for (int i = 0; i < kOut; ++i) {
-      const int index = id * kOut + i;  // 0 .. kStates: dB, then dC
-      out[index / kStates * P::kN + at.part * kStates + index % kStates] = v[i];
-    }
-  }
-
-  /// Adds dB and dC over the warps and writes steps [j, j + kAdded) of the window.
-  __device__ void add_warps(int first, int j) {
-    const Sizes& z = p.in.sizes;
-    __syncthreads();
-    for (int i = static_cast<int>(threadIdx.x); i < P::kAdded * P::kSums; i += kThreads) {
-      const int step = i / P::kSums;
-      const int index = i % P::kSums;
-      float sum = 0.0F;
-#pragma unroll
-      for (int warp = 0; warp < P::kWarps; ++warp) sum += s.sums[warp][step][index];
-      const int n = index % P::kN;
-      const int t = first + j + step;
-      if (t < at.stop && n < z.dstate) {
-        const std::int64_t row = (std::int64_t{at.tile} * z.batch + at.batch) * z.seqlen + t;
-        p.dBC[(row * 2 + index / P::kN) * z.dstate + n] = sum;
+      for (int i = 0; i < 2 * kStates / 4; ++i) {
+        if (slot == kQuadTurns - 1)
+          for (float& sum : quad.v[i]) sum = 0.0F;
+        const float four[4] = {v[4 * i], v[4 * i + 1], v[4 * i + 2], v[4 * i + 3]};
+        add_quad<kExact>(quad.v[i], four, slot);
+        if (slot == 0) write_shared<4>(out + 4 * i, quad.v[i]);
       }
+    } else {
+      constexpr int kOut = 2 * kStates / P::kPerWarp;
+      const int id = lane % P::kPerWarp;
+      transpose_add<2 * kStates, P::kPerWarp, 1>(v, id);
+      float* const out =
+          sums_of(turn) + warp * P::kSumsPart + j % P::kAdded * P::kSumsRow + at.part * 2 * kStates;
+#pragma unroll
+      for (int i = 0; i < kOut; ++i) out[id * kOut + i] = v[i];
     }
-    __syncthreads();
   }
+
+  __device__ float* sums_of(unsigned of_turn) const { return s.sums[of_turn % P::kSumsHeld]; }
+
+  /// Before the sums of a turn are written: the last ones are complete, and their place is free.
+  __device__ __forceinline__ void begin_turn() {
+    if (P::kSumsHeld == 1 || turn == 0) return;
+    s.added.wait(turn - 1);
+    add_parts(turn - 1);
+  }
+  /// The parts of dB and dC of kAdded steps from t on have been written.
+  __device__ __forceinline__ void end_turn(int t) {
+    turn_step = t;
+    if constexpr (P::kSumsHeld == 1) {
+      __syncthreads();
+      add_parts(turn);
+      __syncthreads();
+    } else {
+      s.added.arrive();
+    }
+    ++turn;
+  }
+  /// Adds the parts of dB and dC of a turn and writes them.
+  __device__ __forceinline__ void add_parts(unsigned of_turn) {
+    constexpr int kVec = P::kAdded * P::kSums < 4 * kThreads ? 2 : 4;
+    constexpr int kPerRow = P::kSums / kVec;
+    const Sizes& z = p.in.sizes;
+    const std::int64_t row = (std::int64_t{at.tile} * z.batch + at.batch) * z.seqlen + turn_step;
+    float* const out = p.dBC + row * P::kSums;
+    const int last = at.stop - turn_step;
+    for_items<P::kAdded * kPerRow, kThreads>([&](int i) {
+      const int step = i / kPerRow;
+      const float* const from = sums_of(of_turn) + step * P::kSumsRow + i % kPerRow * kVec;
+      float sum[kVec] = {};
+#pragma unroll
+      for (int part = 0; part < P::kParts; ++part) {
+        float v[kVec];
+        read_few<kVec>(from + part * P::kSumsPart, v);
+#pragma unroll
+        for (int k = 0; k < kVec; ++k) sum[k] += v[k];
+      }
+      if (step < last) write_few<kVec>(out + i * kVec, sum);
+    });
+  }
+
+  static constexpr int kCopies = P::kLanes / P::kGroup;  // lanes with the same sums of a group
 
   /// Gradients of the channel inputs of the group of steps at j.
   __device__ __forceinline__ void finish_group(int first, int j, StateSums& sums) {
-    constexpr int kCopies = P::kLanes / kGroup;  // lanes with the same sums
-    transpose_add<kGroup, P::kLanes, P::kPerWarp>(sums.y, at.part);
-    transpose_add<kGroup, P::kLanes, P::kPerWarp>(sums.du, at.part);
-    transpose_add<kGroup, P::kLanes, P::kPerWarp>(sums.dalpha, at.part);
-    if constexpr (kGeneral) transpose_add<kGroup, P::kLanes, P::kPerWarp>(sums.ddelta, at.part);
+    transpose_add<P::kGroup, P::kLanes, P::kPerWarp>(sums.y, at.part);
+    transpose_add<P::kGroup, P::kLanes, P::kPerWarp>(sums.du, at.part);
+    transpose_add<P::kGroup, P::kLanes, P::kPerWarp>(sums.dalpha, at.part);
+    if constexpr (kGeneral) transpose_add<P::kGroup, P::kLanes, P::kPerWarp>(sums.ddelta, at.part);
     if (at.part % kCopies != 0) return;
     const int i = j + at.part / kCopies;
-    const int t = first + i;
-    const bool valid = t < at.length && t < at.stop;
-    const float u = to_float(s.u[i][at.local]);
-    const float delta = s.drive[i][at.local].x;
-    const float dy = s.gated_dy[i][at.local];
+    const float u = to_float(window->u[i][at.local]);
+    const Drive d = s.drive[i][at.local];
     float du;
     float ddelta;
     if constexpr (kGeneral) {
-      du = fmaf(D, dy, sums.du[0]);
+      du = fmaf(D, d.dy, sums.du[0]);
       ddelta = sums.ddelta[0];
       float dtau = 0.0F;
       if (p.in.tau == nullptr) {
         ddelta += sums.dalpha[0];
-      } else if (valid) {
+      } else if (const int t = first + i; t < at.length && t < at.stop) {
         dtau = sums.dalpha[0] * rate;
         drate = fmaf(sums.dalpha[0], p.in.tau[at.first_row + t], drate);
       }
       s.dtau[i][at.local] = dtau;
     } else {
-      du = fmaf(delta, sums.du[0], D * dy);
+      du = fmaf(d.delta, sums.du[0], D * d.dy);
       ddelta = fmaf(u, sums.du[0], kLn2 * sums.dalpha[0]);
     }
-    const float ddt = valid ? ddelta * fast_sigmoid(to_float(s.dt[i][at.local]) + bias) : 0.0F;
+    const float ddt = ddelta * d.slope;
     if (p.in.z.data != nullptr) {
-      const float z = to_float(s.z[i][at.local]);
-      const float gate = fast_sigmoid(z);
-      const float y = fmaf(D, u, sums.y[0]);
-      const float dz = to_float(s.dy[i][at.local]) * y * gate * fmaf(z, 1.0F - gate, 1.0F);
-      s.z[i][at.local] = from_float<T>(dz);
+      const float dz = s.dz_of_y[i][at.local] * fmaf(D, u, sums.y[0]);
+      window->z[i][at.local] = from_float<T>(dz);
     }
-    s.u[i][at.local] = from_float<T>(du);
-    s.dt[i][at.local] = from_float<T>(ddt);
-    dD = fmaf(dy, u, dD);
+    window->u[i][at.local] = from_float<T>(du);
+    window->dt[i][at.local] = from_float<T>(ddt);
+    dD = fmaf(d.dy, u, dD);
     dbias += ddt;
   }
 
-  /// Sub-tile k of the window that begins at `first`; `index` counts in the chunk.
-  __device__ __forceinline__ void sub_tile(int first, int k, int index) {
-    float h[kSubTile + 1][kStates];
-    float a[kSubTile][kStates];
-    read_shared<kStates>(s.states[index][threadIdx.x], h[0]);
-    const int j0 = k * kSubTile;
+  /// The multipliers of kCount steps from j on.
+  template <int kCount>
+  __device__ __forceinline__ void multipliers(int j, float (*a)[kStates]) const {
 #pragma unroll
-    for (int i = 0; i < kSubTile; ++i) {
-      const float2 d = s.drive[j0 + i][at.local];
+    for (int i = 0; i < kCount; ++i) {
+      const float delta = drive_of(j + i).x;
+#pragma unroll
+      for (int n = 0; n < kStates; ++n) a[i][n] = multiplier(j + i, n, delta);
+    }
+  }
+
+  /// The sub-tiles of a window from the right.
+  __device__ __forceinline__ void sub_tiles(int first, int index) {
+    constexpr int kLast = kSteps / P::kSubTile - 1;
+    float ahead[P::kAhead > 0 ? P::kAhead : 1][kStates];
+    multipliers<P::kAhead>(kLast * P::kSubTile, ahead);
+#pragma unroll 1
+    for (int k = kLast; k >= 0; --k) sub_tile(first, k, index + k, ahead);
+  }
+
+  /// Sub-tile k of the window that begins at `first`; `index` counts in the chunk. `ahead`: the
+  /// multipliers of its first steps, then of those of sub-tile k - 1: special functions overlap
+  /// with the adjoint.
+  __device__ __forceinline__ void sub_tile(int first, int k, int index,
+                                           float (&ahead)[P::kAhead > 0 ? P::kAhead : 1][kStates]) {
+    float h[P::kSubTile + 1][kStates];
+    float a[P::kSubTile][kStates];
+    read_few<kStates>(s.states[index][threadIdx.x], h[0]);
+    const int j0 = k * P::kSubTile;
+    multipliers<P::kSubTile - P::kAhead>(j0 + P::kAhead, a + P::kAhead);
+#pragma unroll
+    for (int i = 0; i < P::kSubTile; ++i) {
+      const float2 d = drive_of(j0 + i);
       float B[kStates];
-      read_shared<kStates>(s.B[j0 + i] + at.part * kStates, B);
+      read_few<kStates>(row_B(j0 + i) + at.part * kStates, B);
 #pragma unroll
       for (int n = 0; n < kStates; ++n) {
-        a[i][n] = multiplier(j0 + i, n, d.x);
+        if (i < P::kAhead) a[i][n] = ahead[i < P::kAhead ? i : 0][n];
         h[i + 1][n] = fmaf(a[i][n], h[i][n], drive(d, n, B[n]));
       }
     }
 #pragma unroll
-    for (int group = kSubTile - kGroup; group >= 0; group -= kGroup) {
+    for (int group = P::kSubTile - P::kGroup; group >= 0; group -= P::kGroup) {
+      if ((j0 + group + P::kGroup) % P::kAdded == 0) begin_turn();
+      if (group == 0) multipliers<P::kAhead>(max(j0 - P::kSubTile, 0), ahead);
       StateSums sums;
+      QuadSums quad;
 #pragma unroll
-      for (int slot = kGroup - 1; slot >= 0; --slot) {
+      for (int slot = P::kGroup - 1; slot >= 0; --slot) {
         const int i = group + slot;
-        retreat(j0 + i, slot, h[i], h[i + 1], a[i], sums);
+        retreat(j0 + i, slot, h[i], h[i + 1], a[i], sums, quad);
       }
       finish_group(first, j0 + group, sums);
-      if ((j0 + group) % P::kAdded == 0) add_warps(first, j0 + group);
+      if ((j0 + group) % P::kAdded == 0) end_turn(first + j0 + group);
     }
+  }
+
+  /// The gradients of a window, 16 bytes at a time: all are read before they are written.
+  __device__ __forceinline__ void store_wide(int first, int rows, int valid) {
+    constexpr int kVec = kWide<T>;
+    constexpr int kPerRow = P::kChannels / kVec;
+    const bool gated = p.in.z.data != nullptr;
+    const std::int64_t row = at.first_row + first;
+    const int column = at.tile * P::kChannels;
+    T* const du = p.du.row(row) + column;
+    T* const ddt = p.ddt.row(row) + column;
+    T* const dz = gated ? p.dz.row(row) + column : nullptr;
+    for_items<kSteps * kPerRow, kThreads>([&](int i) {
+      const int r = i / kPerRow;
+      const int c = i % kPerRow * kVec;
+      if (r >= rows || column + c >= p.in.sizes.channels) return;
+      const uint4 zero = make_uint4(0, 0, 0, 0);
+      const auto bits = [&](const T* tile) {
+        return r < valid ? *reinterpret_cast<const uint4*>(tile + i * kVec) : zero;
+      };
+      const auto store = [&](T* corner, std::int64_t stride, uint4 v) {
+        *reinterpret_cast<uint4*>(corner + (r * static_cast<int>(stride) + c)) = v;
+      };
+      const uint4 u_bits = bits(window->u[0]);
+      const uint4 dt_bits = bits(window->dt[0]);
+      const uint4 z_bits = gated ? bits(window->z[0]) : zero;
+      store(du, p.du.stride, u_bits);
+      store(ddt, p.ddt.stride, dt_bits);
+      if (gated) store(dz, p.dz.stride, z_bits);
+    });
+  }
+  __device__ void store_channels(const T* tile, const DeviceRows<T>& to, int first) {
+    store_tile<kSteps, P::kChannels, kThreads>(tile, to, at.first_row + first, at.stop - first,
+                                               at.length - first, at.tile * P::kChannels,
+                                               p.in.sizes.channels, false);
   }
 
   __device__ void write_window(int first) {
     __syncthreads();
     const Sizes& z = p.in.sizes;
-    const std::int64_t row = at.first_row + first;
     const int rows = at.stop - first;
-    const int valid = at.length - first;
-    const int c = at.tile * P::kChannels;
-    const bool wide = p.in.wide_channels;
-    store_tile<kSteps, P::kChannels, kThreads>(s.u[0], p.du, row, rows, valid, c, z.channels, wide);
-    store_tile<kSteps, P::kChannels, kThreads>(s.dt[0], p.ddt, row, rows, valid, c, z.channels,
-                                               wide);
-    if (p.in.z.data != nullptr)
-      store_tile<kSteps, P::kChannels, kThreads>(s.z[0], p.dz, row, rows, valid, c, z.channels,
-                                                 wide);
+    bool wide = false;
+    if constexpr (P::kChannels % kWide<T> == 0) wide = p.in.wide_channels;
+    if (wide) {
+      store_wide(first, rows, at.length - first);
+    } else {
+      store_channels(window->u[0], p.du, first);
+      store_channels(window->dt[0], p.ddt, first);
+      if (p.in.z.data != nullptr) store_channels(window->z[0], p.dz, first);
+    }
     if constexpr (kGeneral) {
       const auto j = static_cast<int>(threadIdx.x);
       if (p.dtau != nullptr && j < kSteps && j < rows) {
@@ -434,7 +753,6 @@ struct Backward {
         p.dtau[(std::int64_t{at.tile} * z.batch + at.batch) * z.seqlen + first + j] = sum;
       }
     }
-    __syncthreads();
   }
 
   /// Asks for the chunk that ends at `end`, before the one in work.
@@ -451,40 +769,43 @@ struct Backward {
       prefetch_tile<kChunk, P::kChannels, kThreads>(p.in.z, row, c, channels);
   }
 
+  /// Windows of the chunk that hold positions of the segment.
+  __device__ int windows_of(int begin) const {
+    return (min(at.stop - begin, kChunk) + kSteps - 1) / kSteps;
+  }
+
   __device__ void chunk(int begin) {
-    const int left = at.stop - begin;
-    const int windows = left >= kChunk ? kWindows : (left + kSteps - 1) / kSteps;
-    prefetch(begin);
+    const int windows = windows_of(begin);
+    if constexpr (kHeld == 1) prefetch(begin);
     float h[kStates];
     read_states<L>(p.chunk_states, chunk_row(begin / kChunk), at, p.in.sizes.dstate, h);
-    for (int w = 0; w < windows; ++w) {
-      const bool last = w == windows - 1;
-      stage(begin + w * kSteps, !last);
-      replay(h, w * kSteps / kSubTile, last);
+#pragma unroll 1
+    for (int w = 0; w < windows - 1; ++w) {
+      enter<true>(begin + w * kSteps, begin + (w + 1) * kSteps, w + 2 < windows);
+      replay(h, w * kSteps / P::kSubTile, kSteps / P::kSubTile);
     }
+#pragma unroll 1
     for (int w = windows - 1; w >= 0; --w) {
       const int first = begin + w * kSteps;
-      if (w != windows - 1) stage(first, false);
-#pragma unroll 1
-      for (int k = kSteps / kSubTile - 1; k >= 0; --k)
-        sub_tile(first, k, w * kSteps / kSubTile + k);
+      enter<false>(first, w > 0 ? first - kSteps : begin - kChunk, w == 0 && kWindows > 1);
+      if (w == windows - 1) replay(h, w * kSteps / P::kSubTile, kSteps / P::kSubTile - 1);
+      sub_tiles(first, w * kSteps / P::kSubTile);
       write_window(first);
     }
   }
 
   /// Step 1 of a chunk.
   __device__ void chunk_end(int begin) {
-    prefetch(begin);
-    for (int w = kWindows - 1; w >= 0; --w) {
+    if constexpr (kHeld == 1) prefetch(begin);
+    for (int w = windows_of(begin) - 1; w >= 0; --w) {
       const int first = begin + w * kSteps;
-      if (first >= at.stop) continue;
-      stage(first, false);
+      enter<false>(first, first - kSteps, false);
 #pragma unroll 4
       for (int j = kSteps - 1; j >= 0; --j) {
-        const float delta = s.drive[j][at.local].x;
-        const float dy = s.gated_dy[j][at.local];
+        const float delta = s.drive[j][at.local].delta;
+        const float dy = s.drive[j][at.local].dy;
         float C[kStates];
-        read_shared<kStates>(s.C[j] + at.part * kStates, C);
+        read_few<kStates>(row_C(j) + at.part * kStates, C);
         delta_sum += delta;
 #pragma unroll
         for (int n = 0; n < kStates; ++n) {
@@ -493,31 +814,31 @@ struct Backward {
           g[n] = a * fmaf(C[n], dy, g[n]);
         }
       }
-      __syncthreads();
     }
   }
 
   __device__ void write_ends() {
     const std::int64_t row = at.state_row(p.in.sizes);
-    write_states<L>(p.ends, row, at, p.in.sizes.dstate, g);
+    write_few_states<L>(p.ends, row, at, p.in.sizes.dstate, g);
     float m[kStates];
 #pragma unroll
     for (int i = 0; i < kStates; ++i)
       m[i] = kGeneral ? product[kGeneral ? i : 0] : exp2_approx(delta_sum * A[i]);
-    write_states<L>(p.products, row, at, p.in.sizes.dstate, m);
+    write_few_states<L>(p.products, row, at, p.in.sizes.dstate, m);
   }
 
   __device__ void finish() {
     const Sizes& z = p.in.sizes;
+    begin_turn();
 #pragma unroll
     for (int n = 0; n < kStates; ++n)  // A = -exp(A_log): dA_log = dA A
       dA[n] *= kGeneral ? A[n] : kLn2 * A[n];
-    write_states<L>(p.dA_log, at.state_row(z), at, z.dstate, dA);
+    write_few_states<L>(p.dA_log, at.state_row(z), at, z.dstate, dA);
     if (p.dstate_in != nullptr && at.segment == 0)
-      write_states<L>(p.dstate_in, std::int64_t{at.batch} * z.channels + at.channel, at, z.dstate,
-                      g);
+      write_few_states<L>(p.dstate_in, std::int64_t{at.batch} * z.channels + at.channel, at,
+                          z.dstate, g);
     float v[3][1] = {{dbias}, {dD}, {drate}};
-    for (float(&sum)[1] : v) transpose_add<1, P::kLanes, P::kPerWarp>(sum, at.part);
+    for (float (&sum)[1] : v) transpose_add<1, P::kLanes, P::kPerWarp>(sum, at.part);
     if (at.part != 0 || !at.active) return;
     if (kGeneral && p.in.tau != nullptr) v[2][0] *= fast_sigmoid(p.in.dtA_bias[at.channel]);
     float* const out = p.dvectors +
@@ -543,7 +864,14 @@ __global__ __launch_bounds__(P::kThreads,
   Block block(p, at, *reinterpret_cast<typename Block::Shared*>(bytes));
   read_states<typename P::Base>(kEnds ? nullptr : p.starts, at.state_row(sizes), at, sizes.dstate,
                                 block.g);
-  for (int begin = (at.stop - 1) / kChunk * kChunk; begin >= at.begin; begin -= kChunk) {
+  const int last = (at.stop - 1) / kChunk * kChunk;
+  const int windows = block.windows_of(last);
+  if (threadIdx.x == 0) block.s.added.init(P::kWarps);  // enter() follows
+  if constexpr (kEnds)
+    block.request_first(last + (windows - 1) * P::kSteps, false);
+  else
+    block.request_first(last, windows > 1);
+  for (int begin = last; begin >= at.begin; begin -= kChunk) {
     if constexpr (kEnds)
       block.chunk_end(begin);
     else
@@ -557,7 +885,8 @@ __global__ __launch_bounds__(P::kThreads,
 
 constexpr int kSumThreads = 256;
 
-/// Second stage of dB, dC and dtau: one thread per element adds the tiles in order. Bound by HBM.
+/// Second stage of dB, dC and dtau: one thread per four sums of a step adds the tiles in order.
+/// Bound by HBM.
 template <class T>
 struct TileSumArgs {
   const float* dBC;
@@ -566,21 +895,31 @@ struct TileSumArgs {
   DeviceRows<T> dB, dC;
   float* dtau_out;
 };
-template <class T>
+template <class T, class P>
 __global__ __launch_bounds__(kSumThreads) void selective_scan_add_tiles_kernel(TileSumArgs<T> p) {
+  constexpr int kPerRow = P::kSums / 4;
   const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kSumThreads + threadIdx.x;
-  const std::int64_t columns = 2 * p.dstate;
-  const std::int64_t count = p.rows * columns;
+  const std::int64_t count = p.rows * kPerRow;
   if (i < count) {
-    float sum = 0.0F;
+    float sum[4] = {};
 #pragma unroll 8
-    for (std::int64_t tile = 0; tile < p.tiles; ++tile) sum += p.dBC[tile * count + i];
-    const std::int64_t row = i / columns;
-    const std::int64_t column = i % columns;
-    if (column < p.dstate)
-      p.dB.row(row)[column] = from_float<T>(sum);
-    else
-      p.dC.row(row)[column - p.dstate] = from_float<T>(sum);
+    for (std::int64_t tile = 0; tile < p.tiles; ++tile) {
+      float v[4];
+      read_shared<4>(p.dBC + (tile * count + i) * 4, v);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) sum[k] += v[k];
+    }
+    const std::int64_t row = i / kPerRow;
+    const int first = static_cast<int>(i % kPerRow) * 4;
+    T* const dB = p.dB.row(row);
+    T* const dC = p.dC.row(row);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const int of_part = (first + k) % (2 * P::kStates);
+      const int n = (first + k) / (2 * P::kStates) * P::kStates + of_part % P::kStates;
+      T* const out = of_part < P::kStates ? dB : dC;
+      if (n < p.dstate) out[n] = from_float<T>(sum[k]);
+    }
   }
   if (p.dtau_out == nullptr || i >= p.rows) return;
   float sum = 0.0F;
@@ -618,7 +957,7 @@ unsigned sum_blocks(std::int64_t threads) {
   return static_cast<unsigned>((threads + kSumThreads - 1) / kSumThreads);
 }
 
-template <class T>
+template <class T, class P>
 void add_partials(Context& ctx, const SelectiveScanBackward& a, const BackwardArgs<T>& p) {
   const Sizes& z = p.in.sizes;
   const std::int64_t rows = std::int64_t{z.batch} * z.seqlen;
@@ -630,8 +969,8 @@ void add_partials(Context& ctx, const SelectiveScanBackward& a, const BackwardAr
                              device_rows<T>(a.dB),
                              device_rows<T>(a.dC),
                              p.dtau != nullptr ? a.dintegration_timesteps.data<float>() : nullptr};
-  selective_scan_add_tiles_kernel<T>
-      <<<sum_blocks(rows * 2 * z.dstate), kSumThreads, 0, ctx.stream().handle>>>(tiles);
+  selective_scan_add_tiles_kernel<T, P>
+      <<<sum_blocks(rows * P::kSums / 4), kSumThreads, 0, ctx.stream().handle>>>(tiles);
   LRNN_CUDA_CHECK_LAUNCH();
   const ParameterSumArgs parts{p.dA_log,
                                p.dvectors,
@@ -651,6 +990,7 @@ void launch_kernel(Context& ctx, const BackwardArgs<T>& p) {
   const Sizes& z = p.in.sizes;
   const auto kernel = selective_scan_backward_kernel<T, P, kGeneral, kEnds>;
   constexpr std::size_t kBytes = sizeof(BackwardShared<T, P, kGeneral>);
+  static_assert(kGeneral || kBytes * P::kBlocks <= (228 - P::kBlocks) * 1024);
   allow_shared(kernel, kBytes);
   kernel<<<z.blocks(kEnds ? z.segments - 1 : z.segments), P::kThreads, kBytes,
            ctx.stream().handle>>>(p);
@@ -659,13 +999,18 @@ void launch_kernel(Context& ctx, const BackwardArgs<T>& p) {
 
 template <class T, class P, bool kGeneral>
 void launch_backward(Context& ctx, const SelectiveScanBackward& a) {
-  const Sizes sizes(a.in, P::kChannels, P::kWarps);
+  const Sizes sizes(a.in, P::kChannels, P::kChannels / 8);
   BackwardArgs<T> p(a, sizes);
-  const auto wide = [&](const auto& rows) { return Operands<T>::wide(rows, sizes.channels); };
-  p.in.wide_channels = p.in.wide_channels && wide(p.dy) && wide(p.du) && wide(p.ddt) && wide(p.dz);
+  // Offsets inside a tile are int.
+  const auto wide = [&](const auto& rows) {
+    return Operands<T>::wide(rows, sizes.channels) && rows.stride < (1 << 24);
+  };
+  p.in.wide_channels = wide(p.in.u) && wide(p.in.dt) && wide(p.in.z) && wide(p.dy) && wide(p.du) &&
+                       wide(p.ddt) && wide(p.dz);
+  p.in.wide_states = p.in.wide_states && p.in.B.stride < (1 << 24) && p.in.C.stride < (1 << 24);
 
   const Shape row_shape = {sizes.tiles, sizes.batch, sizes.seqlen};
-  Tensor dBC = ctx.empty({sizes.tiles, sizes.batch, sizes.seqlen, 2, sizes.dstate}, DType::float32);
+  Tensor dBC = ctx.empty({sizes.tiles, sizes.batch, sizes.seqlen, P::kSums}, DType::float32);
   Tensor dA_log = ctx.empty(sizes.carry_shape(), DType::float32);
   Tensor dvectors = ctx.empty({sizes.batch, sizes.segments, 3, sizes.channels}, DType::float32);
   Tensor dtau;
@@ -687,21 +1032,40 @@ void launch_backward(Context& ctx, const SelectiveScanBackward& a) {
     p.starts = p.ends;
   }
   launch_kernel<T, P, kGeneral, false>(ctx, p);
-  add_partials<T>(ctx, a, p);
+  add_partials<T, P>(ctx, a, p);
+}
+
+/// Shared memory that a block may ask for.
+int shared_limit() {
+  int device = 0;
+  int bytes = 0;
+  LRNN_CUDA_CHECK(cudaGetDevice(&device));
+  LRNN_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  return bytes;
 }
 
 /// Calls f.operator()<P>(). The general rule has fewer layouts: more lanes hold no state.
 template <bool kGeneral, class F>
 void visit_plan(std::int64_t dstate, F&& f) {
-  if (dstate <= 16) return f.template operator()<Plan<Layout<4, 4, 32>, 32, 16, 3>>();
-  if constexpr (!kGeneral) {
-    if (dstate <= 32) return f.template operator()<Plan<Layout<8, 4, 16>, 32, 8, 3>>();
+  // Shorter windows give the same sums.
+  const int limit = shared_limit();
+  if (dstate <= 16) {
+    if (limit < 96 * 1024)
+      return f.template operator()<Plan<Layout<4, 4, 32>, 16, 8, 4, 8, 1, 1, 0>>();
+    return f.template operator()<Plan<Layout<4, 4, 32>, 32, 8, 4, 8, 3, 2, 4>>();
   }
-  if (dstate <= 64) return f.template operator()<Plan<Layout<16, 4, 16>, 16, 4, 2>>();
-  if constexpr (!kGeneral) {
-    if (dstate <= 128) return f.template operator()<Plan<Layout<32, 4, 8>, 16, 4, 2>>();
+  if constexpr (kGeneral) {
+    if (dstate <= 64) return f.template operator()<Plan<Layout<16, 4, 16>, 16, 8, 4, 4, 2, 1, 0>>();
+  } else {
+    if (dstate <= 32) return f.template operator()<Plan<Layout<8, 4, 16>, 32, 8, 4, 8, 3, 2, 4>>();
+    if (dstate <= 64) {
+      if (limit < 112 * 1024)
+        return f.template operator()<Plan<Layout<8, 8, 16>, 16, 8, 8, 8, 2, 1, 0>>();
+      return f.template operator()<Plan<Layout<8, 8, 16>, 32, 8, 8, 8, 2, 2, 0>>();
+    }
+    if (dstate <= 128) return f.template operator()<Plan<Layout<32, 4, 8>, 16, 8, 4, 4, 2, 1, 0>>();
   }
-  return f.template operator()<Plan<Layout<32, 8, 4>, 8, 4, 2>>();
+  return f.template operator()<Plan<Layout<32, 8, 4>, 8, 8, 4, 4, 2, 1, 0>>();
 }
 
 }  // namespace
