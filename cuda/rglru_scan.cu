@@ -3,9 +3,8 @@
 // A thread turns its slice of a tile into multipliers and drives, scans it from a zero state,
 // learns what enters it and adds that, multiplied by the running products. The next tiles travel
 // meanwhile. Bound by issue slots, 50 instructions per element, 5 of them special functions, and by
-// HBM, 3 elements in and 1 out. bfloat16 E2560: B8 L2048 issues in 76 % of the cycles and reaches
-// 72 % of the rate of a copy, B1 L65536, where 320 blocks burden 132 multiprocessors unevenly, 64
-// %.
+// HBM, 3 elements in and 1 out. bfloat16, E2560: B8 L2048 issues in 76 % of the cycles and reaches
+// 70 % of the rate of a copy, B1 L65536 63 %: its 320 blocks load 132 multiprocessors unevenly.
 #include <cmath>
 
 #include "common/rglru_scan.cuh"
