@@ -126,6 +126,10 @@ void forward(const RglruScanForward& args) {
     for (std::int64_t pack = 0; pack < p.packs; ++pack) forward_pack(args, p, b, pack);
 }
 
+/// Tokens that backward walks forth and back at once: several chunks, because the way back through
+/// a few tokens alone is slow.
+constexpr std::int64_t kSpan = 8 * kRglruScanChunk;
+
 template <class T>
 class BackwardPack {
  public:
@@ -145,14 +149,13 @@ class BackwardPack {
     const std::int64_t length = p_.length(b);
     carry_ = lanes_.read_state(data_or_null<T>(args_.dstate_out), b);
     for (std::int64_t t = length; t < p_.seqlen; ++t) clear(t);
-    for (std::int64_t first = (length - 1) / kRglruScanChunk * kRglruScanChunk; first >= 0;
-         first -= kRglruScanChunk) {
-      const std::int64_t last = std::min(length, first + kRglruScanChunk);
+    for (std::int64_t first = (length - 1) / kSpan * kSpan; first >= 0; first -= kSpan) {
+      const std::int64_t last = std::min(length, first + kSpan);
       recompute(first, last);
-      chunk_sum_ = Pack<T>::Zero();
+      span_sum_ = Pack<T>::Zero();
       for (std::int64_t t = last - 1; t >= first; --t)
         token(t, static_cast<std::size_t>(t - first));
-      sum_ += chunk_sum_;
+      sum_ += span_sum_;
     }
     lanes_.write_state(carry_, data_or_null<T>(args_.dstate_in), b);
     lanes_.write_state(sum_, sums, b);
@@ -165,7 +168,7 @@ class BackwardPack {
     lanes_.write(Pack<T>::Zero(), dpre_i_, t);
   }
 
-  // The gates of a chunk and the states before its tokens.
+  // The gates of a span and the states before its tokens.
   void recompute(std::int64_t first, std::int64_t last) {
     Pack<T> h = lanes_.read_state(args_.chunk_states.data<T>(), p_.chunk_row(lanes_.b, first));
     for (std::int64_t t = first; t < last; ++t) {
@@ -185,7 +188,7 @@ class BackwardPack {
     const Pack<T> q = (gates.m > T(0)).select(gates.log_a / gates.m, Pack<T>::Zero());
     const Pack<T> gated = gates.i * v;
     const Pack<T> term = g * (gates.log_a * gates.a * before_[i] - gated * gates.a.square() * q);
-    chunk_sum_ += term;
+    span_sum_ += term;
     // 1 - sig(x) = sig(-x), without cancellation.
     lanes_.write(term * sigmoid<T>(-lanes_.read(p_.pre_r, t)), dpre_r_, t);
     lanes_.write(g * gates.m * gated * sigmoid<T>(-lanes_.read(p_.pre_i, t)), dpre_i_, t);
@@ -198,11 +201,11 @@ class BackwardPack {
   Lanes<T> lanes_;
   Rows<const T> dh_;
   Rows<T> dv_, dpre_r_, dpre_i_;
-  std::array<Pack<T>, kRglruScanChunk> before_;
-  std::array<Gates<T>, kRglruScanChunk> gates_;
+  std::array<Pack<T>, kSpan> before_;
+  std::array<Gates<T>, kSpan> gates_;
   Pack<T> carry_;
-  // Sums of chunks first: two short sums round less than one long one.
-  Pack<T> chunk_sum_;
+  // Sums of spans first: two short sums round less than one long one.
+  Pack<T> span_sum_;
   Pack<T> sum_ = Pack<T>::Zero();
 };
 

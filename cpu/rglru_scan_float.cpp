@@ -16,7 +16,9 @@ constexpr std::int64_t kGroup = 256;
 // Of their rows in scratch: neighbours lie in different sets of the first cache.
 constexpr std::int64_t kRowStride = kGroup + 16;
 
-constexpr std::int64_t kTile = 16;  // tokens in scratch in the forward pass
+// Tokens in scratch. Chunks are shorter: backward starts from every kSpan / kRglruScanChunk-th.
+constexpr std::int64_t kTile = 16;
+constexpr std::int64_t kSpan = 64;
 
 #define LRNN_KERNELS "rglru_scan_float_kernel.hpp"
 #include "common/each_isa.hpp"
@@ -41,7 +43,7 @@ void run_float_gated_scan(const FloatGatedScanForward& p) {
   for_each_group(LRNN_OF_MACHINE(run), p, 4 * kTile);
 }
 void run_float_gated_scan_backward(const FloatGatedScanBackward& p) {
-  for_each_group(LRNN_OF_MACHINE(run_backward), p, 7 * kRglruScanChunk);
+  for_each_group(LRNN_OF_MACHINE(run_backward), p, 7 * kSpan);
 }
 
 }  // namespace lrnn::cpu

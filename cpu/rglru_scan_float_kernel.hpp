@@ -4,7 +4,7 @@ namespace LRNN_ISA {
 constexpr int kTokens = kMost;
 constexpr std::int64_t kChunk = kRglruScanChunk;
 constexpr int kGroupVectors = static_cast<int>(kGroup) / kLanes;
-static_assert(kChunk % kTile == 0);
+static_assert(kTile % kChunk == 0 && kSpan % kChunk == 0);
 
 // What the gates of a few tokens give; `rest` of a gate is 1 less the gate.
 struct Gates {
@@ -83,12 +83,22 @@ LRNN_INLINE Vec forward_tokens(const FloatGatedScanForward& p, const Channels& c
   return h;
 }
 
-// The first `count` tokens in scratch.
-inline Vec forward_tile(const FloatGatedScanForward& p, const Channels& c, std::int64_t count,
-                        Vec h) {
-  std::int64_t i = 0;
-  for (; i + kTokens <= count; i += kTokens) h = forward_tokens(p, c, i, h, kTokens);
-  for (; i < count; ++i) h = forward_tokens(p, c, i, h, 1);
+// Tokens [i, end) in scratch.
+inline Vec forward_range(const FloatGatedScanForward& p, const Channels& c, std::int64_t i,
+                         std::int64_t end, Vec h) {
+  for (; i + kTokens <= end; i += kTokens) h = forward_tokens(p, c, i, h, kTokens);
+  for (; i < end; ++i) h = forward_tokens(p, c, i, h, 1);
+  return h;
+}
+
+// The first `valid` of `tokens` tokens in scratch. The state before each chunk goes to `chunk`.
+inline Vec forward_tile(const FloatGatedScanForward& p, const Channels& c, std::int64_t tokens,
+                        std::int64_t valid, float* chunk, Vec h) {
+  for (std::int64_t i = 0; i < tokens; i += kChunk) {
+    if (chunk != nullptr)
+      store_some(chunk + i / kChunk * p.in.channels + c.first, h, c.count);
+    h = forward_range(p, c, i, valid < i + kChunk ? valid : i + kChunk, h);
+  }
   return h;
 }
 
@@ -114,13 +124,10 @@ void run(const FloatGatedScanForward& p, std::int64_t b, std::int64_t first, std
     const std::int64_t left = length - t;
     const std::int64_t valid = left < 0 ? 0 : left < tokens ? left : tokens;
     read_rows(in, b * in.seqlen + t, valid, first, channels, rows(0), rows(1), rows(2), tile.in);
-    float* const chunk = p.chunk_states == nullptr || t % kChunk != 0
+    float* const chunk = p.chunk_states == nullptr
                              ? nullptr
                              : p.chunk_states + (b * in.chunks + t / kChunk) * in.channels;
-    for (int k = 0; k < vectors; ++k) {
-      if (chunk != nullptr) store_some(chunk + c[k].first, h[k], c[k].count);
-      h[k] = forward_tile(tile, c[k], valid, h[k]);
-    }
+    for (int k = 0; k < vectors; ++k) h[k] = forward_tile(tile, c[k], tokens, valid, chunk, h[k]);
     float* const out = p.h + (b * in.seqlen + t) * p.h_stride + first;
     copy_out(tile.h, kRowStride, valid, channels, out, p.h_stride);
     clear_rows(out, p.h_stride, valid, tokens, channels);
@@ -129,10 +136,10 @@ void run(const FloatGatedScanForward& p, std::int64_t b, std::int64_t first, std
     store_some(p.state_out + b * in.channels + c[k].first, h[k], c[k].count);
 }
 
-// One chunk of one vector of channels: the gates, and the states before its tokens.
+// One span of one vector of channels: the gates, and the states before its tokens.
 struct Kept {
-  Gates gates[kChunk / kTokens];
-  Vec before[kChunk];
+  Gates gates[kSpan / kTokens];
+  Vec before[kSpan];
 };
 
 LRNN_INLINE Vec recompute(const FloatGatedScan& p, const Channels& c, std::int64_t row, Gates& g,
@@ -177,8 +184,8 @@ LRNN_INLINE void retrace(const FloatGatedScanBackward& p, const Channels& c, std
   store_rows(p.dpre_i, row, c, dpre_i, count);
 }
 
-// The `count` tokens of a chunk in scratch; returns their part of dlog.
-inline Vec backward_chunk(const FloatGatedScanBackward& p, const Channels& c, std::int64_t count,
+// The `count` tokens of a span in scratch; returns their part of dlog.
+inline Vec backward_span(const FloatGatedScanBackward& p, const Channels& c, std::int64_t count,
                           Vec h, Vec& carry) {
   Kept kept;
   const std::int64_t whole = count / kTokens * kTokens;
@@ -209,7 +216,7 @@ void run_backward(const FloatGatedScanBackward& p, std::int64_t b, std::int64_t 
     if (p.dstate_out != nullptr)
       carry[k] = load_some(p.dstate_out + b * in.channels + c[k].first, c[k].count);
   }
-  const auto rows = [&](int operand) { return scratch + operand * kChunk * kRowStride; };
+  const auto rows = [&](int operand) { return scratch + operand * kSpan * kRowStride; };
   FloatGatedScanBackward tile = p;
   tile.dh = rows(3);
   tile.dv = rows(4);
@@ -219,15 +226,15 @@ void run_backward(const FloatGatedScanBackward& p, std::int64_t b, std::int64_t 
                          std::int64_t tokens) {
     copy_out(from, kRowStride, tokens, channels, to + row * stride + first, stride);
   };
-  for (std::int64_t t = (length - 1) / kChunk * kChunk; t >= 0; t -= kChunk) {
+  for (std::int64_t t = (length - 1) / kSpan * kSpan; t >= 0; t -= kSpan) {
     const std::int64_t row = b * in.seqlen + t;
-    const std::int64_t count = length - t < kChunk ? length - t : kChunk;
+    const std::int64_t count = length - t < kSpan ? length - t : kSpan;
     const float* const states = p.chunk_states + (b * in.chunks + t / kChunk) * in.channels;
     read_rows(in, row, count, first, channels, rows(0), rows(1), rows(2), tile.in);
     copy_in(p.dh + row * p.dh_stride + first, p.dh_stride, count, channels, rows(3), kRowStride);
-    for (int k = 0; k < vectors; ++k)  // sums of chunks first: two short sums round less
+    for (int k = 0; k < vectors; ++k)  // sums of spans first: two short sums round less
       sum[k] +=
-          backward_chunk(tile, c[k], count, load_some(states + c[k].first, c[k].count), carry[k]);
+          backward_span(tile, c[k], count, load_some(states + c[k].first, c[k].count), carry[k]);
     write(tile.dv, p.dv, p.dv_stride, row, count);
     write(tile.dpre_r, p.dpre_r, p.dpre_r_stride, row, count);
     write(tile.dpre_i, p.dpre_i, p.dpre_i_stride, row, count);

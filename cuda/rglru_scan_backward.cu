@@ -1,12 +1,13 @@
-// Backward of rglru_scan. Ownership and segments: common/rglru_scan.cuh.
+// Backward of rglru_scan. Ownership and clusters: common/rglru_scan.cuh.
 //
-// Tiles run from the last to the first. A thread recomputes the gates of its slice, learns from the
-// saved state and the slices before it what enters, and replays the states; then the adjoint
+// Tiles run from the last to the first. A thread recomputes the gates and the states of its slice
+// from the saved state that enters it; then the adjoint
 //   g_t = dh_t + a_{t+1} g_{t+1}
 // is chained through the slices from the right. With w = 1 - a^2 the gradient of log a times log a
 // is g (a h log a - b a^2 log a / w), bounded as a -> 1; its sum over time stays in a register and
-// ends as one row of partial sums per segment. Bound by HBM, 4 elements in and 3 out, and by some
-// 85 instructions per element.
+// ends as one row of partial sums per block. Bound by issue slots, 84 instructions per element, and
+// by HBM, 4 elements in and 3 out. bfloat16 E2560: B8 L2048 issues in 74 % of the cycles and
+// reaches 67 % of the rate of a copy, B1 L65536 65 %.
 #include <cmath>
 
 #include "common/reduce.cuh"
@@ -17,275 +18,236 @@ namespace {
 
 using namespace rglru;  // NOLINT(google-build-using-namespace)
 
-using Wide = Layout<16, 4>;
-static_assert(Wide::kTile == kChunk, "a tile begins with a saved state");
-
 template <class T>
 struct Gradients {
   DeviceRows<const T> dh;
   const float* chunk_states;
-  const float* entering;  // [B, segments, E], from the right; null: 0
+  const float* dstate_out;  // [B, E] or null: 0
   DeviceRows<T> dv, dpre_r, dpre_i;
   float* dstate_in;  // [B, E] or null
-  float* partial;    // [B, segments, E]
-  float2* ends;      // [B, segments, E]; step 1
+  float* partial;    // [B, kRanks, E]
 };
 
-/// What the gates of a slice are made of, and the state that enters the tile.
-template <class T>
-struct RawTile {
-  Pair<T> v[kSteps], pre_r[kSteps], pre_i[kSteps];
-  float2 state;
-
-  template <bool kVector>
-  __device__ __forceinline__ void load(const Inputs<T>& p, const float* chunk_states,
-                                       const Place<Wide>& at, int t0, int length) {
-    const int valid = at.steps(t0, min(length, at.end));
-    load_slice<kVector>(v, p.v, at, t0, valid, 0.0F);
-    load_slice<kVector>(pre_r, p.pre_r, at, t0, valid, kClosed);
-    load_slice<kVector>(pre_i, p.pre_i, at, t0, valid, 0.0F);
-    state = at.template load<kVector>(
-        chunk_states, static_cast<std::int64_t>(at.b) * p.chunks + t0 / kChunk, p.channels);
-  }
-};
-
-/// One token of one channel: what is read throughout.
+/// One token of one channel.
 struct Token {
   float a;        // multiplier
   float drive;    // by which v enters the state
-  float bracket;  // dlog_a per unit of g, times log a; from the replay on
+  float bracket;  // dlog_a per unit of g, times log a
+  float not_r;    // 1 - r
+  float di;       // dpre_i per unit of g
 };
-/// What only the replay reads.
-struct Slope {
-  float log_a;
-  float ratio;  // a^2 / (1 - a^2)
+template <class T>
+struct Stage {
+  TileOf<T> v, pre_r, pre_i;
 };
-/// What only the end of a tile reads.
-struct Rest {
-  float not_r;  // 1 - r
-  float di;     // dpre_i per unit of g
-};
-/// Of the two channels of a thread, in one 16-byte access.
-template <class S>
-struct alignas(16) PairOfTokens {
-  S x, y;
+template <class T, int kRanks>
+struct Shared {
+  Stage<T> stages[2];
+  TileOf<T> dh[3];  // one more, because it is read to the end of the round
+  ChainSlots<kRanks> slots[2];
 };
 
+/// The token, and the state moved over it.
 template <class T>
-__device__ __forceinline__ void open_gates(float rate, float v, float pre_r, float pre_i,
-                                           Token& token, Slope& slope, Rest& rest) {
-  const float r = sigmoid<T>(pre_r, rest.not_r);
+__device__ __forceinline__ Token open_gates(float rate, float v, float pre_r, float pre_i,
+                                            float& state) {
+  Token token;
+  const float r = sigmoid<T>(pre_r, token.not_r);
   float not_i;
   const float i = sigmoid<T>(pre_i, not_i);
   float u;
   decay(rate * r, token.a, u);
-  const float w = u * (2.0F - u);
-  const float inverse = inverse_root(fmaxf(w, 1.2e-38F));  // a NaN comes back by the factor w
+  const float w = fmaf(u, 2.0F - u, 1.2e-38F);  // where u = 0, log a = 0 clears what follows
+  const float inverse = inverse_root(w);
   token.drive = w * inverse * i;
-  rest.di = token.drive * v * not_i;
-  slope.log_a = kLn2 * (rate * r);
-  slope.ratio = (token.a * inverse) * (token.a * inverse);
-}
-
-/// Moves the state over the token.
-__device__ __forceinline__ void replay(Token& token, const Slope& slope, float v, float& state) {
-  const float kept = token.a * state;
   const float b = token.drive * v;
+  token.di = b * not_i;
+  const float log_a = kLn2 * (rate * r);
+  // a^2 / (1 - a^2); the difference is exact to 5e-7, of 1 where a vanishes
+  const float ratio =
+      sizeof(T) == 2 ? fmaf(inverse, inverse, -1.0F) : (token.a * inverse) * (token.a * inverse);
+  const float kept = token.a * state;
   state = kept + b;
-  token.bracket = slope.log_a * fmaf(-b, slope.ratio, kept);
+  token.bracket = log_a * fmaf(-b, ratio, kept);
+  return token;
 }
 
 // Sums over the slices of the block and leaves those of a channel in its partial row.
-__device__ void store_partial(float2 sum, const Place<Wide>& at, float* row, const float* a_log) {
-  __shared__ float2 sums[Wide::kSlices][Wide::kLanes];
-  sums[at.warp * Wide::kParts + at.part][at.lane] = sum;
+template <class T>
+__device__ void store_partial(const Inputs<T>& p, float2 sum, const Place& at, float* row) {
+  __shared__ float sums[kSlices][kChannels];
+  const int slice = 2 * at.warp + at.part;
+  *reinterpret_cast<float2*>(&sums[slice][2 * (at.lane % kLanes)]) = sum;
   __syncthreads();
-  if (!at.writes()) return;
-  sum = {0.0F, 0.0F};
-  for (int s = 0; s < Wide::kSlices; ++s) {
-    sum.x += sums[s][at.lane].x;
-    sum.y += sums[s][at.lane].y;
-  }
+  const int channel = at.first_channel + at.lane;
+  if (at.warp != 0 || channel >= p.channels) return;
+  float total = 0.0F;
+  for (int s = 0; s < kSlices; ++s) total += sums[s][at.lane];
   // sig(-x) / log sig(x). Both vanish for large x, where the ratio tends to -1.
   const auto ratio = [](float x) {
     const float y = expf(-fabsf(x));
     if (x < 0.0F) return -1.0F / ((1.0F + y) * (log1pf(y) - x));
     return y > 0.0F ? -y / ((1.0F + y) * log1pf(y)) : -1.0F;
   };
-  row[at.channel] = sum.x * ratio(a_log[at.channel]);
-  if (at.second) row[at.channel + 1] = sum.y * ratio(a_log[at.channel + 1]);
+  row[channel] = total * ratio(p.a_log[channel]);
 }
 
-// dh and the multipliers alone: the map of a segment, from right to left.
-template <class T, bool kVector>
-__global__ __launch_bounds__(Wide::kThreads) void rglru_scan_adjoint_ends_kernel(
-    Inputs<T> p, Gradients<T> d, Segments segments) {
-  __shared__ Slots<Wide> slots[2];
-  const Place<Wide> at(p, segments);
-  if (at.segment == 0) return;  // nothing follows it
-  const int length = p.length(at.b);
-  const float2 rate = rates(p, at);
-  float2 carry{0.0F, 0.0F};
-  float2 product{1.0F, 1.0F};
-  int parity = 0;
-  int t0 = at.begin + (at.end - at.begin - 1) / Wide::kTile * Wide::kTile;
-  Pair<T> next_r[kSteps];
-  Pair<T> next_dh[kSteps];
-  const auto load = [&](int t) {
-    const int valid = at.steps(t, min(length, at.end));
-    load_slice<kVector>(next_r, p.pre_r, at, t, valid, kClosed);
-    load_slice<kVector>(next_dh, d.dh, at, t, valid, 0.0F);
-  };
-  load(t0);
-  for (; t0 >= at.begin; t0 -= Wide::kTile, parity ^= 1) {
-    float2 a[kSteps];
-    Pair<T> dh_pairs[kSteps];
-#pragma unroll
-    for (int j = 0; j < kSteps; ++j) {
-      const float2 pre_r = unpack(next_r[j]);
-      float2 u;
-      decay(rate.x * sigmoid<T>(pre_r.x), a[j].x, u.x);
-      decay(rate.y * sigmoid<T>(pre_r.y), a[j].y, u.y);
-      dh_pairs[j] = next_dh[j];
-    }
-    if (t0 > at.begin) load(t0 - Wide::kTile);
-    Affine slice;
-#pragma unroll
-    for (int j = kSteps - 1; j >= 0; --j) {
-      const float2 dh = unpack(dh_pairs[j]);
-      slice = {{a[j].x * slice.a.x, a[j].y * slice.a.y},
-               {a[j].x * (dh.x + slice.b.x), a[j].y * (dh.y + slice.b.y)}};
-    }
-    chain<Wide, true>(slice, carry, slots[parity], at, &product);
-  }
-  if (at.writes()) store_end(d.ends, at, segments, p.channels, product, carry);
-}
-
-/// Blocks of the main pass on a multiprocessor.
+/// The gates of a slice and its adjoint from the right: x -> a_0 (dh_0 + a_1 (dh_1 + ... x)).
 template <class T>
-constexpr int kResident = sizeof(T) == 2 ? 4 : 3;
+__device__ __forceinline__ Affine open_slice(Stage<T>& stage, TileOf<T>& dh_tile, const Place& at,
+                                             float2 rate, float2 state, Token (&x)[kSteps],
+                                             Token (&y)[kSteps]) {
+  Affine slice;
+#pragma unroll
+  for (int j = 0; j < kSteps; ++j) {
+    const float2 v = unpack(stage.v.pair(at, j));
+    const float2 pre_r = unpack(stage.pre_r.pair(at, j));
+    const float2 pre_i = unpack(stage.pre_i.pair(at, j));
+    const float2 dh = unpack(dh_tile.pair(at, j));
+    x[j] = open_gates<T>(rate.x, v.x, pre_r.x, pre_i.x, state.x);
+    y[j] = open_gates<T>(rate.y, v.y, pre_r.y, pre_i.y, state.y);
+    slice.a = {slice.a.x * x[j].a, slice.a.y * y[j].a};
+    slice.b = {fmaf(slice.a.x, dh.x, slice.b.x), fmaf(slice.a.y, dh.y, slice.b.y)};
+  }
+  return slice;
+}
 
+/// Where the gradients of a slice go, from its last token to its first.
+template <class T>
+struct Columns {
+  Column<T> dv, dpre_r, dpre_i;
+};
+
+/// Stores the gradients of a slice that `right` enters from the right, and adds to `sum`. Those of
+/// tokens from `valid` on are 0; those from `stored` on do not exist.
+template <bool kFull, bool kVector, class T>
+__device__ __forceinline__ void store_slice(TileOf<T>& dh_tile, const Place& at, Columns<T> to,
+                                            float2 right, const Token (&x)[kSteps],
+                                            const Token (&y)[kSteps], int valid, int stored,
+                                            float2& sum) {
+  float2 tile_sum{0.0F, 0.0F};
+#pragma unroll
+  for (int j = kSteps - 1; j >= 0; --j) {
+    const float2 dh = unpack(dh_tile.pair(at, j));
+    float2 g{dh.x + right.x, dh.y + right.y};
+    right = {x[j].a * g.x, y[j].a * g.y};
+    if (!kFull && j >= valid) g = {0.0F, 0.0F};
+    const float2 t{g.x * x[j].bracket, g.y * y[j].bracket};
+    tile_sum = {tile_sum.x + t.x, tile_sum.y + t.y};
+    T* const dv = to.dv.next();
+    T* const dpre_r = to.dpre_r.next();
+    T* const dpre_i = to.dpre_i.next();
+    if (!kFull && j >= stored) continue;
+    store_pair<kVector>(dv, {g.x * x[j].drive, g.y * y[j].drive}, at.second);
+    store_pair<kVector>(dpre_r, {t.x * x[j].not_r, t.y * y[j].not_r}, at.second);
+    store_pair<kVector>(dpre_i, {g.x * x[j].di, g.y * y[j].di}, at.second);
+  }
+  sum = {sum.x + tile_sum.x, sum.y + tile_sum.y};
+}
+
+/// Blocks on a multiprocessor that registers and shared memory allow.
+template <class T>
+constexpr int kResident = sizeof(T) == 2 ? 4 : 2;
+
+/// Brings the operands of tiles, from the last to the first.
 template <class T, bool kVector>
-__global__ __launch_bounds__(Wide::kThreads,
+struct Feed {
+  Stream<T, kVector> v, pre_r, pre_i, dh;
+  const float* chunk_states;
+
+  __device__ __forceinline__ Feed(const Inputs<T>& p, const Gradients<T>& d, const Place& at)
+      : v(p.v, at),
+        pre_r(p.pre_r, at),
+        pre_i(p.pre_i, at),
+        dh(d.dh, at),
+        chunk_states(d.chunk_states) {}
+  __device__ __forceinline__ void move(int tokens) {
+    v.move(tokens);
+    pre_r.move(tokens);
+    pre_i.move(tokens);
+    dh.move(tokens);
+  }
+  /// The tile at t0, where the feed must be. Returns the state that enters the slice.
+  __device__ __forceinline__ float2 fetch(Stage<T>& stage, TileOf<T>& dh_tile, const Inputs<T>& p,
+                                          const Place& at, int t0, int length) const {
+    v.fetch(stage.v, at, p.channels, t0, length, 0.0F);
+    pre_r.fetch(stage.pre_r, at, p.channels, t0, length, kClosed);
+    pre_i.fetch(stage.pre_i, at, p.channels, t0, length, 0.0F);
+    dh.fetch(dh_tile, at, p.channels, t0, length, 0.0F);
+    copy_async_commit();
+    if (at.steps(t0, length) == 0) return {0.0F, 0.0F};
+    return unpack(load_pair<kVector>(saved_state(p, chunk_states, at, t0), at.second));
+  }
+};
+
+template <class T, bool kVector, int kRanks>
+__global__ __launch_bounds__(kThreads,
                              kResident<T>) void rglru_scan_backward_kernel(Inputs<T> p,
-                                                                           Gradients<T> d,
-                                                                           Segments segments) {
-  __shared__ Slots<Wide> forward_slots;
-  __shared__ Slots<Wide> reverse_slots;
-  // Every thread reads what it wrote itself. In registers these would cost a quarter of the
-  // resident blocks.
-  __shared__ PairOfTokens<Slope> slopes[kSteps][Wide::kThreads];
-  __shared__ PairOfTokens<Rest> rests[kSteps][Wide::kThreads];
-  const Place<Wide> at(p, segments);
+                                                                           Gradients<T> d) {
+  extern __shared__ __align__(16) unsigned char memory[];
+  auto& shared = *reinterpret_cast<Shared<T, kRanks>*>(memory);
+  const Place at(p, kRanks);
   const int length = p.length(at.b);
   const float2 rate = rates(p, at);
-  float2 carry{0.0F, 0.0F};
-  if (d.entering != nullptr)
-    carry = at.template load<kVector>(d.entering, at.row(segments), p.channels);
+  constexpr int kStride = kRanks * kTile;
+  float carry = 0.0F;
+  if (d.dstate_out != nullptr && at.first_channel + at.lane < p.channels)
+    carry = d.dstate_out[at.at_sequence(p.channels)];
   float2 sum{0.0F, 0.0F};
-  int t0 = at.begin + (at.end - at.begin - 1) / Wide::kTile * Wide::kTile;
-  RawTile<T> raw;
-  raw.template load<kVector>(p, d.chunk_states, at, t0, length);
-  for (; t0 >= at.begin; t0 -= Wide::kTile) {
-    const int valid = at.steps(t0, min(length, at.end));
-    Pair<T> dh_pairs[kSteps];  // read after the first barrier
-    load_slice<kVector>(dh_pairs, d.dh, at, t0, valid, 0.0F);
+  const int last = (p.seqlen - 1) / kStride * kStride;
+  int t0 = last + at.rank * kTile;
+  Feed<T, kVector> feed(p, d, at);
+  const auto fetch = [&](int round, int t) {
+    return feed.fetch(shared.stages[round % 2], shared.dh[round % 3], p, at, t, length);
+  };
+  feed.move(t0);
+  float2 saved = fetch(0, t0);    // what enters the slice
+  float2 next_saved{0.0F, 0.0F};  // in the next tile
+  copy_async_wait<0>();
+  open_slots(shared.slots);
+  __syncthreads();
+  if (last > 0) {
+    feed.move(-kStride);
+    next_saved = fetch(1, t0 - kStride);
+  }
+  int n = 0;
+  for (int first = last; first >= 0; first -= kStride, t0 -= kStride, ++n) {
     Token x[kSteps];
     Token y[kSteps];
-    Affine slice;
-#pragma unroll
-    for (int j = 0; j < kSteps; ++j) {
-      const float2 v = unpack(raw.v[j]);
-      const float2 pre_r = unpack(raw.pre_r[j]);
-      const float2 pre_i = unpack(raw.pre_i[j]);
-      PairOfTokens<Slope> slope;
-      PairOfTokens<Rest> rest;
-      open_gates<T>(rate.x, v.x, pre_r.x, pre_i.x, x[j], slope.x, rest.x);
-      open_gates<T>(rate.y, v.y, pre_r.y, pre_i.y, y[j], slope.y, rest.y);
-      slopes[j][threadIdx.x] = slope;
-      rests[j][threadIdx.x] = rest;
-      slice = Affine{{x[j].a, y[j].a}, {x[j].drive * v.x, y[j].drive * v.y}}.after(slice);
-    }
-    float2 leaves = raw.state;
-    float2 state = chain<Wide, false>(slice, leaves, forward_slots, at);
-#pragma unroll
-    for (int j = 0; j < kSteps; ++j) {
-      const float2 v = unpack(raw.v[j]);
-      const PairOfTokens<Slope> slope = slopes[j][threadIdx.x];
-      replay(x[j], slope.x, v.x, state.x);
-      replay(y[j], slope.y, v.y, state.y);
-    }
-    if (t0 > at.begin) raw.template load<kVector>(p, d.chunk_states, at, t0 - Wide::kTile, length);
-    slice = Affine();
-#pragma unroll
-    for (int j = kSteps - 1; j >= 0; --j) {
-      const float2 dh = unpack(dh_pairs[j]);
-      slice = {{x[j].a * slice.a.x, y[j].a * slice.a.y},
-               {x[j].a * (dh.x + slice.b.x), y[j].a * (dh.y + slice.b.y)}};
-    }
-    float2 right = chain<Wide, true>(slice, carry, reverse_slots, at);
-    Column<T> dv(d.dv, at, t0, true);
-    Column<T> dpre_r(d.dpre_r, at, t0, true);
-    Column<T> dpre_i(d.dpre_i, at, t0, true);
-    const int stored = at.steps(t0, at.end);
-    float2 tile_sum{0.0F, 0.0F};
-    const auto write = [&]<bool kFull>() {
-#pragma unroll
-      for (int j = kSteps - 1; j >= 0; --j) {
-        const float2 dh = unpack(dh_pairs[j]);
-        float2 g{dh.x + right.x, dh.y + right.y};
-        right = {x[j].a * g.x, y[j].a * g.y};
-        if (!kFull && j >= valid) g = {0.0F, 0.0F};
-        const float2 t{g.x * x[j].bracket, g.y * y[j].bracket};
-        tile_sum = {tile_sum.x + t.x, tile_sum.y + t.y};
-        T* const dv_at = dv.next();
-        T* const dpre_r_at = dpre_r.next();
-        T* const dpre_i_at = dpre_i.next();
-        if (!kFull && j >= stored) continue;
-        const PairOfTokens<Rest> rest = rests[j][threadIdx.x];
-        store_pair<kVector>(dv_at, {g.x * x[j].drive, g.y * y[j].drive}, at.second);
-        store_pair<kVector>(dpre_r_at, {t.x * rest.x.not_r, t.y * rest.y.not_r}, at.second);
-        store_pair<kVector>(dpre_i_at, {g.x * rest.x.di, g.y * rest.y.di}, at.second);
-      }
+    TileOf<T>& dh = shared.dh[n % 3];
+    const Affine slice = open_slice(shared.stages[n % 2], dh, at, rate, saved, x, y);
+    saved = next_saved;
+    copy_async_wait<0>();  // the next tile; the barrier of the chain tells the block
+    const auto refill = [&] {
+      if (first < 2 * kStride) return;
+      feed.move(-kStride);
+      next_saved = fetch(n + 2, t0 - 2 * kStride);
     };
+    const float2 right = chain<kRanks, true>(slice, carry, shared.slots, n, at, refill);
+    const Columns<T> to{{d.dv, at, t0, true}, {d.dpre_r, at, t0, true}, {d.dpre_i, at, t0, true}};
+    const int valid = at.steps(t0, length);
     if (valid == kSteps)
-      write.template operator()<true>();
+      store_slice<true, kVector>(dh, at, to, right, x, y, valid, kSteps, sum);
     else
-      write.template operator()<false>();
-    sum = {sum.x + tile_sum.x, sum.y + tile_sum.y};
+      store_slice<false, kVector>(dh, at, to, right, x, y, valid, at.steps(t0, p.seqlen), sum);
   }
-  if (d.dstate_in != nullptr && at.segment == 0 && at.writes())
-    at.template store<kVector>(d.dstate_in, at.b, p.channels, carry);
-  store_partial(sum, at, d.partial + at.row(segments) * p.channels, p.a_log);
+  if (d.dstate_in != nullptr && at.writes(p.channels))
+    d.dstate_in[at.at_sequence(p.channels)] = carry;
+  const std::int64_t row = static_cast<std::int64_t>(at.b) * kRanks + at.rank;
+  store_partial(p, sum, at, d.partial + row * p.channels);
 }
 
 template <class T, bool kVector>
 void backward(Context& ctx, const Inputs<T>& p, Gradients<T> d, float* da_log) {
-  // Counts of blocks, for 132 multiprocessors. Segments cost a second reading of dh and pre_r.
-  constexpr std::int64_t kEnoughBlocks = 264;
-  constexpr std::int64_t kFullBlocks = 132 * kResident<T>;
-  const cudaStream_t stream = ctx.stream().handle;
-  const std::int64_t blocks = channel_tiles<Wide>(p.channels) * p.batch;
-  const Segments segments =
-      make_segments(blocks, blocks >= kEnoughBlocks ? 1 : kFullBlocks, p.seqlen, Wide::kTile);
-  const Shape shape = {p.batch, segments.count, p.channels};
-  const auto grid = static_cast<unsigned>(blocks * segments.count);
-  Tensor ends, entering;
-  if (segments.count > 1) {
-    ends = ctx.empty(Shape{p.batch, segments.count, p.channels, 2}, DType::float32);
-    entering = ctx.empty(shape, DType::float32);
-    d.ends = reinterpret_cast<float2*>(ends.view().data<float>());
-    rglru_scan_adjoint_ends_kernel<T, kVector><<<grid, Wide::kThreads, 0, stream>>>(p, d, segments);
-    LRNN_CUDA_CHECK_LAUNCH();
-    chain_segments(ctx, d.ends, d.entering, entering.view().data<float>(), p.batch, segments.count,
-                   p.channels, true);
-    d.entering = entering.view().data<float>();
-  }
-  Tensor partial = ctx.empty(shape, DType::float32);
-  d.partial = partial.view().data<float>();
-  rglru_scan_backward_kernel<T, kVector><<<grid, Wide::kThreads, 0, stream>>>(p, d, segments);
-  LRNN_CUDA_CHECK_LAUNCH();
-  fold_partials(stream, d.partial, static_cast<int>(p.batch * segments.count), p.channels, da_log);
+  visit_ranks(p, ranks_for(blocks_of(p), kResident<T>), rglru_scan_backward_kernel<T, kVector, 2>,
+              [&]<int kRanks>() {
+                Tensor partial = ctx.empty(Shape{p.batch, kRanks, p.channels}, DType::float32);
+                d.partial = partial.view().data<float>();
+                launch<kRanks>(ctx, rglru_scan_backward_kernel<T, kVector, kRanks>,
+                               sizeof(Shared<T, kRanks>), p, d);
+                fold_partials(ctx.stream().handle, d.partial, static_cast<int>(p.batch * kRanks),
+                              p.channels, da_log);
+              });
 }
 
 }  // namespace
@@ -300,15 +262,13 @@ void rglru_scan_backward(Context& ctx, const RglruScanBackward& a) {
                          {a.dpre_r.data<T>(), detail::row_stride(a.dpre_r)},
                          {a.dpre_i.data<T>(), detail::row_stride(a.dpre_i)},
                          a.dstate_in ? a.dstate_in.data<float>() : nullptr,
-                         nullptr,
                          nullptr};
-    const bool pairs =
-        allows_pairs(p.v, p.channels) && allows_pairs(p.pre_r, p.channels) &&
-        allows_pairs(p.pre_i, p.channels) && allows_pairs(d.dh, p.channels) &&
-        allows_pairs(d.dv, p.channels) && allows_pairs(d.dpre_r, p.channels) &&
-        allows_pairs(d.dpre_i, p.channels) && allows_pairs(d.chunk_states, p.channels) &&
-        allows_pairs(d.entering, p.channels) && allows_pairs(d.dstate_in, p.channels);
-    if (pairs)
+    const bool vectors = allows_pieces(p.v, p.channels) && allows_pieces(p.pre_r, p.channels) &&
+                         allows_pieces(p.pre_i, p.channels) && allows_pieces(d.dh, p.channels) &&
+                         allows_pieces(d.dv, p.channels) && allows_pieces(d.dpre_r, p.channels) &&
+                         allows_pieces(d.dpre_i, p.channels) &&
+                         allows_pairs(d.chunk_states, p.channels);
+    if (vectors)
       backward<T, true>(ctx, p, d, a.da_log.data<float>());
     else
       backward<T, false>(ctx, p, d, a.da_log.data<float>());

@@ -28,4 +28,17 @@ inline bool has_mma() {
   return compute_capability() >= 80;
 }
 
+/// Whether the device runs clusters of blocks and `kernel` was compiled for such devices.
+template <class Kernel>
+bool takes_clusters(Kernel* kernel) {
+  int device = 0;
+  int clusters = 0;
+  LRNN_CUDA_CHECK(cudaGetDevice(&device));
+  LRNN_CUDA_CHECK(cudaDeviceGetAttribute(&clusters, cudaDevAttrClusterLaunch, device));
+  if (clusters == 0) return false;
+  cudaFuncAttributes attributes{};
+  LRNN_CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel));
+  return attributes.ptxVersion >= 90;
+}
+
 }  // namespace lrnn::cuda

@@ -1,32 +1,31 @@
 /// What the forward and backward kernels of rglru_scan share.
 ///
-/// A thread owns two neighbouring channels of kSteps tokens. A block owns 2 kLanes channels of one
-/// sequence, or of a segment of it, and walks them in tiles of time that its warps share: lane
-/// p kLanes + l of warp w has channels 2 l, 2 l + 1 of slice w kParts + p of the tile. The slices
-/// are chained by composing their maps h -> a h + b, in a warp by shuffles and among warps through
-/// shared memory.
+/// A thread owns two neighbouring channels of kSteps tokens. A block owns kChannels channels of one
+/// sequence and walks them in tiles of kTile tokens that its warps share: lane 16 p + l of warp w
+/// has channels 2 l, 2 l + 1 of slice 2 w + p of the tile. The slices are chained by composing
+/// their maps h -> a h + b, in a warp by shuffles and among warps through shared memory. Operands
+/// travel to shared memory asynchronously, a tile ahead.
 ///
-/// Where sequences and channels give too few blocks, time is cut into segments: a first pass leaves
-/// the map of every segment, a small kernel chains them, the main pass starts from its results. The
-/// cut depends on sizes alone, so results do not depend on the device.
+/// Where sequences and channels give too few blocks, a cluster of kRanks blocks shares the time of
+/// a sequence: rank r walks tiles r, r + kRanks, .... Each block sends the map of its tile to the
+/// others, and all apply the kRanks maps in order. So no tile is read twice, and the bits are those
+/// of one block that walks all tiles; devices without clusters do that.
 #pragma once
-
-#include <algorithm>
 
 #include "lrnn/ops/rglru_scan.hpp"
 
+#include "common/capability.cuh"
 #include "common/check.cuh"
+#include "common/cluster.cuh"
+#include "common/mma.cuh"
 #include "common/vec.cuh"
 #include "ops/dispatch.hpp"
 
 namespace lrnn::cuda::rglru {
 
-constexpr int kSteps = 8;
-constexpr int kChunk = static_cast<int>(kRglruScanChunk);
-static_assert(kChunk % kSteps == 0, "chunks begin with a slice");
+constexpr int kSteps = static_cast<int>(kRglruScanChunk);  // a slice begins with a saved state
 constexpr float kLog2e = 1.4426950408889634F;
 constexpr float kLn2 = 0.6931471805599453F;
-constexpr int kCarryThreads = 128;
 
 // ---- two channels ----
 
@@ -210,107 +209,85 @@ Inputs<T> make_inputs(const RglruScanInputs& in) {
           in.v.dim(0)};
 }
 
+/// Whether rows can be copied in pieces of 16 bytes.
 template <class T>
-bool allows_pairs(const DeviceRows<T>& rows, std::int64_t channels) {
-  return allows_vectors(rows.data, channels, rows.stride, 2);
+bool allows_pieces(const DeviceRows<T>& rows, std::int64_t channels) {
+  return allows_vectors(rows.data, channels, rows.stride, kWide<T>);
 }
-/// Dense rows of states, float32.
+template <class T>
+bool allows_pieces(const DeviceRows<const T>& rows, std::int64_t channels) {
+  return allows_vectors(rows.data, channels, rows.stride, kWide<T>);
+}
+/// Whether dense rows of states can be walked by pairs.
 inline bool allows_pairs(const float* states, std::int64_t channels) {
   return allows_vectors(states, channels, channels, 2);
 }
 
 // ---- placement ----
 
-/// kParts slices of a warp, kSlices of a block, kTile tokens of a tile.
-template <int kLanesOfRow, int kWarpsOfBlock>
-struct Layout {
-  static constexpr int kLanes = kLanesOfRow;
-  static constexpr int kWarps = kWarpsOfBlock;
-  static constexpr int kThreads = 32 * kWarps;
-  static constexpr int kParts = 32 / kLanes;
-  static constexpr int kSlices = kParts * kWarps;
-  static constexpr int kTile = kSlices * kSteps;
-  static constexpr int kChannels = 2 * kLanes;
-};
+constexpr int kLanes = 16;
+constexpr int kWarps = 4;
+constexpr int kThreads = 32 * kWarps;
+constexpr int kSlices = 2 * kWarps;
+constexpr int kTile = kSlices * kSteps;
+constexpr int kChannels = 2 * kLanes;
 
-/// Parts of a sequence that run in parallel.
-struct Segments {
-  int count;
-  int tokens;  // a multiple of the tile, and of the chunk
-};
-
-/// Enough segments for `wanted` blocks, of at least four tiles each: less is not worth a pass.
-inline Segments make_segments(std::int64_t blocks, std::int64_t wanted, int seqlen, int tile) {
-  const int tiles = (seqlen + tile - 1) / tile;
-  const std::int64_t most = std::max(1, tiles / 4);
-  const auto count =
-      static_cast<int>(std::clamp<std::int64_t>((wanted + blocks - 1) / blocks, 1, most));
-  const int per_segment = (tiles + count - 1) / count;
-  return {(tiles + per_segment - 1) / per_segment, per_segment * tile};
-}
-
-template <class L>
-std::int64_t channel_tiles(std::int64_t channels) {
-  return (channels + L::kChannels - 1) / L::kChannels;
-}
-
-/// Where a thread works. Blocks count channel tiles fastest, then segments, then sequences.
-template <class L>
+/// Where a thread works. Blocks count ranks fastest, then channel tiles, then sequences.
 struct Place {
-  int warp, part, lane;
-  int channel;  // the first of two
-  bool exists;  // whether the first channel does, and the thread has a slice
-  bool second;  // whether the second channel does
-  int offset;   // first token of the slice in its tile
-  int segment;
-  int begin, end;  // tokens of the segment
+  int lane;           // of the warp
+  int warp;           // of the block
+  int part;           // half of the warp
+  int first_channel;  // of the block
+  int channel;        // the first of two
+  bool exists;        // whether the first channel does
+  bool second;        // whether the second channel does
+  int offset;         // first token of the slice in its tile
+  int rank;
   int b;
   std::int64_t first_row;  // of the sequence
 
   template <class T>
-  __device__ Place(const Inputs<T>& p, const Segments& segments) {
-    const int in_warp = static_cast<int>(threadIdx.x) % 32;
+  __device__ Place(const Inputs<T>& p, int ranks) {
+    lane = static_cast<int>(threadIdx.x) % 32;
     warp = static_cast<int>(threadIdx.x) / 32;
-    part = in_warp / L::kLanes;
-    lane = in_warp % L::kLanes;
-    offset = (warp * L::kParts + part) * kSteps;
-    const unsigned tiles = static_cast<unsigned>((p.channels + L::kChannels - 1) / L::kChannels);
-    channel = static_cast<int>(blockIdx.x % tiles) * L::kChannels + 2 * lane;
-    exists = channel < p.channels && part < L::kParts;
+    part = lane / kLanes;
+    offset = (2 * warp + part) * kSteps;
+    rank = static_cast<int>(blockIdx.x) % ranks;
+    const unsigned tiles = static_cast<unsigned>((p.channels + kChannels - 1) / kChannels);
+    const unsigned group = blockIdx.x / static_cast<unsigned>(ranks);
+    first_channel = static_cast<int>(group % tiles) * kChannels;
+    channel = first_channel + 2 * (lane % kLanes);
+    exists = channel < p.channels;
     second = channel + 1 < p.channels;
-    b = static_cast<int>(blockIdx.x / tiles) / segments.count;
-    segment = static_cast<int>(blockIdx.x / tiles) % segments.count;
-    begin = segment * segments.tokens;
-    end = static_cast<int>(min(static_cast<std::int64_t>(p.seqlen),
-                               static_cast<std::int64_t>(begin) + segments.tokens));
+    b = static_cast<int>(group / tiles);
     first_row = static_cast<std::int64_t>(b) * p.seqlen;
   }
-  /// Row of the block in [B, segments].
-  __device__ std::int64_t row(const Segments& segments) const {
-    return static_cast<std::int64_t>(b) * segments.count + segment;
-  }
-  /// Whether this is the thread that writes what a block has for a channel.
-  __device__ bool writes() const { return exists && warp == 0 && part == 0; }
   /// Tokens of the slice in the tile at t0 that come before `limit`.
   __device__ int steps(int t0, int limit) const {
     return exists ? max(0, min(limit - (t0 + offset), kSteps)) : 0;
   }
-  template <bool kVector>
-  __device__ float2 load(const float* states, std::int64_t state_row, int channels) const {
-    if (!exists) return {0.0F, 0.0F};
-    return unpack(load_pair<kVector>(states + state_row * channels + channel, second));
+  /// Whether this thread writes what the sequence has for the channel that chain() carries in it.
+  __device__ bool writes(int channels) const {
+    return rank == 0 && warp == 0 && first_channel + lane < channels;
   }
-  template <bool kVector>
-  __device__ void store(float* states, std::int64_t state_row, int channels, float2 v) const {
-    store_pair<kVector>(states + state_row * channels + channel, v, second);
+  __device__ std::int64_t at_sequence(int channels) const {
+    return static_cast<std::int64_t>(b) * channels + first_channel + lane;
   }
 };
 
 /// What log2 a = rate r is made of; a missing channel never decays.
-template <class L, class T>
-__device__ float2 rates(const Inputs<T>& p, const Place<L>& at) {
+template <class T>
+__device__ float2 rates(const Inputs<T>& p, const Place& at) {
   return {at.exists ? p.rate(at.channel) : 0.0F,
           at.exists && at.second ? p.rate(at.channel + 1) : 0.0F};
+}
+
+/// The saved state that enters the slice of a thread in the tile at t0.
+template <class T, class State>
+__device__ __forceinline__ State* saved_state(const Inputs<T>& p, State* states, const Place& at,
+                                              int t0) {
+  const std::int64_t row = static_cast<std::int64_t>(at.b) * p.chunks + (t0 + at.offset) / kSteps;
+  return states + row * p.channels + at.channel;
 }
 
 /// The tokens of a slice in one operand. Only the first address is a product: a chain of additions
@@ -321,8 +298,7 @@ struct Column {
   std::int64_t stride;
 
   /// From the first token of the slice, or with `backward` from the last.
-  template <class L>
-  __device__ __forceinline__ Column(const DeviceRows<T>& rows, const Place<L>& at, int t0,
+  __device__ __forceinline__ Column(const DeviceRows<T>& rows, const Place& at, int t0,
                                     bool backward = false)
       : p(rows.data + (at.first_row + t0 + at.offset + (backward ? kSteps - 1 : 0)) * rows.stride +
           at.channel),
@@ -336,84 +312,219 @@ struct Column {
   }
 };
 
-/// The slice of one operand. Tokens from `valid` on, which are not read, are `missing`.
-template <bool kVector, class L, class T>
-__device__ __forceinline__ void load_slice(Pair<T> (&out)[kSteps], const DeviceRows<const T>& rows,
-                                           const Place<L>& at, int t0, int valid, float missing) {
-  Column<const T> column(rows, at, t0);
-  if (valid == kSteps) {
-#pragma unroll
-    for (int j = 0; j < kSteps; ++j) out[j] = load_pair<kVector>(column.next(), at.second);
-    return;
+// ---- operands in shared memory ----
+
+/// A tile of one operand. Slices of bfloat16 are 64 bytes apart modulo 128, so that the two halves
+/// of a warp meet different banks.
+template <class T>
+struct alignas(16) TileOf {
+  static constexpr int kSlice = kSteps * kChannels + (sizeof(T) == 2 ? 32 : 0);
+  T data[kSlices * kSlice];
+
+  __device__ __forceinline__ T* row(int t) {
+    return data + t / kSteps * kSlice + t % kSteps * kChannels;
   }
-  const Pair<T> none = pack<T>({missing, missing});
-#pragma unroll
-  for (int j = 0; j < kSteps; ++j) {
-    const T* const p = column.next();
-    out[j] = j < valid ? load_pair<kVector>(p, at.second) : none;
+  /// The two channels of the thread in token j of its slice.
+  __device__ __forceinline__ Pair<T>& pair(const Place& at, int j) {
+    return *reinterpret_cast<Pair<T>*>(row(at.offset) + j * kChannels + 2 * (at.lane % kLanes));
   }
-}
+};
+
 /// A recurrence gate that makes a token leave the state as it is: r = 0, a = 1, 1 - a^2 = 0.
 constexpr float kClosed = -INFINITY;
 
-template <class L>
-using Slots = float4[L::kWarps][L::kLanes];
+/// Brings tiles of one operand to shared memory. With kVector a thread copies pieces of 16 bytes,
+/// else the elements that it will read itself.
+template <class T, bool kVector>
+class Stream {
+ public:
+  __device__ __forceinline__ Stream(const DeviceRows<const T>& rows, const Place& at)
+      : stride_(rows.stride),
+        next_(rows.data + (at.first_row + token(at)) * rows.stride + at.first_channel +
+              column(at)) {}
+  /// Moves `tokens` forward, or back.
+  __device__ __forceinline__ void move(int tokens) { next_ += tokens * stride_; }
+  /// The tile at t0, where the stream must be. Tokens from `limit` on and channels that do not
+  /// exist, which are not read, are `missing`.
+  __device__ __forceinline__ void fetch(TileOf<T>& tile, const Place& at, int channels, int t0,
+                                        int limit, float missing) const {
+    const T* from = next_;
+    const bool exists = at.first_channel + column(at) < channels;
+    if constexpr (kVector) {
+#pragma unroll
+      for (int t = 0; t < kTile; t += kRows) {
+        T* const to = tile.row(token(at) + t) + column(at);
+        if (exists && t0 + token(at) + t < limit) {
+          copy(to, from);
+        } else {
+#pragma unroll
+          for (int i = 0; i < kWide<T>; ++i) to[i] = from_float<T>(missing);
+        }
+        from += kRows * stride_;
+      }
+    } else {
+      const Pair<T> none = pack<T>({missing, missing});
+#pragma unroll
+      for (int j = 0; j < kSteps; ++j, from += stride_)
+        tile.pair(at, j) =
+            exists && t0 + at.offset + j < limit ? load_pair<false>(from, at.second) : none;
+    }
+  }
 
-/// Chains the maps of all slices. Returns what enters the slice of this thread when `carry` enters
-/// the tile, and replaces `carry` by what leaves it; kReverse walks from the last slice to the
-/// first. One barrier: `slots` may be written again after the next one. `product`, unless null, is
-/// multiplied by the multipliers of the tile.
-template <class L, bool kReverse>
-__device__ __forceinline__ float2 chain(const Affine& own, float2& carry, Slots<L>& slots,
-                                        const Place<L>& at, float2* product = nullptr) {
-  constexpr unsigned kAll = 0xFFFFFFFFU;
-  const int place = kReverse ? L::kParts - 1 - at.part : at.part;
-  const auto from = [](float v, int parts) {
-    const auto lanes = static_cast<unsigned>(parts * L::kLanes);
-    return kReverse ? __shfl_down_sync(kAll, v, lanes) : __shfl_up_sync(kAll, v, lanes);
-  };
-  const auto earlier = [&](const Affine& m, int parts) {
-    return Affine{{from(m.a.x, parts), from(m.a.y, parts)},
-                  {from(m.b.x, parts), from(m.b.y, parts)}};
-  };
-  Affine up_to = own;  // of the slices of this warp up to this one
-#pragma unroll
-  for (int d = 1; d < L::kParts; d *= 2) {
-    const Affine before = earlier(up_to, d);
-    if (place >= d) up_to = up_to.after(before);
+ private:
+  static constexpr int kPieces = kChannels / kWide<T>;  // of a row
+  static constexpr int kRows = kThreads / kPieces;      // that a block copies at once
+
+  static __device__ __forceinline__ int token(const Place& at) {
+    return kVector ? static_cast<int>(threadIdx.x) / kPieces : at.offset;
   }
-  if (place == L::kParts - 1)
-    slots[at.warp][at.lane] = make_float4(up_to.a.x, up_to.a.y, up_to.b.x, up_to.b.y);
-  Affine before;
-  if constexpr (L::kParts > 1) {
-    before = earlier(up_to, 1);
-    if (place == 0) before = Affine();
+  static __device__ __forceinline__ int column(const Place& at) {
+    return kVector ? static_cast<int>(threadIdx.x) % kPieces * kWide<T> : 2 * (at.lane % kLanes);
   }
-  __syncthreads();
-  float2 enters = carry;
-#pragma unroll
-  for (int i = 0; i < L::kWarps; ++i) {
-    const int w = kReverse ? L::kWarps - 1 - i : i;
-    if (w == at.warp) enters = carry;
-    const float4 m = slots[w][at.lane];
-    carry = Affine{{m.x, m.y}, {m.z, m.w}}(carry);
-    if (product != nullptr) *product = {product->x * m.x, product->y * m.y};
+  static __device__ __forceinline__ void copy(T* to, const T* from) {
+#if __CUDA_ARCH__ >= 800
+    copy_async_16(to, from, true);
+#else
+    *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
+#endif
   }
-  return before(enters);
+
+  std::int64_t stride_;
+  const T* next_;
+};
+
+// ---- chains ----
+
+/// Maps of one channel each: h -> x h + y.
+using Maps = float2[kChannels];
+/// What chain() needs of shared memory in every other round. All ranks send to `of_tiles`.
+template <int kRanks>
+struct alignas(16) ChainSlots {
+  Maps of_warps[kWarps];
+  Maps of_tiles[kRanks];
+  Mailbox mailbox;
+};
+
+/// Before the first chain(), by all threads.
+template <int kRanks>
+__device__ __forceinline__ void open_slots(ChainSlots<kRanks> (&slots)[2]) {
+  if constexpr (kRanks > 1) {
+    if (threadIdx.x < 2) slots[threadIdx.x].mailbox.init();
+    cluster_sync();
+  }
 }
 
-/// What enters each segment, from the maps (ends [B, segments, E]: multiplier, offset) of those
-/// before it and `start` [B, E] (0 if null); `reverse` walks from the last segment to the first.
-void chain_segments(Context& ctx, const float2* ends, const float* start, float* entering,
-                    std::int64_t batch, int segments, int channels, bool reverse);
+/// Chains the maps of all slices of the tiles of all ranks, in round `round`. `carry` is of channel
+/// `lane` of the block, in every warp: what enters the tiles, then what leaves them. Returns what
+/// enters the slice of this thread; kReverse walks from the last slice to the first. `between` runs
+/// while the maps travel, after all threads of the block have called. Slots of the same parity
+/// serve again two rounds later: a rank sends its map of round n + 2 after all maps of n + 1 have
+/// come, and every rank sends that after its own threads have read those of n.
+template <int kRanks, bool kReverse, class F>
+__device__ __forceinline__ float2 chain(const Affine& own, float& carry,
+                                        ChainSlots<kRanks> (&pair)[2], int round, const Place& at,
+                                        F&& between) {
+  ChainSlots<kRanks>& slots = pair[round % 2];
+  constexpr unsigned kAll = 0xFFFFFFFFU;
+  const auto other = [](float v) { return __shfl_xor_sync(kAll, v, kLanes); };
+  Affine before{{other(own.a.x), other(own.a.y)}, {other(own.b.x), other(own.b.y)}};
+  const bool later = kReverse ? at.part == 0 : at.part == 1;  // of the two slices of the warp
+  if (later) {
+    const Affine both = own.after(before);
+    *reinterpret_cast<float4*>(&slots.of_warps[at.warp][2 * (at.lane % kLanes)]) =
+        make_float4(both.a.x, both.b.x, both.a.y, both.b.y);
+  } else {
+    before = Affine();
+  }
+  __syncthreads();
+  float2 tile{1.0F, 0.0F};  // of the warps of the block
+  float2 earlier = tile;    // of those before this one
+#pragma unroll
+  for (int i = 0; i < kWarps; ++i) {
+    const int w = kReverse ? kWarps - 1 - i : i;
+    if (w == at.warp) earlier = tile;
+    const float2 m = slots.of_warps[w][at.lane];
+    tile = i == 0 ? m : float2{m.x * tile.x, fmaf(m.x, tile.y, m.y)};
+  }
+  float enters = carry;
+  if constexpr (kRanks == 1) {
+    between();
+    carry = fmaf(tile.x, carry, tile.y);
+  } else {
+    if (threadIdx.x == 0) slots.mailbox.expect(kRanks * static_cast<int>(sizeof(Maps)));
+    for (int r = at.warp; r < kRanks; r += kWarps)
+      send(&slots.of_tiles[at.rank][at.lane], slots.mailbox, r, tile);
+    between();
+    slots.mailbox.wait(round / 2 % 2);
+#pragma unroll
+    for (int i = 0; i < kRanks; ++i) {
+      const int r = kReverse ? kRanks - 1 - i : i;
+      if (r == at.rank) enters = carry;
+      const float2 m = slots.of_tiles[r][at.lane];
+      carry = fmaf(m.x, carry, m.y);
+    }
+  }
+  enters = fmaf(earlier.x, enters, earlier.y);
+  const int lane = 2 * (at.lane % kLanes);
+  return before({__shfl_sync(kAll, enters, lane), __shfl_sync(kAll, enters, lane + 1)});
+}
 
-/// Writes the map of a segment.
-template <class L>
-__device__ void store_end(float2* ends, const Place<L>& at, const Segments& segments, int channels,
-                          float2 product, float2 end) {
-  float2* const p = ends + at.row(segments) * channels + at.channel;
-  p[0] = {product.x, end.x};
-  if (at.second) p[1] = {product.y, end.y};
+// ---- launch ----
+
+/// Blocks of one rank.
+template <class T>
+std::int64_t blocks_of(const Inputs<T>& p) {
+  return (p.channels + kChannels - 1) / kChannels * p.batch;
+}
+/// The ranks that suit `blocks` blocks of one rank, on 132 multiprocessors with room for `resident`
+/// each. Measured at 24 to 640 blocks.
+inline int ranks_for(std::int64_t blocks, int resident) {
+  const std::int64_t room = std::int64_t{132} * resident;
+  int ranks = 1;
+  if (blocks > room) {  // shorter blocks, until the last wave is one of four
+    while (ranks < 4 && ranks * blocks < 4 * room) ranks *= 2;
+    return ranks;
+  }
+  // Two for each multiprocessor suffice. All clusters must fit at once; they cannot use all room.
+  constexpr std::int64_t kEnough = 300;
+  const std::int64_t usable = room - room / 14;
+  while (ranks < 8 && ranks * blocks < kEnough && 2 * ranks * blocks <= usable) ranks *= 2;
+  return ranks;
+}
+
+/// Calls f.operator()<kRanks>() with `ranks`, or with 1 where `clustered`, a kernel for clusters,
+/// cannot run or time is too short to share.
+template <class T, class Kernel, class F>
+void visit_ranks(const Inputs<T>& p, int ranks, Kernel* clustered, F&& f) {
+  if (ranks == 1 || p.seqlen <= kTile || !takes_clusters(clustered))
+    return f.template operator()<1>();
+  switch (ranks) {
+    case 2:
+      return f.template operator()<2>();
+    case 4:
+      return f.template operator()<4>();
+    default:
+      return f.template operator()<8>();
+  }
+}
+
+/// Launches a kernel of kRanks blocks per channel tile and sequence, with `shared` bytes.
+template <int kRanks, class T, class... Operands>
+void launch(Context& ctx, void (*kernel)(Inputs<T>, Operands...), std::size_t shared,
+            const Inputs<T>& p, const Operands&... operands) {
+  LRNN_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                       static_cast<int>(shared)));
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks_of(p) * kRanks));
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = shared;
+  config.stream = ctx.stream().handle;
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {kRanks, 1, 1};
+  config.attrs = &cluster;
+  config.numAttrs = kRanks > 1 ? 1 : 0;
+  LRNN_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, p, operands...));
 }
 
 }  // namespace lrnn::cuda::rglru

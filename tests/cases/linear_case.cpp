@@ -148,10 +148,17 @@ const RegisterOpCases kRegister({
     decode_case(16, 264, 16387),
     without_gradcheck(accumulate_case(20, 200, 24)),
     without_gradcheck(accumulate_case(70, 136, 33)),
+    // Many rows, but few columns or little depth.
+    without_gradcheck(linear_case({4100, 136, 24, false})),
+    without_gradcheck(linear_case({4097, 200, 80, false, 8, true})),
+    without_gradcheck(linear_case({4100, 40, 136, false})),
+    without_gradcheck(linear_case({4099, 64, 72, false, 8})),
 });
 const RegisterBenchCases kRegisterBench({
     without_gradcheck(linear_case({16384, 768, 3072, false})),
     without_gradcheck(linear_case({16384, 1536, 768, false})),
+    without_gradcheck(linear_case({16384, 1536, 80, false})),
+    without_gradcheck(linear_case({16384, 48, 1536, false})),
     decode_case(1, 768, 3072),
     decode_case(1, 1536, 80),
     decode_case(1, 48, 1536),

@@ -102,18 +102,20 @@ OpCase without_gradcheck(OpCase c) {
 
 const RegisterOpCases kRegister({
     rglru_scan_case({1, 1, 1}), rglru_scan_case({2, 5, 3}), rglru_scan_case({1, 9, 17}),
-    rglru_scan_case({3, 7, 8, true}), rglru_scan_case({2, 64, 5}),  // a full chunk
-    rglru_scan_case({2, 65, 5}),                                    // one past a chunk
-    rglru_scan_case({1, 200, 3}),                                   // several chunks
-    rglru_scan_case({3, 200, 3, true}),                             // lengths that end in any chunk
-    rglru_scan_case({2, 9, 4, false, 12.0, 20.0}),                  // a within 1e-4 of 1
-    rglru_scan_case({2, 9, 4, false, -3.0, 0.0, 2.0}),              // a far from 1, another c
-    rglru_scan_case({2, 9, 4, false, 30.0, 80.0}),                  // a rounds to 1 in float
+    rglru_scan_case({3, 7, 8, true}), rglru_scan_case({2, 8, 5}),  // a full chunk
+    rglru_scan_case({2, 64, 5}),                                   // a full tile of CUDA
+    rglru_scan_case({2, 65, 5}),                                   // one past it
+    rglru_scan_case({1, 200, 3}),                                  // several chunks
+    rglru_scan_case({3, 200, 3, true}),                            // lengths that end in any chunk
+    rglru_scan_case({2, 9, 4, false, 12.0, 20.0}),                 // a within 1e-4 of 1
+    rglru_scan_case({2, 9, 4, false, -3.0, 0.0, 2.0}),             // a far from 1, another c
+    rglru_scan_case({2, 9, 4, false, 30.0, 80.0}),                 // a rounds to 1 in float
     without_gradcheck(rglru_scan_case({2, 300, 96})),
     without_gradcheck(rglru_scan_case({3, 1100, 34, true})),
-    without_gradcheck(rglru_scan_case({1, 4500, 33})),        // time in segments
-    without_gradcheck(rglru_scan_case({97, 390, 20, true})),  // about one wave of narrow blocks
-    without_gradcheck(rglru_scan_case({70, 400, 31})),        // a few waves of thin ones
+    without_gradcheck(rglru_scan_case({2, 700, 40, true})),    // a cluster, half a tile of channels
+    without_gradcheck(rglru_scan_case({1, 4500, 33})),         // a cluster, channels that are odd
+    without_gradcheck(rglru_scan_case({97, 390, 20, true})),   // a few rounds of a cluster
+    without_gradcheck(rglru_scan_case({420, 130, 24, true})),  // sequences enough for single blocks
 });
 
 const RegisterBenchCases kRegisterBench({

@@ -19,7 +19,7 @@
 
 namespace lrnn {
 
-inline constexpr std::int64_t kRglruScanChunk = 64;
+inline constexpr std::int64_t kRglruScanChunk = 8;
 
 /// Number of chunks that a sequence is cut into.
 [[nodiscard]] constexpr std::int64_t rglru_scan_chunks(std::int64_t seqlen) {

@@ -1,0 +1,73 @@
+/// Exchange among the blocks of a cluster (sm_90 and later; nothing elsewhere).
+#pragma once
+
+#include <cstdint>
+
+#include "common/mma.cuh"
+
+namespace lrnn::cuda {
+
+/// All threads of all blocks of the cluster.
+__device__ __forceinline__ void cluster_sync() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+
+/// Counts what other blocks have sent to this one. It takes no fence, which would wait for
+/// everything that the sender has on its way to global memory.
+struct Mailbox {
+  std::uint64_t barrier;
+
+  /// By one thread, before a cluster_sync().
+  __device__ __forceinline__ void init() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(this)) : "memory");
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+  }
+  /// By one thread, once per phase.
+  __device__ __forceinline__ void expect(int bytes) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile(
+        "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(this)),
+        "r"(bytes)
+        : "memory");
+#endif
+  }
+  /// Until the bytes of the phase are there; phases alternate between 0 and 1.
+  __device__ __forceinline__ void wait(int phase) {
+#if __CUDA_ARCH__ >= 900
+    std::uint32_t done;
+    do {
+      asm volatile(
+          "{\n.reg .pred p;\n"
+          "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+          "selp.u32 %0, 1, 0, p;\n}\n"
+          : "=r"(done)
+          : "r"(shared_address(this)), "r"(phase)
+          : "memory");
+    } while (done == 0);
+#endif
+  }
+};
+
+/// Stores where block `rank` of the cluster has `to`, and counts there in `mailbox`.
+__device__ __forceinline__ void send(float2* to, Mailbox& mailbox, int rank, float2 v) {
+#if __CUDA_ARCH__ >= 900
+  std::uint32_t there;
+  std::uint32_t counter;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(to)), "r"(rank));
+  asm("mapa.shared::cluster.u32 %0, %1, %2;"
+      : "=r"(counter)
+      : "r"(shared_address(&mailbox)), "r"(rank));
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(
+          there),
+      "f"(v.x), "f"(v.y), "r"(counter)
+      : "memory");
+#endif
+}
+
+}  // namespace lrnn::cuda
