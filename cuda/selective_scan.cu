@@ -320,7 +320,7 @@ struct StepArgs {
 /// w stay in registers from construction.
 template <class T, int kN>
 struct LaneDot {
-  static constexpr int kHeld = kN > 1 ? 4 : 1;
+  static constexpr int kHeld = kN > 1 ? 2 : 1;
   const T* w;
   int count, first, step;
   Packed<T, kN> held[kHeld];

@@ -41,7 +41,7 @@ Shape chunk_shape(const SelectiveScanInputs& in, const Shape& state) {
 }
 
 // Most sequences for which CUDA projects inside the step: each reads the weight of its own accord.
-constexpr std::int64_t kFewSequences = 32;
+constexpr std::int64_t kFewSequences = 16;
 
 // The step behind a product of its own.
 void step_after_projection(Context& ctx, SelectiveScanStep a) {
