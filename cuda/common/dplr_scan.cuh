@@ -37,6 +37,7 @@ constexpr int kMaxSplitStates = 32;  // more: the matrices M^Q would not fit int
 constexpr int kColumns = 8;          // sequences or segments of a product
 constexpr std::int64_t kManyTokens = 512;  // fewer are not worth the maps of a chunk
 constexpr std::int64_t kFewBlocks = 256;
+constexpr std::int64_t kFewChunks = 48;      // one walk is shorter than what connects segments
 constexpr std::int64_t kFewThreads = 16384;  // below, one segment leaves most of a device idle
 constexpr std::int64_t kManyThreads = 65536;
 constexpr std::int64_t kMinSegmentChunks = 8;
@@ -94,6 +95,7 @@ struct Sizes {
   // Walking a segment twice pays if few sequences would leave columns of products or most of a
   // device idle.
   void cut_for_chunks() {
+    if (chunks < kFewChunks) return;
     std::int64_t wanted = 1;
     while (batch * wanted < kColumns / 2 ||
            heads * ((batch * wanted + kColumns - 1) / kColumns) < kFewBlocks)
