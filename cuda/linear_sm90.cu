@@ -5,7 +5,9 @@
 // columns of W and x through kStages buffers; each of the warpgroups multiplies 64 rows of W, the
 // left operand, by x^T. The parts of a sum are then added in the order of K through the shared
 // memory of the cluster, each block taking its share of the elements.
-// Bound by the reading of W, from 64 rows on by that of x from L2.
+// Bound by the reading of W, from 64 rows on by that of x from L2. In a chain of such products on
+// an H200 weights of 50280 x 2048 stream at 4.08 TB/s, 50277 x 768 at 3.5, 8192 x 2048 at 3.4, 2048
+// x 4096 at 2.55.
 //
 // How K is cut depends on N and K alone, so the bits of a row of y are the same beside any other
 // rows.

@@ -1,5 +1,6 @@
-/// Product of few rows with a weight, y = x W^T: one token of each sequence of a batch. The time is
-/// that of reading W, once.
+/// Product of few rows with a weight, y = x W^T: one token of each sequence of a batch. Bound by
+/// latency: a chain of such products of 0.1 to 2.4 million weights takes 1.4 to 2.3 us each for one
+/// row (H200), of which reading W, once, is at most half.
 ///
 /// A block owns kTiles groups of eight columns of y, that is, of rows of W. Its warps share K. Lane
 /// 4 g + c of a warp reads the c-th 16 of every 64 bytes of rows g, g + 8, ... of W and of x, and

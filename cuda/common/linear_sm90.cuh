@@ -21,10 +21,12 @@ inline bool applies(TensorView x, TensorView weight) {
   return addressable(x) && addressable(weight) && compute_capability() == 90;
 }
 
-/// Whether a weight is so large, or its rows so long, that even one row of x is faster here: its
-/// sizes alone decide, so that few rows and one have the same arithmetic.
+/// Whether even few rows are faster here: where the weight is large, its rows so long that a warp
+/// would read them in turns, or so short that there are few warps to hand out the sums. The sizes
+/// of the weight alone decide, so that few rows and one have the same arithmetic.
 inline bool streams(TensorView weight) {
-  return weight.numel() >= std::int64_t{1} << 22 || weight.dim(1) >= 2048;
+  const std::int64_t depth = weight.dim(1);
+  return weight.numel() >= std::int64_t{1} << 22 || depth >= 2048 || depth <= 128;
 }
 
 /// Elements of a weight that may be read once for every 64 rows.
