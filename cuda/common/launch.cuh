@@ -46,7 +46,8 @@ __device__ __forceinline__ void prefetch_to_l2(const void* p) {
 
 static __global__ void version_probe_kernel() {}
 
-/// Whether the device runs code that was compiled for sm_90 or later, in which waiting has effect.
+/// Whether the device runs code that was compiled for sm_90 or later, in which waiting has effect,
+/// and such launches can be recorded.
 inline bool kernels_wait() {
   constexpr int kKnownDevices = 64;
   static std::array<std::atomic<int>, kKnownDevices> known{};  // 0: not yet, 1: no, 2: yes
@@ -55,9 +56,13 @@ inline bool kernels_wait() {
   if (device >= kKnownDevices) return false;
   auto& answer = known[static_cast<std::size_t>(device)];
   if (answer == 0) {
+    constexpr int kRecordable = 12030;  // the first CUDA whose graphs take such launches
+    int driver = 0;
     cudaFuncAttributes attributes{};
+    LRNN_CUDA_CHECK(cudaDriverGetVersion(&driver));
     LRNN_CUDA_CHECK(cudaFuncGetAttributes(&attributes, version_probe_kernel));
-    answer = attributes.ptxVersion >= 90 && attributes.binaryVersion >= 90 ? 2 : 1;
+    const bool compiled = attributes.ptxVersion >= 90 && attributes.binaryVersion >= 90;
+    answer = compiled && CUDART_VERSION >= kRecordable && driver >= kRecordable ? 2 : 1;
   }
   return answer == 2;
 }
