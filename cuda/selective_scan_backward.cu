@@ -239,7 +239,6 @@ struct Backward {
   static constexpr int kThreads = P::kThreads;
   static constexpr int kSteps = P::kSteps;
   static constexpr int kStates = P::kStates;
-  static constexpr int kWindows = kChunk / kSteps;
 
   const BackwardArgs<T>& p;
   const Place<L>& at;
@@ -600,10 +599,9 @@ struct Backward {
     });
   }
 
-  static constexpr int kCopies = P::kLanes / P::kGroup;  // lanes with the same sums of a group
-
   /// Gradients of the channel inputs of the group of steps at j.
   __device__ __forceinline__ void finish_group(int first, int j, StateSums& sums) {
+    constexpr int kCopies = P::kLanes / P::kGroup;  // lanes with the same sums
     transpose_add<P::kGroup, P::kLanes, P::kPerWarp>(sums.y, at.part);
     transpose_add<P::kGroup, P::kLanes, P::kPerWarp>(sums.du, at.part);
     transpose_add<P::kGroup, P::kLanes, P::kPerWarp>(sums.dalpha, at.part);
@@ -700,7 +698,7 @@ struct Backward {
   /// The gradients of a window, 16 bytes at a time: all are read before they are written.
   __device__ __forceinline__ void store_wide(int first, int rows, int valid) {
     constexpr int kVec = kWide<T>;
-    constexpr int kPerRow = P::kChannels / kVec;
+    constexpr int kPerRow = (P::kChannels + kVec - 1) / kVec;
     const bool gated = p.in.z.data != nullptr;
     const std::int64_t row = at.first_row + first;
     const int column = at.tile * P::kChannels;
@@ -787,7 +785,7 @@ struct Backward {
 #pragma unroll 1
     for (int w = windows - 1; w >= 0; --w) {
       const int first = begin + w * kSteps;
-      enter<false>(first, w > 0 ? first - kSteps : begin - kChunk, w == 0 && kWindows > 1);
+      enter<false>(first, w > 0 ? first - kSteps : begin - kChunk, w == 0 && kSteps < kChunk);
       if (w == windows - 1) replay(h, w * kSteps / P::kSubTile, kSteps / P::kSubTile - 1);
       sub_tiles(first, w * kSteps / P::kSubTile);
       write_window(first);
