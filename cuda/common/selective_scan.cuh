@@ -60,13 +60,16 @@ struct Sizes {
         dstate(static_cast<int>(in.A_log.dim(1))),
         chunks(static_cast<int>(selective_scan_chunks(seqlen))),
         tiles((channels + channels_per_block - 1) / channels_per_block) {
-    // Enough warps to hide latency on any device. Two segments would only double the work.
+    // Enough warps to hide latency on any device.
     constexpr std::int64_t kTargetWarps = 1536;
-    constexpr std::int64_t kShortest = 4;  // chunks of a segment
     const std::int64_t warps = std::int64_t{batch} * tiles * warps_per_block;
-    const auto wanted = static_cast<int>(
-        std::min<std::int64_t>((kTargetWarps + warps - 1) / warps, chunks / kShortest));
-    const int per_segment = wanted < 3 ? chunks : (chunks + wanted - 1) / wanted;
+    cut((kTargetWarps + warps - 1) / warps);
+  }
+  /// Cuts time into about `wanted` segments. Two would only double the work.
+  void cut(std::int64_t wanted) {
+    constexpr std::int64_t kShortest = 4;  // chunks of a segment
+    const auto most = static_cast<int>(std::min<std::int64_t>(wanted, chunks / kShortest));
+    const int per_segment = most < 3 ? chunks : (chunks + most - 1) / most;
     segments = (chunks + per_segment - 1) / per_segment;
     segment_length = per_segment * kChunk;
   }
