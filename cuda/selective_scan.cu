@@ -790,10 +790,9 @@ __global__ __launch_bounds__(kStepThreads) void selective_scan_step_kernel(StepA
   const std::int64_t step = std::int64_t{gridDim.y} * kRows;
   StepRates<kVec> A{};
   if (owns) {
-    for (std::int64_t group = first; group < batch; group += step)
 #pragma unroll
-      for (int r = 0; r < kRows; ++r)
-        if (group + r < batch) prefetch_to_l2(state + (group + r) * state_stride + n);
+    for (int r = 0; r < kRows; ++r)
+      if (first + r < batch) prefetch_to_l2(state + (first + r) * state_stride + n);
     A.load(A_log + n, kGeneral);
   }
   const LaneDot<T, kRank> project(
@@ -864,15 +863,11 @@ void launch_step(Context& ctx, const SelectiveScanStep& a) {
     wide_rank = Operands<T>::wide(p.dt_low, p.rank) &&
                 allows_vectors(p.dt_weight, p.rank, p.rank, kWide<T>);
   }
-  // What many sequences need of HBM is asked for at once if all blocks are resident. The second
-  // dimension of a grid ends at 65535.
-  constexpr std::int64_t kResident = 512;
+  constexpr std::int64_t kMostGroups = 65535;  // of the second dimension of a grid
   const std::int64_t groups = (std::int64_t{sizes.batch} + kRows - 1) / kRows;
   const int per_block = kStepThreads >> log2_lanes;
-  const std::int64_t columns = (sizes.channels + per_block - 1) / per_block;
-  const std::int64_t most =
-      kRows > 1 ? std::max<std::int64_t>(kResident / columns, 1) : std::int64_t{65535};
-  const dim3 blocks(static_cast<unsigned>(columns), static_cast<unsigned>(std::min(groups, most)));
+  const dim3 blocks(static_cast<unsigned>((sizes.channels + per_block - 1) / per_block),
+                    static_cast<unsigned>(std::min(groups, kMostGroups)));
   visit_rule(is_general(a.in), [&]<bool kGeneral>() {
     const auto launch = [&]<int kRank>() {
       launch_overlapped(selective_scan_step_kernel<T, kVec, kRank, kRows, kGeneral>, blocks,
