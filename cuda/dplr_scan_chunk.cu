@@ -70,9 +70,8 @@ struct Column {
   }
 };
 
-template <int kStates, bool kEnds>
+template <int kTiles, bool kEnds>
 struct BlockShape {
-  static constexpr int kTiles = kMapTiles<kStates>;
   static constexpr int kFirstTile = kEnds ? kTokenTiles : 0;
   static constexpr int kWarps = kTiles - kFirstTile;  // that own rows
   static constexpr int kThreads = 32 * kWarps + kTransferThreads;
@@ -137,7 +136,7 @@ class Transfer {
     load<2>(2);
     load<3>(3);
     hand_over<0>();
-    __syncthreads();
+    meet<kBlock>();
     for (int chunk = 0; chunk < longest; chunk += kAhead) {
       step<0>(chunk);
       if (chunk + 1 < longest) step<1>(chunk + 1);
@@ -157,7 +156,7 @@ class Transfer {
     load<kSlot>(chunk + kAhead);
     if (chunk > 0) store<(kSlot + 1) % 2>(chunk - 1);
     hand_over<(kSlot + 1) % kAhead>();
-    __syncthreads();
+    meet<kBlock>();
   }
   template <int kSlot>
   __device__ __forceinline__ void load(int chunk) {
@@ -204,6 +203,7 @@ class Transfer {
   }
 
   static constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+  static constexpr int kBlock = BlockShape<kTiles, kEnds>::kThreads;
 
   Shared<kReverse, kTiles>& shared_;
   int column_;
@@ -326,24 +326,24 @@ class States {
 };
 
 // Calls step<chunk % 2>() for all chunks, with a barrier before and after each.
-template <class F>
+template <int kThreads, class F>
 __device__ __forceinline__ void for_each_chunk(int longest, F&& step) {
-  __syncthreads();
+  meet<kThreads>();
   for (int chunk = 0; chunk < longest; chunk += 2) {
     step.template operator()<0>();
-    __syncthreads();
+    meet<kThreads>();
     if (chunk + 1 == longest) break;
     step.template operator()<1>();
-    __syncthreads();
+    meet<kThreads>();
   }
 }
 
 // kEnds: step 1, which writes nothing but the last states of segments. Else step 3.
 template <class T, int kStates, bool kReverse, bool kEnds>
-__global__ __launch_bounds__(BlockShape<kStates, kEnds>::kThreads,
+__global__ __launch_bounds__(BlockShape<kMapTiles<kStates>, kEnds>::kThreads,
                              2) void dplr_scan_chunk_kernel(ChunkArgs<T> a, SegmentRange range) {
-  using Shape = BlockShape<kStates, kEnds>;
-  constexpr int kTiles = Shape::kTiles;
+  constexpr int kTiles = kMapTiles<kStates>;
+  using Shape = BlockShape<kTiles, kEnds>;
   constexpr int kExact = sizeof(T) == 2 ? kTokenTiles : 0;
   constexpr int kRows = kMapRows<kStates>;
   __shared__ Shared<kReverse, kTiles> shared;
@@ -368,7 +368,7 @@ __global__ __launch_bounds__(BlockShape<kStates, kEnds>::kThreads,
   float sum[4];
   if (tile < kTokenTiles) {
     float* const output = &shared.outputs[0][lane % 4 * 2][tile * 16 + lane / 4];
-    for_each_chunk(longest, [&]<int kParity>() {
+    for_each_chunk<Shape::kThreads>(longest, [&]<int kParity>() {
       apply_map<kTiles, kExact>(sum, map, shared.operands[kParity], lane);
 #pragma unroll
       for (int i = 0; i < 4; ++i)
@@ -379,7 +379,7 @@ __global__ __launch_bounds__(BlockShape<kStates, kEnds>::kThreads,
   States<T, kReverse, kEnds, kTiles> states(a, shared, head, tile - kTokenTiles, lane);
   states.keep();
   states.template hand_over<0>();
-  for_each_chunk(longest, [&]<int kParity>() {
+  for_each_chunk<Shape::kThreads>(longest, [&]<int kParity>() {
     apply_map<kTiles, kExact>(sum, map, shared.operands[kParity], lane);
     states.template advance<kParity>(sum);
     states.template hand_over<1 - kParity>();
@@ -394,7 +394,7 @@ void launch(Context& ctx, const ChunkArgs<T>& args) {
   const std::int64_t blocks = s.heads * ((s.batch * range.count + kColumns - 1) / kColumns);
   visit_padded_states(s.states, [&](auto states) {
     dplr_scan_chunk_kernel<T, states(), kReverse, kEnds>
-        <<<static_cast<unsigned>(blocks), BlockShape<states(), kEnds>::kThreads, 0,
+        <<<static_cast<unsigned>(blocks), BlockShape<kMapTiles<states()>, kEnds>::kThreads, 0,
            ctx.stream().handle>>>(args, range);
   });
   LRNN_CUDA_CHECK_LAUNCH();

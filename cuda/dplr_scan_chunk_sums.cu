@@ -488,10 +488,10 @@ __global__ __launch_bounds__(kThreads, 1) void dplr_chunk_sum_kernel(KernelArgs<
   // In step i group i + 1 is loaded, i mapped and i - 1 summed.
   if (warp < kMapWarps) {
     const ProductRows<kStates> map(shared.maps, warp, lane);
-    __syncthreads();
+    meet<kThreads>();
     for (int i = 0; i <= groups.count; ++i) {
       if (i < groups.count) map.apply(shared.operands[i % kStages]);
-      __syncthreads();
+      meet<kThreads>();
     }
   } else if (warp < kMapWarps + kSumWarps) {
     constexpr int kStateTiles = 2 * kStates / 16;
@@ -510,7 +510,7 @@ __global__ __launch_bounds__(kThreads, 1) void dplr_chunk_sum_kernel(KernelArgs<
     const int second_right = of_x ? R::kR : R::kS;
     const int lag_left = (own / 4 == 0 ? R::kU : R::kS) + own / 2 % 2 * 16;
     const int lag_right = own % 2 == 0 ? R::kG : R::kR;
-    __syncthreads();
+    meet<kThreads>();
     for (int i = 0; i <= groups.count; ++i) {
       if (i > 0) {
         const auto& operand = shared.operands[(i - 1) % kStages];
@@ -522,22 +522,22 @@ __global__ __launch_bounds__(kThreads, 1) void dplr_chunk_sum_kernel(KernelArgs<
           lags.flush(lag_totals, lane, overwrite);
         }
       }
-      __syncthreads();
+      meet<kThreads>();
     }
   } else {
     Loader<T, kStates> loader(groups, head, warp - kMapWarps - kSumWarps, lane);
     loader.template load<0>(0);
     loader.template load<1>(1);
     loader.template hand_over<0>(shared.operands[0]);
-    __syncthreads();
+    meet<kThreads>();
     for (int i = 0; i <= groups.count; i += 2) {
       loader.template load<0>(i + 2);
       loader.template hand_over<1>(shared.operands[(i + 1) % kStages]);
-      __syncthreads();
+      meet<kThreads>();
       if (i == groups.count) break;
       loader.template load<1>(i + 3);
       loader.template hand_over<0>(shared.operands[(i + 2) % kStages]);
-      __syncthreads();
+      meet<kThreads>();
     }
     loader.finish(shared.a_conj_x[warp - kMapWarps - kSumWarps]);
   }

@@ -864,7 +864,7 @@ __global__ __launch_bounds__(P::kThreads,
                                 block.g);
   const int last = (at.stop - 1) / kChunk * kChunk;
   const int windows = block.windows_of(last);
-  if (threadIdx.x == 0) block.s.added.init(P::kWarps);  // enter() follows
+  if (threadIdx.x == 0) block.s.added.init(P::kThreads);  // enter() follows
   if constexpr (kEnds)
     block.request_first(last + (windows - 1) * P::kSteps, false);
   else

@@ -64,6 +64,13 @@ Tensor make_segment_powers(Context& ctx, const Sizes& s, const ChunkTable& table
 /// then real, then imaginary parts.
 Tensor make_product_maps(Context& ctx, const Sizes& s, const Parameters& parameters);
 
+/// A barrier of all kThreads threads of a block whose warps reach it at different places of the
+/// code, which __syncthreads() does not allow.
+template <int kThreads>
+__device__ __forceinline__ void meet() {
+  asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory");
+}
+
 /// Three bfloat16 whose sum is x, of two numbers each, the first in the low half.
 struct Split {
   std::uint32_t part[3];

@@ -1,4 +1,4 @@
-/// A barrier of the warps of a block in two parts: what a warp does between arrive() and wait()
+/// A barrier of the threads of a block in two parts: what a warp does between arrive() and wait()
 /// hides the time that the others need.
 #pragma once
 
@@ -13,22 +13,20 @@ struct SplitBarrier {
     return static_cast<std::uint32_t>(__cvta_generic_to_shared(&bits));
   }
   /// By one thread, before a barrier of the block.
-  __device__ void init(int warps) {
+  __device__ void init(int threads) {
 #if __CUDA_ARCH__ >= 800
-    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(address()), "r"(warps) : "memory");
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(address()), "r"(threads) : "memory");
 #endif
   }
-  /// By all threads. Ends turn 0, 1, .. of the calling warp.
+  /// By all threads. Ends turn 0, 1, .. of the calling thread.
   __device__ __forceinline__ void arrive() {
 #if __CUDA_ARCH__ >= 800
-    __syncwarp();
-    if (threadIdx.x % 32 == 0)
-      asm volatile(
-          "{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(address())
-          : "memory");
+    asm volatile(
+        "{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(address())
+        : "memory");
 #endif
   }
-  /// Waits until all warps have ended `turn`, the last one that the calling warp has ended.
+  /// Waits until all threads have ended `turn`, the last one that the calling thread has ended.
   __device__ __forceinline__ void wait(unsigned turn) {
 #if __CUDA_ARCH__ >= 800
     asm volatile(
