@@ -65,7 +65,8 @@ Tensor make_segment_powers(Context& ctx, const Sizes& s, const ChunkTable& table
 Tensor make_product_maps(Context& ctx, const Sizes& s, const Parameters& parameters);
 
 /// A barrier of all kThreads threads of a block whose warps reach it at different places of the
-/// code, which __syncthreads() does not allow.
+/// code, which __syncthreads() does not allow. PTX asks of bar.sync that all threads of a warp reach
+/// the same one; synccheck asks it of the block, and reports these.
 template <int kThreads>
 __device__ __forceinline__ void meet() {
   asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory");
