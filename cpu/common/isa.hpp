@@ -21,6 +21,11 @@
 #else
 #define LRNN_X86_TARGETS 0
 #endif
+#ifdef __has_feature
+#define LRNN_SANITIZED __has_feature(address_sanitizer)
+#else
+#define LRNN_SANITIZED 0
+#endif
 #define LRNN_PRAGMA(x) _Pragma(#x)
 #ifdef __clang__
 #define LRNN_BEGIN_TARGET(isa) \
@@ -32,7 +37,13 @@
 #define LRNN_END_TARGET LRNN_PRAGMA(GCC pop_options)
 #define LRNN_UNROLL LRNN_PRAGMA(GCC unroll 8)
 #endif
+#if LRNN_SANITIZED  // what checks every access of an unrolled kernel compiles for many minutes
+#undef LRNN_UNROLL
+#define LRNN_UNROLL
+#define LRNN_INLINE inline
+#else
 #define LRNN_INLINE __attribute__((always_inline)) inline
+#endif
 /// A few vectors in turn, as many as the `count` of the function.
 #define LRNN_EACH LRNN_UNROLL for (int j = 0; j < count; ++j)
 
