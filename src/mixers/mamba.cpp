@@ -200,6 +200,10 @@ void Mamba::do_backward(Context& ctx, MixerSaved& base, const MixerBackward& arg
       args.dstate_out != nullptr ? &state_as<State>(*args.dstate_out) : nullptr;
   State* const dstate_in = args.dstate_in != nullptr ? &state_as<State>(*args.dstate_in) : nullptr;
 
+  // First, so that y is gone before the rest is there.
+  Tensor dy = ctx.empty(inner, dtype);
+  out_proj_.backward(ctx, args.dy, saved.y, dy);
+  saved.y = Tensor();
   Tensor dxz = ctx.empty(saved.xz.shape(), dtype);
   // The gradient of the convolution's input takes the place of its output, which it does not read.
   const MutableTensorView u = dxz.view().slice(2, 0, inner_);
@@ -210,10 +214,6 @@ void Mamba::do_backward(Context& ctx, MixerSaved& base, const MixerBackward& arg
   SelectiveScanInputs in = scan_inputs(u, dt, saved.xz, saved.x_dbl, saved.integration_timesteps);
   in.lengths = saved.lengths;
   if (saved.state_in != nullptr) in.state_in = saved.state_in->lrnn_state;
-
-  Tensor dy = ctx.empty(inner, dtype);
-  out_proj_.backward(ctx, args.dy, saved.y, dy);
-  saved.y = Tensor();
 
   Tensor dx_dbl = ctx.empty(saved.x_dbl.shape(), dtype);
   Tensor& du = dy;  // in the place of what the scan reads last there

@@ -148,8 +148,13 @@ struct LRNNLMHeadModel::Inputs {
 
 struct LRNNLMHeadModel::Saved {
   Inputs inputs;
+  std::int64_t recompute_blocks = 0;
   std::vector<BlockSaved> blocks;
   AddNormOutput norm_f;
+
+  [[nodiscard]] bool runs_again(std::size_t block) const noexcept {
+    return static_cast<std::int64_t>(block) < recompute_blocks;
+  }
 };
 
 LRNNLMHeadModel::LRNNLMHeadModel(const Device& device, LRNNLMHeadConfig config)
@@ -247,6 +252,9 @@ LRNNLMHeadModel::Inputs LRNNLMHeadModel::prepare(Context& ctx, const char* op, T
              input_ids.shape());
   LRNN_CHECK(options.num_last_tokens >= 0 && options.num_last_tokens <= seqlen, InvalidArgument, op,
              ": num_last_tokens: expected 0..", seqlen, ", got ", options.num_last_tokens);
+  LRNN_CHECK(options.recompute_blocks >= 0 && options.recompute_blocks <= config_.n_layer,
+             InvalidArgument, op, ": recompute_blocks: expected 0..", config_.n_layer, ", got ",
+             options.recompute_blocks);
   in.ids = checked_integers(ctx, op, "input_ids", input_ids, {batch, seqlen},
                             {0, config_.vocab_size - 1}, options.validate, in.owned_ids);
   if (options.lengths)
@@ -318,11 +326,16 @@ EncoderOutput LRNNLMHeadModel::hidden_states(Context& ctx, const Inputs& inputs,
                            .position_ids = inputs.positions,
                            .lengths = inputs.lengths};
   BlockSaved last;
+  Tensor carried;  // a residual that its block does not keep
   for (std::size_t i = 0; i < blocks_.size(); ++i) {
     BlockSaved block;
     block_inputs.state = inputs.cache != nullptr ? &inputs.cache->state(i) : nullptr;
     hidden = blocks_[i].forward(ctx, std::move(hidden), block_inputs, block, keep);
     block_inputs.residual = block.residual();
+    if (keep && saved->runs_again(i)) {
+      carried = block.keep_first_norm();
+      if (carried) block_inputs.residual = carried;
+    }
     layer_outputs.collect(ctx, i, hidden, block_inputs.residual);
     if (keep)
       saved->blocks.push_back(std::move(block));
@@ -478,6 +491,7 @@ Tensor LRNNLMHeadModel::loss_and_backward(Context& ctx, TensorView input_ids, Te
   constexpr const char* op = "LRNNLMHeadModel::loss_and_backward";
   Saved saved;
   saved.inputs = prepare_with_targets(ctx, op, input_ids, targets, options);
+  saved.recompute_blocks = options.recompute_blocks;
   parameters_->enable_grad(ctx);
   Tensor loss;
   Tensor dx;
@@ -494,9 +508,14 @@ Tensor LRNNLMHeadModel::loss_and_backward(Context& ctx, TensorView input_ids, Te
 
 void LRNNLMHeadModel::backward_blocks(Context& ctx, Saved& saved, AddNormGradients gradients) {
   saved.norm_f = {};
-  for (std::size_t i = blocks_.size(); i-- > 0;)
+  const BlockInputs block_inputs{.integration_timesteps = saved.inputs.tau,
+                                 .position_ids = saved.inputs.positions,
+                                 .lengths = saved.inputs.lengths};
+  for (std::size_t i = blocks_.size(); i-- > 0;) {
+    if (saved.runs_again(i)) blocks_[i].run_again(ctx, block_inputs, saved.blocks[i]);
     gradients =
         blocks_[i].backward(ctx, std::move(saved.blocks[i]), gradients.dx, gradients.residual());
+  }
   embedding_backward(ctx,
                      {.ids = saved.inputs.ids, .dy = gradients.dx, .dweight = embedding_->grad});
 }
@@ -510,6 +529,7 @@ LRNNLMHeadModel::Encoding LRNNLMHeadModel::encode_for_backward(Context& ctx, Ten
   Encoding out;
   out.saved_ = std::make_shared<Saved>();
   out.saved_->inputs = prepare(ctx, op, input_ids, options);
+  out.saved_->recompute_blocks = options.recompute_blocks;
   // The embedding's gradient needs the ids long after the caller may have let go of them.
   if (!out.saved_->inputs.owned_ids) {
     out.saved_->inputs.owned_ids = ctx.clone(out.saved_->inputs.ids);

@@ -2,6 +2,14 @@
 
 namespace lrnn {
 
+Tensor BlockSaved::keep_first_norm() {
+  Tensor residual = std::move(norm2.residual);
+  mixer.reset();
+  norm2 = {};
+  mlp = {};
+  return residual;
+}
+
 Block::Block(const BlockOptions& options, const ParameterScope& scope)
     : norm_(scope / "norm", options.mixer_build.d_model, options.norm),
       mixer_(make_mixer(options.mixer_type, options.mixer_kwargs, options.mixer_build,
@@ -20,6 +28,15 @@ Tensor Block::forward(Context& ctx, Tensor hidden, const BlockInputs& inputs, Bl
                       bool keep_for_backward) const {
   saved.norm =
       norm_.forward(ctx, std::move(hidden), inputs.residual, residual_dtype_, keep_for_backward);
+  return mix(ctx, inputs, saved, keep_for_backward);
+}
+
+void Block::run_again(Context& ctx, const BlockInputs& inputs, BlockSaved& saved) const {
+  static_cast<void>(mix(ctx, inputs, saved, true));
+}
+
+Tensor Block::mix(Context& ctx, const BlockInputs& inputs, BlockSaved& saved,
+                  bool keep_for_backward) const {
   Tensor mixed = ctx.empty(saved.norm.y.shape(), saved.norm.y.dtype());
   saved.mixer = mixer_->forward(ctx,
                                 {.x = saved.norm.y,

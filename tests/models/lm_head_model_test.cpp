@@ -134,6 +134,49 @@ TEST_F(Model, GradientsWithTimestepsMatchDifferenceQuotients) {
                                 {.integration_timesteps = tau});
 }
 
+// Whatever blocks run again: the same loss, the same bits of every gradient, and less memory.
+void expect_recomputing_changes_no_bit(Context& ctx, const LRNNLMHeadConfig& config, DType dtype) {
+  LRNNLMHeadModel model(ctx, config, {.dtype = dtype, .seed = 7});
+  std::vector<std::int32_t> tokens;
+  for (std::int32_t i = 0; i < 600; ++i) tokens.push_back(i * i % 19);
+  const Tensor input = ctx.from_host<std::int32_t>({2, 300}, tokens);
+  const Tensor valid = ctx.from_host<std::int32_t>({2}, std::vector<std::int32_t>{300, 141});
+  const auto run = [&](std::int64_t blocks, std::size_t& peak) {
+    StatisticsResource memory(ctx.memory());
+    const Context::MemoryScope scope(ctx, memory);
+    model.parameters().enable_grad(ctx);
+    model.parameters().zero_grad(ctx);
+    memory.reset_peak();
+    std::vector<Doubles> all = {ctx.to_host_as_double(model.loss_and_backward(
+        ctx, input, input, {.lengths = valid, .recompute_blocks = blocks}))};
+    peak = memory.stats().peak_bytes_in_use;
+    for (const Parameter& p : model.parameters()) all.push_back(ctx.to_host_as_double(p.grad));
+    return all;
+  };
+  std::size_t all_kept = 0;
+  const auto want = run(0, all_kept);
+  for (const std::int64_t blocks : {1, 2, 4}) {
+    std::size_t peak = 0;
+    EXPECT_EQ(run(blocks, peak), want) << blocks;
+    EXPECT_LT(peak, all_kept) << blocks;
+  }
+}
+
+TEST_F(Model, RecomputingBlocksChangesNoBit) {
+  for (const bool rms : {true, false}) {
+    LRNNLMHeadConfig config = small_config({Mamba, LRU, Attn, S4});
+    config.rms_norm = rms;
+    expect_recomputing_changes_no_bit(ctx_, config, DType::float32);
+  }
+}
+
+TEST_F(Model, CudaRecomputingBlocksChangesNoBit) {
+  if (Context::cuda_device_count() == 0) GTEST_SKIP() << "no CUDA device";
+  Context cuda = Context::cuda();
+  for (const DType dtype : {DType::float32, DType::bfloat16})
+    expect_recomputing_changes_no_bit(cuda, small_config({Mamba, LRU, Attn, S4}), dtype);
+}
+
 TEST_F(Model, GradientsAccumulate) {
   auto model = make(small_config());
   (void)model.loss_and_backward(ctx_, ids(2, 5), ids(2, 5, 2));
@@ -594,6 +637,11 @@ TEST_F(Model, RefusesBadOperands) {
     for (const char* part : parts) EXPECT_NE(message.find(part), std::string::npos) << message;
   };
   expect(forward(matrix(19)), {"input_ids", "0..18", "19", "element 1"});
+  for (const std::int64_t blocks : {-1, 3})
+    expect(error_of([&] {
+             (void)trainable.loss_and_backward(ctx_, input, input, {.recompute_blocks = blocks});
+           }),
+           {"recompute_blocks", "0..2", std::to_string(blocks).c_str()});
   expect(forward(matrix(-1)), {"input_ids", "-1"});
   expect(forward(lengths({1})), {"input_ids", "rank"});
   expect(forward(ctx_.empty({1, 0}, DType::int32)), {"input_ids"});
