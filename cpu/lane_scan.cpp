@@ -330,6 +330,7 @@ class BackwardBlock {
         dy_(channels_ * kChunk),
         da_(model_.a.size()),
         dW_(model_.weights.size()),
+        sums_(da_.size() + dW_.size()),
         skip_(channels_),
         dskip_(channels_) {
     for (std::size_t c = 0; c < channels_ && problem.skip != nullptr; ++c)
@@ -349,6 +350,7 @@ class BackwardBlock {
       store_chunk(begin, first);
     }
     store_states(problem_, args_.dstate_in, b_, block_, carries);
+    write_partial();
     for (std::size_t c = 0; c < channels_ && problem_.groups == 1; ++c)
       store(partial_.skip.data() + static_cast<std::int64_t>(c) * problem_.lanes + block_.lane, 1,
             block_.count, dskip_[c]);
@@ -395,12 +397,8 @@ class BackwardBlock {
       for (std::size_t m = 0; m < carries.size(); ++m) substate(m, before[m], carries[m]);
     for (std::size_t m = 0; m < model_.gaps.size(); ++m)
       add(carries[m], times_conj(entering[m], model_.gaps[m]));
-    for (std::size_t m = 0; m < da_.size(); ++m) {
-      add_partial(0, static_cast<std::int64_t>(m), da_[m]);
-      for (std::size_t c = 0; c < channels_; ++c)
-        add_partial(2 + 2 * static_cast<std::int64_t>(c), static_cast<std::int64_t>(m),
-                    dW_[c * da_.size() + m]);
-    }
+    for (std::size_t i = 0; i < da_.size(); ++i) add(sums_[i], da_[i]);
+    for (std::size_t i = 0; i < dW_.size(); ++i) add(sums_[da_.size() + i], dW_[i]);
   }
 
   void substate(std::size_t m, Pair<T> x, Pair<T>& carry) {
@@ -436,14 +434,20 @@ class BackwardBlock {
     }
   }
 
-  void add_partial(std::int64_t row, std::int64_t m, const Pair<T>& value) const {
-    double* const out =
-        partial_.planes.data() + row * problem_.plane() + block_.lane * problem_.substates + m;
-    for (std::int64_t i = 0; i < block_.count; ++i) {
-      const auto k = static_cast<std::size_t>(i);
-      out[i * problem_.substates] += static_cast<double>(value.re[k]);
-      out[problem_.plane() + i * problem_.substates] += static_cast<double>(value.im[k]);
-    }
+  // Those of a are row 0 of the planes, those of the weights of channel c row 2 + 2 c.
+  void write_partial() const {
+    for (std::size_t row = 0; row <= channels_; ++row)
+      for (std::size_t m = 0; m < da_.size(); ++m) {
+        const Pair<double>& sum = sums_[row * da_.size() + m];
+        double* const out = partial_.planes.data() +
+                            (2 * static_cast<std::int64_t>(row) * problem_.lanes + block_.lane) *
+                                problem_.substates +
+                            static_cast<std::int64_t>(m);
+        for (std::int64_t i = 0; i < block_.count; ++i) {
+          out[i * problem_.substates] = sum.re[static_cast<std::size_t>(i)];
+          out[problem_.plane() + i * problem_.substates] = sum.im[static_cast<std::size_t>(i)];
+        }
+      }
   }
 
   void store_chunk(std::int64_t begin, bool first) {
@@ -482,6 +486,7 @@ class BackwardBlock {
   std::vector<Lanes<T>> dy_;                // [C, chunk]
   std::vector<Pair<T>> da_;                 // of the chunk, [M]
   std::vector<Pair<T>> dW_;                 // of the chunk, [C, M]
+  std::vector<Pair<double>> sums_;          // of all chunks, [1 + C, M]
   std::array<Pair<T>, kChunk + 1> states_;  // of a sub-state
   std::vector<Lanes<T>> skip_;
   std::vector<Lanes<double>> dskip_;
