@@ -4,7 +4,8 @@
 // share are added up afterwards, state by state, where they stay in registers.
 namespace LRNN_ISA {
 
-constexpr int kStates = kMost;
+constexpr int kSums = kMost;
+constexpr int kStates = kLanes == 16 ? 4 : 2;  // three complex numbers of each in registers
 constexpr std::int64_t kHistory = (kChunk + 1) * 2 * kLanes;
 
 struct Complex {
@@ -52,8 +53,8 @@ LRNN_INLINE void store_each(const States& x, std::int64_t n, const Complex* from
 // Adds real and imaginary products of states n, .. to sums.
 LRNN_INLINE void add_products(const float* p, const States& q, std::int64_t n, Complex* sums,
                               const int count) {
-  Complex a[kStates];
-  Complex b[kStates];
+  Complex a[kSums];
+  Complex b[kSums];
   load_each(p + n * kPair, kPair, kPlane, a, count);
   load_each(q, n, b, count);
   LRNN_EACH {
@@ -63,11 +64,11 @@ LRNN_INLINE void add_products(const float* p, const States& q, std::int64_t n, C
 }
 // The sums over n of Re p Re q and of Im p Im q.
 LRNN_INLINE Complex products(const float* p, const States& q, std::int64_t states) {
-  Complex sums[kStates] = {};
+  Complex sums[kSums] = {};
   std::int64_t n = 0;
-  for (; n + kStates <= states; n += kStates) add_products(p, q, n, sums, kStates);
+  for (; n + kSums <= states; n += kSums) add_products(p, q, n, sums, kSums);
   for (; n < states; ++n) add_products(p, q, n, sums, 1);
-  constexpr int count = kStates - 1;
+  constexpr int count = kSums - 1;
   LRNN_EACH {
     sums[0].re += sums[j + 1].re;
     sums[0].im += sums[j + 1].im;
