@@ -88,18 +88,16 @@ struct Window {
   alignas(16) T z[P::kSteps][P::kChannels];   // then dz
 };
 
-/// With two windows in shared memory, one is loaded while the other is worked on.
-template <class T, class P>
-constexpr int kWindowsHeld = std::is_same_v<T, float> ? 1 : P::kWindowsHeld;
-
 template <class T, class P, bool kGeneral>
 struct BackwardShared {
-  Window<T, P> window[kWindowsHeld<T, P>];
+  Window<T, P> window[P::kWindowsHeld];  // of two, one is loaded while the other is worked on
   alignas(16) T dy[P::kSteps][P::kChannels];
   alignas(16) T raw_B[P::kSteps][P::kN];
   alignas(16) T raw_C[P::kSteps][P::kN];
   Drive drive[P::kSteps][P::kChannels];
-  alignas(16) float dz_of_y[P::kSteps][P::kChannels];  // dz divided by y before the gate
+  // dz divided by y before the gate; if T is float, in the place of z.
+  static constexpr bool kInPlaceOfZ = std::is_same_v<T, float>;
+  float dz_of_y[kInPlaceOfZ ? 1 : P::kSteps][kInPlaceOfZ ? 1 : P::kChannels];
   alignas(16) float states[kChunk / P::kSubTile][P::kThreads][P::kStates];
   alignas(16) float sums[P::kSumsHeld][P::kParts * P::kSumsPart - P::kSumsPad];
   SplitBarrier added;
@@ -293,7 +291,7 @@ struct Backward {
                                         p.in.sizes.dstate, p.in.wide_states);
   }
 
-  static constexpr int kHeld = kWindowsHeld<T, P>;
+  static constexpr int kHeld = P::kWindowsHeld;
 
   /// Begins to load a window. `replay`: only what the states need; otherwise all, and step 1 what g
   /// needs.
@@ -378,7 +376,7 @@ struct Backward {
             const float gate = gate_of(z[k][i]);
             const float through = dy[k][i] * gate;
             if constexpr (!kEnds)
-              s.dz_of_y[row + k * kTurnRows][column + i] =
+              dz_of_y(row + k * kTurnRows, column + i) =
                   through * fmaf(z[k][i], 1.0F - gate, 1.0F);
             dy[k][i] = through * z[k][i];
           }
@@ -430,6 +428,13 @@ struct Backward {
       return s.raw_C[j];
     else
       return s.C + j * P::kN;
+  }
+
+  __device__ __forceinline__ float& dz_of_y(int j, int channel) const {
+    if constexpr (Shared::kInPlaceOfZ)
+      return window->z[j][channel];
+    else
+      return s.dz_of_y[j][channel];
   }
 
   __device__ __forceinline__ float multiplier(int j, int i, float delta) const {
