@@ -88,9 +88,13 @@ struct Window {
   alignas(16) T z[P::kSteps][P::kChannels];   // then dz
 };
 
+/// With two windows in shared memory, one is loaded while the other is worked on.
+template <class T, class P>
+constexpr int kWindowsHeld = std::is_same_v<T, float> ? 1 : P::kWindowsHeld;
+
 template <class T, class P, bool kGeneral>
 struct BackwardShared {
-  Window<T, P> window[P::kWindowsHeld];  // of two, one is loaded while the other is worked on
+  Window<T, P> window[kWindowsHeld<T, P>];
   alignas(16) T dy[P::kSteps][P::kChannels];
   alignas(16) T raw_B[P::kSteps][P::kN];
   alignas(16) T raw_C[P::kSteps][P::kN];
@@ -291,7 +295,7 @@ struct Backward {
                                         p.in.sizes.dstate, p.in.wide_states);
   }
 
-  static constexpr int kHeld = P::kWindowsHeld;
+  static constexpr int kHeld = kWindowsHeld<T, P>;
 
   /// Begins to load a window. `replay`: only what the states need; otherwise all, and step 1 what g
   /// needs.
