@@ -21,21 +21,20 @@ namespace selective {
 namespace {
 
 /// How the backward pass splits a chunk: kSteps per staged window, kSubTile steps whose states are
-/// in registers, kGroup steps whose sums over states are added at once, kAdded steps per addition
-/// of the parts of dB and dC (a turn), kBlocks blocks per multiprocessor to leave registers for,
-/// kWindowsHeld windows in shared memory, kAhead multipliers of a sub-tile computed during the one
-/// before.
-template <class L, int kSteps_, int kSubTile_, int kGroup_, int kAdded_, int kBlocks_,
-          int kWindowsHeld_, int kAhead_>
+/// in registers and whose sums over states are added at once, kAdded steps per addition of the
+/// parts of dB and dC (a turn), kBlocks blocks per multiprocessor to leave registers for,
+/// kWindowsHeld windows in shared memory; kAhead: whether the multipliers of a sub-tile are computed
+/// during the one before.
+template <class L, int kSteps_, int kSubTile_, int kAdded_, int kBlocks_, int kWindowsHeld_,
+          bool kAhead_>
 struct Plan : L {
   using Base = L;
   static constexpr int kSteps = kSteps_;
   static constexpr int kSubTile = kSubTile_;
-  static constexpr int kGroup = kGroup_;
   static constexpr int kAdded = kAdded_;
   static constexpr int kBlocks = kBlocks_;
   static constexpr int kWindowsHeld = kWindowsHeld_;
-  static constexpr int kAhead = kAhead_;
+  static constexpr bool kAhead = kAhead_;
   static constexpr int kSums = 2 * L::kN;           // dB and dC of one step
   static constexpr bool kQuads = L::kPerWarp >= 4;  // whether a quad holds four channels
   static constexpr int kParts = kQuads ? L::kChannels / 4 : L::kWarps;  // of each sum of a block
@@ -45,17 +44,14 @@ struct Plan : L {
   static constexpr int kSumsPart = kAdded * kSumsRow + kSumsPad;
   // With two sets of parts, one is added while the other is written.
   static constexpr int kSumsHeld = kQuads ? 2 : 1;
-  static_assert(kSteps % kAdded == 0 && kAdded % kGroup == 0 && kSubTile % kGroup == 0 &&
-                L::kLanes >= kGroup && kGroup % kQuadTurns == 0);
+  static_assert(kSteps % kAdded == 0 && kAdded % kSubTile == 0 && L::kLanes >= kSubTile &&
+                kSubTile % kQuadTurns == 0);
 };
 
-/// What prepare() leaves of a channel and a step.
-struct alignas(16) Drive {
-  float delta;
-  float input;  // delta u; general: u
-  float dy;     // times the gate
-  float slope;  // of delta over dt
-};
+/// What is prepared of the channels, four steps of a channel side by side: a thread reads those of
+/// its channel at once, and lanes that finish one step each meet different banks.
+template <class P>
+using PerStep = float[P::kSteps / 4][P::kChannels][4];
 
 /// load_tile() with addresses relative to the corner of the tile.
 template <int kRows, int kWidth, int kThreads, class T>
@@ -98,10 +94,11 @@ struct BackwardShared {
   alignas(16) T dy[P::kSteps][P::kChannels];
   alignas(16) T raw_B[P::kSteps][P::kN];
   alignas(16) T raw_C[P::kSteps][P::kN];
-  Drive drive[P::kSteps][P::kChannels];
-  // dz divided by y before the gate; if T is float, in the place of z.
-  static constexpr bool kInPlaceOfZ = std::is_same_v<T, float>;
-  float dz_of_y[kInPlaceOfZ ? 1 : P::kSteps][kInPlaceOfZ ? 1 : P::kChannels];
+  alignas(16) PerStep<P> delta;
+  alignas(16) PerStep<P> input;  // delta u; general: u
+  alignas(16) PerStep<P> dy_gated;
+  alignas(16) PerStep<P> slope;    // of delta over dt
+  alignas(16) PerStep<P> dz_of_y;  // dz divided by y before the gate
   alignas(16) float states[kChunk / P::kSubTile][P::kThreads][P::kStates];
   alignas(16) float sums[P::kSumsHeld][P::kParts * P::kSumsPart - P::kSumsPad];
   SplitBarrier added;
@@ -258,23 +255,27 @@ struct Backward {
   float drate = 0.0F;
   float D;
   float rate = 0.0F;
-  // Of the pair of channels of the calling thread while a window is prepared.
-  float pair_bias[2];
-  float pair_rate[2] = {};
+  // Of a sub-tile, the lanes of a channel finish one step each: its place beside the first step, in
+  // a tile of channels and in what is per step.
+  static constexpr int kCopies = P::kLanes / P::kSubTile;  // lanes with the same step
+  int finished;
+  int finished_step;
+  // Of the channel of the calling thread while a window is prepared.
+  float prepared_bias = 0.0F;
+  float prepared_rate = 0.0F;
 
   __device__ Backward(const BackwardArgs<T>& args, const Place<L>& place, Shared& shared)
       : p(args), at(place), s(shared), window(shared.window) {
+    const int step = at.part / kCopies;
+    finished = step * P::kChannels + at.local;
+    finished_step = step / 4 * P::kChannels * 4 + at.local * 4 + step % 4;
     const Operands<T>& in = p.in;
     read_A<L>(in.A_log, at, in.sizes.dstate, kGeneral ? 1.0F : kLog2e, A);
     D = in.D != nullptr && at.active ? in.D[at.channel] : 0.0F;
     if (kGeneral && in.tau != nullptr) rate = at.active ? softplus(in.dtA_bias[at.channel]) : 0.0F;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int channel = at.tile * P::kChannels + pair_column() + i;
-      const bool exists = channel < in.sizes.channels;
-      pair_bias[i] = exists ? in.dt_bias[channel] : 0.0F;
-      if (kGeneral && in.tau != nullptr)
-        pair_rate[i] = exists ? softplus(in.dtA_bias[channel]) : 0.0F;
+    if (const int channel = at.tile * P::kChannels + prepared(); channel < in.sizes.channels) {
+      prepared_bias = in.dt_bias[channel];
+      if (kGeneral && in.tau != nullptr) prepared_rate = softplus(in.dtA_bias[channel]);
     }
     for (float& v : product) v = 1.0F;
   }
@@ -334,90 +335,93 @@ struct Backward {
     }
   }
 
-  // A window is prepared by pairs of channels, in turns of kTurnRows steps.
-  static constexpr int kPairs = P::kChannels / 2;
-  static constexpr int kTurnRows = kThreads / kPairs;
-  static constexpr int kTurns = kTurnRows < kSteps ? kSteps / kTurnRows : 1;
-  static_assert(P::kChannels % 2 == 0 && kThreads % kPairs == 0 &&
-                (kTurnRows >= kSteps || kSteps % kTurnRows == 0));
-  static __device__ int pair_column() { return static_cast<int>(threadIdx.x) % kPairs * 2; }
+  // A window is prepared by four steps of a channel, in kTurns turns.
+  static constexpr int kFours = kSteps / 4 * P::kChannels;
+  static constexpr int kTurns = kFours > kThreads ? kFours / kThreads : 1;
+  static constexpr int kTurnFours = kThreads / P::kChannels;
+  static_assert(kThreads % P::kChannels == 0 && (kFours < kThreads || kFours % kThreads == 0));
+  static __device__ int prepared() { return static_cast<int>(threadIdx.x) % P::kChannels; }
 
-  /// Fills drive, alpha, B and C. All of a thread is read before it writes, so that its chains of
-  /// special functions overlap.
+  /// Fills what is per step, alpha, B and C. All of a thread is read before it writes, so that its
+  /// chains of special functions overlap.
   template <bool kReplay>
   __device__ __forceinline__ void prepare(int first) {
-    const int row = static_cast<int>(threadIdx.x) / kPairs;
-    if (kTurnRows <= kSteps || row < kSteps) prepare_pairs<kReplay>(first, row);
+    if (const auto thread = static_cast<int>(threadIdx.x); kFours >= kThreads || thread < kFours)
+      prepare_fours<kReplay>(first, thread / P::kChannels);
     if constexpr (!std::is_same_v<T, float>) {
       if constexpr (!kEnds) widen_tile<kSteps * P::kN, kThreads>(s.raw_B[0], s.B);
       if constexpr (!kReplay) widen_tile<kSteps * P::kN, kThreads>(s.raw_C[0], s.C);
     }
   }
   template <bool kReplay>
-  __device__ __forceinline__ void prepare_pairs(int first, int row) {
+  __device__ __forceinline__ void prepare_fours(int first, int four) {
     const bool gated = p.in.z.data != nullptr;
-    const int column = pair_column();
-    float dt[kTurns][2];
-    float u[kTurns][2] = {};
-    float dy[kTurns][2];
-    float z[kTurns][2];
-#pragma unroll
-    for (int k = 0; k < kTurns; ++k) {
-      const int j = row + k * kTurnRows;
-      load_vec<T, 2>(&window->dt[j][column], dt[k]);
-      if constexpr (!kEnds) load_vec<T, 2>(&window->u[j][column], u[k]);
-      if constexpr (!kReplay) {
-        load_vec<T, 2>(&s.dy[j][column], dy[k]);
-        if (gated) load_vec<T, 2>(&window->z[j][column], z[k]);
-      }
-    }
-    if constexpr (!kReplay) {
-      if (gated) {
-#pragma unroll
-        for (int k = 0; k < kTurns; ++k)
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            const float gate = gate_of(z[k][i]);
-            const float through = dy[k][i] * gate;
-            if constexpr (!kEnds)
-              dz_of_y(row + k * kTurnRows, column + i) =
-                  through * fmaf(z[k][i], 1.0F - gate, 1.0F);
-            dy[k][i] = through * z[k][i];
-          }
-      }
-    }
+    const int c = prepared();
+    float dt[kTurns][4];
+    float u[kTurns][4] = {};
+    float dy[kTurns][4];
+    float z[kTurns][4];
 #pragma unroll
     for (int k = 0; k < kTurns; ++k) {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        Drive d;
-        d.delta = softplus_slope(dt[k][i] + pair_bias[i], d.slope);
-        d.input = kGeneral ? u[k][i] : d.delta * u[k][i];
-        Drive* const to = &s.drive[row + k * kTurnRows][column + i];
-        if constexpr (kReplay) {
-          *reinterpret_cast<float2*>(to) = make_float2(d.delta, d.input);
-        } else {
-          d.dy = dy[k][i];
-          *to = d;
+      for (int i = 0; i < 4; ++i) {
+        const int j = 4 * (four + k * kTurnFours) + i;
+        dt[k][i] = to_float(window->dt[j][c]);
+        if constexpr (!kEnds) u[k][i] = to_float(window->u[j][c]);
+        if constexpr (!kReplay) {
+          dy[k][i] = to_float(s.dy[j][c]);
+          if (gated) z[k][i] = to_float(window->z[j][c]);
         }
-        if constexpr (kGeneral) s.alpha[row + k * kTurnRows][column + i] = d.delta;
       }
+    }
+#pragma unroll
+    for (int k = 0; k < kTurns; ++k) {
+      const int at_four = four + k * kTurnFours;
+      if constexpr (!kReplay) {
+        if (gated) apply_gates(dy[k], z[k], s.dz_of_y[at_four][c]);
+        write_shared<4>(s.dy_gated[at_four][c], dy[k]);
+      }
+      float delta[4];
+      float slope[4];
+      float input[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        delta[i] = softplus_slope(dt[k][i] + prepared_bias, slope[i]);
+        input[i] = kGeneral ? u[k][i] : delta[i] * u[k][i];
+        if constexpr (kGeneral) s.alpha[4 * at_four + i][c] = delta[i];
+      }
+      write_shared<4>(s.delta[at_four][c], delta);
+      if constexpr (!kEnds) write_shared<4>(s.input[at_four][c], input);
+      if constexpr (!kReplay && !kEnds) write_shared<4>(s.slope[at_four][c], slope);
     }
     const int rows = rows_from(first);
-    if (rows < kSteps || (kGeneral && p.in.tau != nullptr)) correct_pairs(first, row, rows);
+    if (rows < kSteps || (kGeneral && p.in.tau != nullptr)) correct_fours(first, four, rows);
+  }
+  /// dy becomes that before the gate.
+  static __device__ __forceinline__ void apply_gates(float (&dy)[4], const float (&z)[4],
+                                                     float* dz_of_y) {
+    float of_y[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float gate = gate_of(z[i]);
+      const float through = dy[i] * gate;
+      of_y[i] = through * fmaf(z[i], 1.0F - gate, 1.0F);
+      dy[i] = through * z[i];
+    }
+    if constexpr (!kEnds) write_shared<4>(dz_of_y, of_y);
   }
   /// What depends on the position: padding, and alpha in event mode.
-  __device__ void correct_pairs(int first, int row, int rows) {
+  __device__ void correct_fours(int first, int four, int rows) {
+    const int c = prepared();
 #pragma unroll 1
-    for (int k = 0; k < 2 * kTurns; ++k) {
-      const int j = row + k / 2 * kTurnRows;
-      const int column = pair_column() + k % 2;
-      if (j >= rows) s.drive[j][column].delta = s.drive[j][column].slope = 0.0F;
+    for (int k = 0; k < 4 * kTurns; ++k) {
+      const int j = 4 * (four + k / 4 * kTurnFours) + k % 4;
+      if (j >= rows) s.delta[j / 4][c][j % 4] = s.slope[j / 4][c][j % 4] = 0.0F;
       if constexpr (kGeneral) {
         if (j >= rows)
-          s.alpha[j][column] = 0.0F;
+          s.alpha[j][c] = 0.0F;
         else if (p.in.tau != nullptr)
-          s.alpha[j][column] = p.in.tau[at.first_row + first + j] * pair_rate[k % 2];
+          s.alpha[j][c] = p.in.tau[at.first_row + first + j] * prepared_rate;
       }
     }
   }
@@ -434,13 +438,6 @@ struct Backward {
       return s.C + j * P::kN;
   }
 
-  __device__ __forceinline__ float& dz_of_y(int j, int channel) const {
-    if constexpr (Shared::kInPlaceOfZ)
-      return window->z[j][channel];
-    else
-      return s.dz_of_y[j][channel];
-  }
-
   __device__ __forceinline__ float multiplier(int j, int i, float delta) const {
     if constexpr (kGeneral)
       return GeneralRule{p.in.discretization}.multiplier(s.alpha[j][at.local], A[i]);
@@ -448,43 +445,66 @@ struct Backward {
       return exp2_approx(delta * A[i]);
   }
   /// k u B.
-  __device__ __forceinline__ float drive(float2 d, int i, float B) const {
+  __device__ __forceinline__ float drive(float delta, float input, int i, float B) const {
     if constexpr (kGeneral)
-      return GeneralRule{p.in.discretization}.factor(d.x, A[i]) * d.y * B;
+      return GeneralRule{p.in.discretization}.factor(delta, A[i]) * input * B;
     else
-      return d.y * B;
+      return input * B;
   }
-  /// delta and input of a step of the own channel.
-  __device__ __forceinline__ float2 drive_of(int j) const {
-    return *reinterpret_cast<const float2*>(&s.drive[j][at.local]);
+
+  /// Of the own channel at the steps of a sub-tile that begins at j.
+  __device__ __forceinline__ void read_steps(const PerStep<P>& from, int j,
+                                             float (&v)[P::kSubTile]) const {
+#pragma unroll
+    for (int i = 0; i < P::kSubTile; i += 4) {
+      float four[4];
+      read_shared<4>(from[j / 4 + i / 4][at.local], four);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) v[i + k] = four[k];
+    }
+  }
+  /// The multipliers of a sub-tile that begins at j, and delta, on which they depend.
+  struct Multipliers {
+    float delta[P::kSubTile];
+    float a[P::kSubTile][kStates];
+  };
+  __device__ __forceinline__ void compute(Multipliers& m, int j) const {
+    read_steps(s.delta, j, m.delta);
+#pragma unroll
+    for (int i = 0; i < P::kSubTile; ++i)
+#pragma unroll
+      for (int n = 0; n < kStates; ++n) m.a[i][n] = multiplier(j + i, n, m.delta[i]);
   }
 
   /// Runs the states through the first `sub_tiles` of a window and keeps those that enter them and
   /// what follows. Sub-tile `index` of the chunk is the first of the window.
   __device__ __forceinline__ void replay(float (&h)[kStates], int index, int sub_tiles) {
     write_few<kStates>(s.states[index][threadIdx.x], h);
-#pragma unroll 1
+#pragma unroll 2
     for (int k = 0; k < sub_tiles; ++k) {
+      const int j0 = k * P::kSubTile;
+      Multipliers m;
+      compute(m, j0);
+      float input[P::kSubTile];
+      read_steps(s.input, j0, input);
 #pragma unroll
       for (int i = 0; i < P::kSubTile; ++i) {
-        const int j = k * P::kSubTile + i;
-        const float2 d = drive_of(j);
         float B[kStates];
-        read_few<kStates>(row_B(j) + at.part * kStates, B);
+        read_few<kStates>(row_B(j0 + i) + at.part * kStates, B);
 #pragma unroll
         for (int n = 0; n < kStates; ++n)
-          h[n] = fmaf(multiplier(j, n, d.x), h[n], drive(d, n, B[n]));
+          h[n] = fmaf(m.a[i][n], h[n], drive(m.delta[i], input[i], n, B[n]));
       }
       write_few<kStates>(s.states[index + k + 1][threadIdx.x], h);
     }
   }
 
-  /// Sums over the states of a channel, for P::kGroup steps.
+  /// Sums over the states of a channel, for the steps of a sub-tile.
   struct StateSums {
-    float y[P::kGroup];                      // C h
-    float du[P::kGroup];                     // g k B; without k unless general
-    float dalpha[P::kGroup];                 // unless general: of delta, divided by ln 2
-    float ddelta[kGeneral ? P::kGroup : 1];  // through k
+    float y[P::kSubTile];                      // C h
+    float du[P::kSubTile];                     // g k B; without k unless general
+    float dalpha[P::kSubTile];                 // unless general: of delta, divided by ln 2
+    float ddelta[kGeneral ? P::kSubTile : 1];  // through k
   };
 
   /// dB and dC of kQuadTurns steps, added over the channels of a quad.
@@ -492,15 +512,19 @@ struct Backward {
     float v[2 * kStates / 4][4];
   };
 
-  /// Step j of the window, of which h_before and h_after are the states and a the multipliers.
-  __device__ __forceinline__ void retreat(int j, int slot, const float (&h_before)[kStates],
-                                          const float (&h_after)[kStates],
-                                          const float (&a)[kStates], StateSums& sums,
+  /// What a step back reads: B, states and multipliers of the step.
+  struct Step {
+    float delta, input, dy;
+    const float (&B)[kStates];
+    const float (&h_before)[kStates];
+    const float (&h_after)[kStates];
+    const float (&a)[kStates];
+  };
+
+  /// Step j of the window.
+  __device__ __forceinline__ void retreat(int j, int slot, const Step& d, StateSums& sums,
                                           QuadSums& quad) {
-    const Drive d = s.drive[j][at.local];
-    float B[kStates];
     float C[kStates];
-    read_few<kStates>(row_B(j) + at.part * kStates, B);
     read_few<kStates>(row_C(j) + at.part * kStates, C);
     float shared_sums[2 * kStates];  // dB and dC of this channel
     float y = 0.0F;
@@ -510,20 +534,20 @@ struct Backward {
 #pragma unroll
     for (int n = 0; n < kStates; ++n) {
       const float gn = fmaf(C[n], d.dy, g[n]);
-      y = fmaf(C[n], h_after[n], y);
-      shared_sums[kStates + n] = d.dy * h_after[n];
-      g[n] = a[n] * gn;
+      y = fmaf(C[n], d.h_after[n], y);
+      shared_sums[kStates + n] = d.dy * d.h_after[n];
+      g[n] = d.a[n] * gn;
       if constexpr (kGeneral) {
         const float alpha = s.alpha[j][at.local];
         const float k = GeneralRule{p.in.discretization}.factor(d.delta, A[n]);
         shared_sums[n] = gn * k * d.input;
-        du = fmaf(gn * k, B[n], du);
-        dA[n] += chain_rule(p.in.discretization, gn * h_before[n], gn * d.input * B[n], a[n], alpha,
+        du = fmaf(gn * k, d.B[n], du);
+        dA[n] += chain_rule(p.in.discretization, gn * d.h_before[n], gn * d.input * d.B[n], d.a[n], alpha,
                             d.delta, A[n], dalpha, ddelta);
       } else {
         shared_sums[n] = gn * d.input;
-        du = fmaf(gn, B[n], du);
-        const float r = g[n] * h_before[n];
+        du = fmaf(gn, d.B[n], du);
+        const float r = g[n] * d.h_before[n];
         dalpha = fmaf(r, A[n], dalpha);
         dA[n] = fmaf(r, d.delta, dA[n]);
       }
@@ -608,100 +632,86 @@ struct Backward {
     });
   }
 
-  /// Gradients of the channel inputs of the group of steps at j.
-  __device__ __forceinline__ void finish_group(int first, int j, StateSums& sums) {
-    constexpr int kCopies = P::kLanes / P::kGroup;  // lanes with the same sums
-    transpose_add<P::kGroup, P::kLanes, P::kPerWarp>(sums.y, at.part);
-    transpose_add<P::kGroup, P::kLanes, P::kPerWarp>(sums.du, at.part);
-    transpose_add<P::kGroup, P::kLanes, P::kPerWarp>(sums.dalpha, at.part);
-    if constexpr (kGeneral) transpose_add<P::kGroup, P::kLanes, P::kPerWarp>(sums.ddelta, at.part);
+  /// Gradients of the channel inputs of the sub-tile at j.
+  __device__ __forceinline__ void finish_steps(int first, int j, StateSums& sums) {
+    transpose_add<P::kSubTile, P::kLanes, P::kPerWarp>(sums.y, at.part);
+    transpose_add<P::kSubTile, P::kLanes, P::kPerWarp>(sums.du, at.part);
+    transpose_add<P::kSubTile, P::kLanes, P::kPerWarp>(sums.dalpha, at.part);
+    if constexpr (kGeneral)
+      transpose_add<P::kSubTile, P::kLanes, P::kPerWarp>(sums.ddelta, at.part);
     if (at.part % kCopies != 0) return;
-    const int i = j + at.part / kCopies;
-    const float u = to_float(window->u[i][at.local]);
-    const Drive d = s.drive[i][at.local];
+    const auto of_step = [&](const PerStep<P>& v) { return v[j / 4][0][finished_step]; };
+    const float u = to_float(window->u[j][finished]);
+    const float dy = of_step(s.dy_gated);
     float du;
     float ddelta;
     if constexpr (kGeneral) {
-      du = fmaf(D, d.dy, sums.du[0]);
+      du = fmaf(D, dy, sums.du[0]);
       ddelta = sums.ddelta[0];
       float dtau = 0.0F;
       if (p.in.tau == nullptr) {
         ddelta += sums.dalpha[0];
-      } else if (const int t = first + i; t < at.length && t < at.stop) {
+      } else if (const int t = first + j + at.part / kCopies; t < at.length && t < at.stop) {
         dtau = sums.dalpha[0] * rate;
         drate = fmaf(sums.dalpha[0], p.in.tau[at.first_row + t], drate);
       }
-      s.dtau[i][at.local] = dtau;
+      s.dtau[j][finished] = dtau;
     } else {
-      du = fmaf(d.delta, sums.du[0], D * d.dy);
+      du = fmaf(of_step(s.delta), sums.du[0], D * dy);
       ddelta = fmaf(u, sums.du[0], kLn2 * sums.dalpha[0]);
     }
-    const float ddt = ddelta * d.slope;
-    if (p.in.z.data != nullptr) {
-      const float dz = s.dz_of_y[i][at.local] * fmaf(D, u, sums.y[0]);
-      window->z[i][at.local] = from_float<T>(dz);
-    }
-    window->u[i][at.local] = from_float<T>(du);
-    window->dt[i][at.local] = from_float<T>(ddt);
-    dD = fmaf(d.dy, u, dD);
+    const float ddt = ddelta * of_step(s.slope);
+    // Without a gate nobody reads dz.
+    window->z[j][finished] = from_float<T>(of_step(s.dz_of_y) * fmaf(D, u, sums.y[0]));
+    window->u[j][finished] = from_float<T>(du);
+    window->dt[j][finished] = from_float<T>(ddt);
+    dD = fmaf(dy, u, dD);
     dbias += ddt;
-  }
-
-  /// The multipliers of kCount steps from j on.
-  template <int kCount>
-  __device__ __forceinline__ void multipliers(int j, float (*a)[kStates]) const {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const float delta = drive_of(j + i).x;
-#pragma unroll
-      for (int n = 0; n < kStates; ++n) a[i][n] = multiplier(j + i, n, delta);
-    }
   }
 
   /// The sub-tiles of a window from the right.
   __device__ __forceinline__ void sub_tiles(int first, int index) {
-    constexpr int kLast = kSteps / P::kSubTile - 1;
-    float ahead[P::kAhead > 0 ? P::kAhead : 1][kStates];
-    multipliers<P::kAhead>(kLast * P::kSubTile, ahead);
+    constexpr int kPerTurn = P::kAdded / P::kSubTile;
+    Multipliers ahead;
+    if constexpr (P::kAhead) compute(ahead, kSteps - P::kSubTile);
 #pragma unroll 1
-    for (int k = kLast; k >= 0; --k) sub_tile(first, k, index + k, ahead);
+    for (int k = kSteps / P::kSubTile - kPerTurn; k >= 0; k -= kPerTurn) {
+#pragma unroll
+      for (int i = kPerTurn - 1; i >= 0; --i)
+        sub_tile(first, k + i, index + k + i, i == kPerTurn - 1, ahead);
+      end_turn(first + k * P::kSubTile);
+    }
   }
 
-  /// Sub-tile k of the window that begins at `first`; `index` counts in the chunk. `ahead`: the
-  /// multipliers of its first steps, then of those of sub-tile k - 1: special functions overlap
-  /// with the adjoint.
-  __device__ __forceinline__ void sub_tile(int first, int k, int index,
-                                           float (&ahead)[P::kAhead > 0 ? P::kAhead : 1][kStates]) {
-    float h[P::kSubTile + 1][kStates];
-    float a[P::kSubTile][kStates];
-    read_few<kStates>(s.states[index][threadIdx.x], h[0]);
+  /// Sub-tile k of the window that begins at `first`; `index` counts in the chunk. `ahead`: its
+  /// multipliers, then those of sub-tile k - 1: special functions overlap with the adjoint.
+  __device__ __forceinline__ void sub_tile(int first, int k, int index, bool begins,
+                                           Multipliers& ahead) {
     const int j0 = k * P::kSubTile;
-    multipliers<P::kSubTile - P::kAhead>(j0 + P::kAhead, a + P::kAhead);
+    float h[P::kSubTile + 1][kStates];
+    read_few<kStates>(s.states[index][threadIdx.x], h[0]);
+    if constexpr (!P::kAhead) compute(ahead, j0);
+    const Multipliers m = ahead;
+    float B[P::kSubTile][kStates];
+    float input[P::kSubTile];
+    read_steps(s.input, j0, input);
 #pragma unroll
     for (int i = 0; i < P::kSubTile; ++i) {
-      const float2 d = drive_of(j0 + i);
-      float B[kStates];
-      read_few<kStates>(row_B(j0 + i) + at.part * kStates, B);
+      read_few<kStates>(row_B(j0 + i) + at.part * kStates, B[i]);
 #pragma unroll
-      for (int n = 0; n < kStates; ++n) {
-        if (i < P::kAhead) a[i][n] = ahead[i < P::kAhead ? i : 0][n];
-        h[i + 1][n] = fmaf(a[i][n], h[i][n], drive(d, n, B[n]));
-      }
+      for (int n = 0; n < kStates; ++n)
+        h[i + 1][n] = fmaf(m.a[i][n], h[i][n], drive(m.delta[i], input[i], n, B[i][n]));
     }
+    if (begins) begin_turn();
+    if constexpr (P::kAhead) compute(ahead, max(j0 - P::kSubTile, 0));
+    float dy[P::kSubTile];
+    read_steps(s.dy_gated, j0, dy);
+    StateSums sums;
+    QuadSums quad;
 #pragma unroll
-    for (int group = P::kSubTile - P::kGroup; group >= 0; group -= P::kGroup) {
-      if ((j0 + group + P::kGroup) % P::kAdded == 0) begin_turn();
-      if (group == 0) multipliers<P::kAhead>(max(j0 - P::kSubTile, 0), ahead);
-      StateSums sums;
-      QuadSums quad;
-#pragma unroll
-      for (int slot = P::kGroup - 1; slot >= 0; --slot) {
-        const int i = group + slot;
-        retreat(j0 + i, slot, h[i], h[i + 1], a[i], sums, quad);
-      }
-      finish_group(first, j0 + group, sums);
-      if ((j0 + group) % P::kAdded == 0) end_turn(first + j0 + group);
-    }
+    for (int i = P::kSubTile - 1; i >= 0; --i)
+      retreat(j0 + i, i, {m.delta[i], input[i], dy[i], B[i], h[i], h[i + 1], m.a[i]}, sums, quad);
+    finish_steps(first, j0, sums);
   }
 
   /// The gradients of a window, 16 bytes at a time: all are read before they are written.
@@ -809,8 +819,8 @@ struct Backward {
       enter<false>(first, first - kSteps, false);
 #pragma unroll 4
       for (int j = kSteps - 1; j >= 0; --j) {
-        const float delta = s.drive[j][at.local].delta;
-        const float dy = s.drive[j][at.local].dy;
+        const float delta = s.delta[j / 4][at.local][j % 4];
+        const float dy = s.dy_gated[j / 4][at.local][j % 4];
         float C[kStates];
         read_few<kStates>(row_C(j) + at.part * kStates, C);
         delta_sum += delta;
@@ -1058,21 +1068,21 @@ void visit_plan(std::int64_t dstate, F&& f) {
   const int limit = shared_limit();
   if (dstate <= 16) {
     if (limit < 96 * 1024)
-      return f.template operator()<Plan<Layout<4, 4, 32>, 16, 8, 4, 8, 1, 1, 0>>();
-    return f.template operator()<Plan<Layout<4, 4, 32>, 32, 8, 4, 8, 3, 2, 4>>();
+      return f.template operator()<Plan<Layout<4, 4, 32>, 16, 4, 8, 1, 1, false>>();
+    return f.template operator()<Plan<Layout<4, 4, 32>, 32, 4, 8, 3, 2, true>>();
   }
   if constexpr (kGeneral) {
-    if (dstate <= 64) return f.template operator()<Plan<Layout<16, 4, 16>, 16, 8, 4, 4, 2, 1, 0>>();
+    if (dstate <= 64) return f.template operator()<Plan<Layout<16, 4, 16>, 16, 4, 4, 2, 1, false>>();
   } else {
-    if (dstate <= 32) return f.template operator()<Plan<Layout<8, 4, 16>, 32, 8, 4, 8, 3, 2, 4>>();
+    if (dstate <= 32) return f.template operator()<Plan<Layout<8, 4, 16>, 32, 4, 8, 3, 2, true>>();
     if (dstate <= 64) {
       if (limit < 112 * 1024)
-        return f.template operator()<Plan<Layout<8, 8, 16>, 16, 8, 8, 8, 2, 1, 0>>();
-      return f.template operator()<Plan<Layout<8, 8, 16>, 32, 8, 8, 8, 2, 2, 0>>();
+        return f.template operator()<Plan<Layout<8, 8, 16>, 16, 8, 8, 2, 1, false>>();
+      return f.template operator()<Plan<Layout<8, 8, 16>, 32, 8, 8, 2, 2, false>>();
     }
-    if (dstate <= 128) return f.template operator()<Plan<Layout<32, 4, 8>, 16, 8, 4, 4, 2, 1, 0>>();
+    if (dstate <= 128) return f.template operator()<Plan<Layout<32, 4, 8>, 16, 4, 4, 2, 1, false>>();
   }
-  return f.template operator()<Plan<Layout<32, 8, 4>, 8, 8, 4, 4, 2, 1, 0>>();
+  return f.template operator()<Plan<Layout<32, 8, 4>, 8, 4, 4, 2, 1, false>>();
 }
 
 }  // namespace
