@@ -53,28 +53,44 @@ struct Plan : L {
 template <class P>
 using PerStep = float[P::kSteps / 4][P::kChannels][4];
 
-/// load_tile() with addresses relative to the corner of the tile.
-template <int kRows, int kWidth, int kThreads, class T>
-__device__ __forceinline__ void stage_tile(T* tile, const DeviceRows<const T>& from,
-                                           std::int64_t row, int rows, int column, int columns,
-                                           bool wide) {
-  constexpr int kVec = kWide<T>;
-  if constexpr (kWidth % kVec == 0) {
-    if (wide) {
-      constexpr int kPerRow = kWidth / kVec;
-      const T* const corner = from.row(row) + column;
-      const int stride = static_cast<int>(from.stride);
-      const int width = columns - column;
-      for_items<kRows * kPerRow, kThreads>([&](int i) {
-        const int r = i / kPerRow;
-        const int c = i % kPerRow * kVec;
-        copy_16_bytes_async(tile + i * kVec, corner + (r * stride + c), r < rows && c < width);
-      });
-      return;
-    }
+/// The vectors of a tile of kRows x kWidth that the calling thread copies, `kTurnRows` rows apart.
+template <class T, int kRows, int kWidth, int kThreads>
+struct TileVectors {
+  static constexpr bool kExist = kWidth % kWide<T> == 0;
+  static constexpr int kVec = kExist ? kWide<T> : 1;
+  static constexpr int kPerRow = kWidth / kVec;
+  static constexpr int kTurnRows = kThreads / kPerRow;
+  static constexpr int kTurns = kTurnRows < kRows ? kRows / kTurnRows : 1;
+  static_assert(!kExist || (kThreads % kPerRow == 0 && (kTurns == 1 || kRows % kTurnRows == 0)));
+
+  int row = static_cast<int>(threadIdx.x) / kPerRow;
+  int column = static_cast<int>(threadIdx.x) % kPerRow * kVec;
+
+  /// Calls f(place in the tile, row, rows behind `row`).
+  template <class F>
+  __device__ __forceinline__ void for_each(F&& f) const {
+    if (kTurnRows > kRows && row >= kRows) return;
+#pragma unroll
+    for (int k = 0; k < kTurns; ++k)
+      f((static_cast<int>(threadIdx.x) + k * kThreads) * kVec, row + k * kTurnRows, k * kTurnRows);
   }
-  load_tile<kRows, kWidth, kThreads>(tile, from, row, rows, column, columns, false);
-}
+  /// Where `row` of a tile begins, whose first row is `first`. Rows and strides are int here.
+  template <class U>
+  __device__ __forceinline__ U* in(const DeviceRows<U>& rows, int first, int first_column) const {
+    return rows.data +
+           (std::int64_t{first + row} * static_cast<int>(rows.stride) + (first_column + column));
+  }
+  /// Rows from `rows` and columns from `columns` on are zero.
+  __device__ __forceinline__ void load(T* tile, const DeviceRows<const T>& from, int first,
+                                       int rows, int first_column, int columns) const {
+    const T* const corner = in(from, first, first_column);
+    const bool inside = first_column + column < columns;
+    for_each([&](int i, int r, int behind) {
+      copy_16_bytes_async(tile + i, corner + behind * static_cast<int>(from.stride),
+                          inside && r < rows);
+    });
+  }
+};
 
 /// What is loaded of a window and replaced by the gradients.
 template <class T, class P>
@@ -115,6 +131,7 @@ struct BackwardArgs {
   Operands<T> in;
   DeviceRows<const T> dy;
   const float* chunk_states;
+  bool wide_saved = false;  // chunk_states allows vectors of the states of a thread
   const float* starts;  // gradients that enter the segments from the right [B, S, E, N], or null
   DeviceRows<T> du, ddt, dz;
   float* dstate_in;
@@ -286,14 +303,30 @@ struct Backward {
 
   __device__ int rows_from(int first) const { return min(at.length, at.stop) - first; }
 
-  __device__ void load_channels(T* tile, const DeviceRows<const T>& from, int first) {
-    stage_tile<kSteps, P::kChannels, kThreads>(tile, from, at.first_row + first, rows_from(first),
-                                               at.tile * P::kChannels, p.in.sizes.channels,
-                                               p.in.wide_channels);
+  using ChannelVectors = TileVectors<T, kSteps, P::kChannels, kThreads>;
+  using StateVectors = TileVectors<T, kSteps, P::kN, kThreads>;
+
+  __device__ bool wide_channels() const { return ChannelVectors::kExist && p.in.wide_channels; }
+  /// Row of a position where rows are int.
+  __device__ int row_of(int position) const { return static_cast<int>(at.first_row) + position; }
+
+  template <class Vectors, int kWidth>
+  __device__ __forceinline__ void load(T* tile, const DeviceRows<const T>& from, int first,
+                                       int first_column, int columns, bool wide) {
+    if (wide)
+      Vectors{}.load(tile, from, row_of(first), rows_from(first), first_column, columns);
+    else
+      load_tile<kSteps, kWidth, kThreads>(tile, from, at.first_row + first, rows_from(first),
+                                          first_column, columns, false);
   }
-  __device__ void load_states(T* tile, const DeviceRows<const T>& from, int first) {
-    stage_tile<kSteps, P::kN, kThreads>(tile, from, at.first_row + first, rows_from(first), 0,
-                                        p.in.sizes.dstate, p.in.wide_states);
+  __device__ __forceinline__ void load_channels(T* tile, const DeviceRows<const T>& from, int first,
+                                                bool wide) {
+    load<ChannelVectors, P::kChannels>(tile, from, first, at.tile * P::kChannels,
+                                       p.in.sizes.channels, wide);
+  }
+  __device__ __forceinline__ void load_states(T* tile, const DeviceRows<const T>& from, int first,
+                                              bool wide) {
+    load<StateVectors, P::kN>(tile, from, first, 0, p.in.sizes.dstate, wide);
   }
 
   static constexpr int kHeld = kWindowsHeld<T, P>;
@@ -301,16 +334,26 @@ struct Backward {
   /// Begins to load a window. `replay`: only what the states need; otherwise all, and step 1 what g
   /// needs.
   __device__ __forceinline__ void request(Window<T, P>& to, int first, bool replay) {
-    load_channels(to.dt[0], p.in.dt, first);
-    if constexpr (!kEnds) {
-      load_channels(to.u[0], p.in.u, first);
-      load_states(s.raw_B[0], p.in.B, first);
-    }
-    if (!replay) {
-      load_channels(s.dy[0], p.dy, first);
-      load_states(s.raw_C[0], p.in.C, first);
-      if (p.in.z.data != nullptr) load_channels(to.z[0], p.in.z, first);
-    }
+    const auto of_channels = [&](bool wide) {
+      load_channels(to.dt[0], p.in.dt, first, wide);
+      if constexpr (!kEnds) load_channels(to.u[0], p.in.u, first, wide);
+      if (replay) return;
+      load_channels(s.dy[0], p.dy, first, wide);
+      if (p.in.z.data != nullptr) load_channels(to.z[0], p.in.z, first, wide);
+    };
+    const auto of_states = [&](bool wide) {
+      if constexpr (!kEnds) load_states(s.raw_B[0], p.in.B, first, wide);
+      if (!replay) load_states(s.raw_C[0], p.in.C, first, wide);
+    };
+    // One branch for all of them.
+    if (wide_channels())
+      of_channels(true);
+    else
+      of_channels(false);
+    if (StateVectors::kExist && p.in.wide_states)
+      of_states(true);
+    else
+      of_states(false);
     commit_copies();
   }
   /// The window that enter() will ask for first.
@@ -716,28 +759,24 @@ struct Backward {
 
   /// The gradients of a window, 16 bytes at a time: all are read before they are written.
   __device__ __forceinline__ void store_wide(int first, int rows, int valid) {
-    constexpr int kVec = kWide<T>;
-    constexpr int kPerRow = (P::kChannels + kVec - 1) / kVec;
-    const bool gated = p.in.z.data != nullptr;
-    const std::int64_t row = at.first_row + first;
+    const ChannelVectors v;
     const int column = at.tile * P::kChannels;
-    T* const du = p.du.row(row) + column;
-    T* const ddt = p.ddt.row(row) + column;
-    T* const dz = gated ? p.dz.row(row) + column : nullptr;
-    for_items<kSteps * kPerRow, kThreads>([&](int i) {
-      const int r = i / kPerRow;
-      const int c = i % kPerRow * kVec;
-      if (r >= rows || column + c >= p.in.sizes.channels) return;
-      const uint4 zero = make_uint4(0, 0, 0, 0);
+    if (column + v.column >= p.in.sizes.channels) return;
+    const bool gated = p.in.z.data != nullptr;
+    T* const du = v.in(p.du, row_of(first), column);
+    T* const ddt = v.in(p.ddt, row_of(first), column);
+    T* const dz = gated ? v.in(p.dz, row_of(first), column) : nullptr;
+    v.for_each([&](int i, int r, int behind) {
+      if (r >= rows) return;
       const auto bits = [&](const T* tile) {
-        return r < valid ? *reinterpret_cast<const uint4*>(tile + i * kVec) : zero;
+        return r < valid ? *reinterpret_cast<const uint4*>(tile + i) : make_uint4(0, 0, 0, 0);
       };
-      const auto store = [&](T* corner, std::int64_t stride, uint4 v) {
-        *reinterpret_cast<uint4*>(corner + (r * static_cast<int>(stride) + c)) = v;
+      const auto store = [&](T* corner, std::int64_t stride, uint4 q) {
+        *reinterpret_cast<uint4*>(corner + behind * static_cast<int>(stride)) = q;
       };
       const uint4 u_bits = bits(window->u[0]);
       const uint4 dt_bits = bits(window->dt[0]);
-      const uint4 z_bits = gated ? bits(window->z[0]) : zero;
+      const uint4 z_bits = bits(window->z[0]);
       store(du, p.du.stride, u_bits);
       store(ddt, p.ddt.stride, dt_bits);
       if (gated) store(dz, p.dz.stride, z_bits);
@@ -753,9 +792,7 @@ struct Backward {
     __syncthreads();
     const Sizes& z = p.in.sizes;
     const int rows = at.stop - first;
-    bool wide = false;
-    if constexpr (P::kChannels % kWide<T> == 0) wide = p.in.wide_channels;
-    if (wide) {
+    if (wide_channels()) {
       store_wide(first, rows, at.length - first);
     } else {
       store_channels(window->u[0], p.du, first);
@@ -778,7 +815,6 @@ struct Backward {
     const std::int64_t row = at.first_row + end - kChunk;
     const int c = at.tile * P::kChannels;
     const int channels = p.in.sizes.channels;
-    if (at.active) prefetch_to_l2(p.chunk_states + chunk_row(end / kChunk - 1) * p.in.sizes.dstate);
     prefetch_tile<kChunk, P::kChannels, kThreads>(p.in.u, row, c, channels);
     prefetch_tile<kChunk, P::kChannels, kThreads>(p.in.dt, row, c, channels);
     prefetch_tile<kChunk, P::kChannels, kThreads>(p.dy, row, c, channels);
@@ -791,11 +827,27 @@ struct Backward {
     return (min(at.stop - begin, kChunk) + kSteps - 1) / kSteps;
   }
 
+  /// The states that enter a chunk; asks for those of the one before.
+  __device__ __forceinline__ void read_saved(int begin, float (&h)[kStates]) const {
+    const std::int64_t row = chunk_row(begin / kChunk);
+    const Sizes& z = p.in.sizes;
+    if (p.wide_saved) {
+      const float* const saved = p.chunk_states + (row * P::kN + at.part * kStates);
+#pragma unroll
+      for (float& v : h) v = 0.0F;
+      if (!at.active) return;
+      load_vec<float, kStates>(saved, h);
+      if (begin > at.begin) prefetch_to_l2(saved - std::int64_t{z.channels} * P::kN);
+    } else {
+      read_states<L>(p.chunk_states, row, at, z.dstate, h);
+    }
+  }
+
   __device__ void chunk(int begin) {
     const int windows = windows_of(begin);
     if constexpr (kHeld == 1) prefetch(begin);
     float h[kStates];
-    read_states<L>(p.chunk_states, chunk_row(begin / kChunk), at, p.in.sizes.dstate, h);
+    read_saved(begin, h);
 #pragma unroll 1
     for (int w = 0; w < windows - 1; ++w) {
       enter<true>(begin + w * kSteps, begin + (w + 1) * kSteps, w + 2 < windows);
@@ -1018,13 +1070,17 @@ template <class T, class P, bool kGeneral>
 void launch_backward(Context& ctx, const SelectiveScanBackward& a) {
   const Sizes sizes(a.in, P::kChannels, P::kChannels / 8);
   BackwardArgs<T> p(a, sizes);
-  // Offsets inside a tile are int.
+  // Rows and strides are int then.
+  const bool int_rows = std::int64_t{sizes.batch} * sizes.seqlen < (std::int64_t{1} << 30);
   const auto wide = [&](const auto& rows) {
     return Operands<T>::wide(rows, sizes.channels) && rows.stride < (1 << 24);
   };
-  p.in.wide_channels = wide(p.in.u) && wide(p.in.dt) && wide(p.in.z) && wide(p.dy) && wide(p.du) &&
-                       wide(p.ddt) && wide(p.dz);
-  p.in.wide_states = p.in.wide_states && p.in.B.stride < (1 << 24) && p.in.C.stride < (1 << 24);
+  p.in.wide_channels = int_rows && wide(p.in.u) && wide(p.in.dt) && wide(p.in.z) && wide(p.dy) &&
+                       wide(p.du) && wide(p.ddt) && wide(p.dz);
+  p.in.wide_states = int_rows && p.in.wide_states && p.in.B.stride < (1 << 24) &&
+                     p.in.C.stride < (1 << 24);
+  p.wide_saved =
+      sizes.dstate == P::kN && allows_vectors(p.chunk_states, P::kN, P::kN, P::kStates);
 
   const Shape row_shape = {sizes.tiles, sizes.batch, sizes.seqlen};
   Tensor dBC = ctx.empty({sizes.tiles, sizes.batch, sizes.seqlen, P::kSums}, DType::float32);
