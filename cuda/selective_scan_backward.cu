@@ -663,25 +663,30 @@ struct Backward {
     for_items<P::kAdded * kPerRow, kThreads>([&](int i) {
       const int step = i / kPerRow;
       const float* const from = sums_of(of_turn) + step * P::kSumsRow + i % kPerRow * kVec;
-      float sum[kVec] = {};
+      float v[P::kParts][kVec];
 #pragma unroll
-      for (int part = 0; part < P::kParts; ++part) {
-        float v[kVec];
-        read_few<kVec>(from + part * P::kSumsPart, v);
+      for (int part = 0; part < P::kParts; ++part)
+        read_few<kVec>(from + part * P::kSumsPart, v[part]);
 #pragma unroll
-        for (int k = 0; k < kVec; ++k) sum[k] += v[k];
-      }
-      if (step < last) write_few<kVec>(out + i * kVec, sum);
+      for (int apart = 1; apart < P::kParts; apart *= 2)  // in pairs: short chains
+#pragma unroll
+        for (int part = 0; part + apart < P::kParts; part += 2 * apart)
+#pragma unroll
+          for (int k = 0; k < kVec; ++k) v[part][k] += v[part + apart][k];
+      if (step < last) write_few<kVec>(out + i * kVec, v[0]);
     });
   }
 
-  /// Gradients of the channel inputs of the sub-tile at j.
-  __device__ __forceinline__ void finish_steps(int first, int j, StateSums& sums) {
+  /// Leaves a lane the sums over all states for the step that it finishes, in front.
+  __device__ __forceinline__ void add_lanes(StateSums& sums) const {
     transpose_add<P::kSubTile, P::kLanes, P::kPerWarp>(sums.y, at.part);
     transpose_add<P::kSubTile, P::kLanes, P::kPerWarp>(sums.du, at.part);
     transpose_add<P::kSubTile, P::kLanes, P::kPerWarp>(sums.dalpha, at.part);
     if constexpr (kGeneral)
       transpose_add<P::kSubTile, P::kLanes, P::kPerWarp>(sums.ddelta, at.part);
+  }
+  /// Gradients of the channel inputs of the sub-tile at j.
+  __device__ __forceinline__ void finish_steps(int first, int j, const StateSums& sums) {
     if (at.part % kCopies != 0) return;
     const auto of_step = [&](const PerStep<P>& v) { return v[j / 4][0][finished_step]; };
     const float u = to_float(window->u[j][finished]);
@@ -719,17 +724,21 @@ struct Backward {
     if constexpr (P::kAhead) compute(ahead, kSteps - P::kSubTile);
 #pragma unroll 1
     for (int k = kSteps / P::kSubTile - kPerTurn; k >= 0; k -= kPerTurn) {
+      StateSums sums;
 #pragma unroll
       for (int i = kPerTurn - 1; i >= 0; --i)
-        sub_tile(first, k + i, index + k + i, i == kPerTurn - 1, ahead);
+        sub_tile(first, k + i, index + k + i, i == kPerTurn - 1, ahead, sums);
+      finish_steps(first, k * P::kSubTile, sums);
       end_turn(first + k * P::kSubTile);
     }
   }
 
   /// Sub-tile k of the window that begins at `first`; `index` counts in the chunk. `ahead`: its
-  /// multipliers, then those of sub-tile k - 1: special functions overlap with the adjoint.
+  /// multipliers, then those of sub-tile k - 1: special functions overlap with the adjoint. `sums`:
+  /// of sub-tile k + 1, which is finished here for the same reason unless k begins a turn, then of
+  /// this one.
   __device__ __forceinline__ void sub_tile(int first, int k, int index, bool begins,
-                                           Multipliers& ahead) {
+                                           Multipliers& ahead, StateSums& sums) {
     const int j0 = k * P::kSubTile;
     float h[P::kSubTile + 1][kStates];
     read_few<kStates>(s.states[index][threadIdx.x], h[0]);
@@ -745,16 +754,18 @@ struct Backward {
       for (int n = 0; n < kStates; ++n)
         h[i + 1][n] = fmaf(m.a[i][n], h[i][n], drive(m.delta[i], input[i], n, B[i][n]));
     }
-    if (begins) begin_turn();
+    if (begins)
+      begin_turn();
+    else
+      finish_steps(first, j0 + P::kSubTile, sums);
     if constexpr (P::kAhead) compute(ahead, max(j0 - P::kSubTile, 0));
     float dy[P::kSubTile];
     read_steps(s.dy_gated, j0, dy);
-    StateSums sums;
     QuadSums quad;
 #pragma unroll
     for (int i = P::kSubTile - 1; i >= 0; --i)
       retreat(j0 + i, i, {m.delta[i], input[i], dy[i], B[i], h[i], h[i + 1], m.a[i]}, sums, quad);
-    finish_steps(first, j0, sums);
+    add_lanes(sums);
   }
 
   /// The gradients of a window, 16 bytes at a time: all are read before they are written.
