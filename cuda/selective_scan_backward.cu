@@ -23,10 +23,8 @@ namespace {
 /// How the backward pass splits a chunk: kSteps per staged window, kSubTile steps whose states are
 /// in registers and whose sums over states are added at once, kAdded steps per addition of the
 /// parts of dB and dC (a turn), kBlocks blocks per multiprocessor to leave registers for,
-/// kWindowsHeld windows in shared memory; kAhead: whether the multipliers of a sub-tile are computed
-/// during the one before.
-template <class L, int kSteps_, int kSubTile_, int kAdded_, int kBlocks_, int kWindowsHeld_,
-          bool kAhead_>
+/// kWindowsHeld windows in shared memory.
+template <class L, int kSteps_, int kSubTile_, int kAdded_, int kBlocks_, int kWindowsHeld_>
 struct Plan : L {
   using Base = L;
   static constexpr int kSteps = kSteps_;
@@ -34,7 +32,6 @@ struct Plan : L {
   static constexpr int kAdded = kAdded_;
   static constexpr int kBlocks = kBlocks_;
   static constexpr int kWindowsHeld = kWindowsHeld_;
-  static constexpr bool kAhead = kAhead_;
   static constexpr int kSums = 2 * L::kN;           // dB and dC of one step
   static constexpr bool kQuads = L::kPerWarp >= 4;  // whether a quad holds four channels
   static constexpr int kParts = kQuads ? L::kChannels / 4 : L::kWarps;  // of each sum of a block
@@ -720,30 +717,27 @@ struct Backward {
   /// The sub-tiles of a window from the right.
   __device__ __forceinline__ void sub_tiles(int first, int index) {
     constexpr int kPerTurn = P::kAdded / P::kSubTile;
-    Multipliers ahead;
-    if constexpr (P::kAhead) compute(ahead, kSteps - P::kSubTile);
 #pragma unroll 1
     for (int k = kSteps / P::kSubTile - kPerTurn; k >= 0; k -= kPerTurn) {
       StateSums sums;
 #pragma unroll
       for (int i = kPerTurn - 1; i >= 0; --i)
-        sub_tile(first, k + i, index + k + i, i == kPerTurn - 1, ahead, sums);
+        sub_tile(first, k + i, index + k + i, i == kPerTurn - 1, sums);
       finish_steps(first, k * P::kSubTile, sums);
       end_turn(first + k * P::kSubTile);
     }
   }
 
-  /// Sub-tile k of the window that begins at `first`; `index` counts in the chunk. `ahead`: its
-  /// multipliers, then those of sub-tile k - 1: special functions overlap with the adjoint. `sums`:
-  /// of sub-tile k + 1, which is finished here for the same reason unless k begins a turn, then of
-  /// this one.
+  /// Sub-tile k of the window that begins at `first`; `index` counts in the chunk. `sums`: of
+  /// sub-tile k + 1, which is finished here unless k begins a turn, so that its shuffles do not wait;
+  /// then of this one.
   __device__ __forceinline__ void sub_tile(int first, int k, int index, bool begins,
-                                           Multipliers& ahead, StateSums& sums) {
+                                           StateSums& sums) {
     const int j0 = k * P::kSubTile;
     float h[P::kSubTile + 1][kStates];
     read_few<kStates>(s.states[index][threadIdx.x], h[0]);
-    if constexpr (!P::kAhead) compute(ahead, j0);
-    const Multipliers m = ahead;
+    Multipliers m;
+    compute(m, j0);
     float B[P::kSubTile][kStates];
     float input[P::kSubTile];
     read_steps(s.input, j0, input);
@@ -758,7 +752,6 @@ struct Backward {
       begin_turn();
     else
       finish_steps(first, j0 + P::kSubTile, sums);
-    if constexpr (P::kAhead) compute(ahead, max(j0 - P::kSubTile, 0));
     float dy[P::kSubTile];
     read_steps(s.dy_gated, j0, dy);
     QuadSums quad;
@@ -1135,21 +1128,21 @@ void visit_plan(std::int64_t dstate, F&& f) {
   const int limit = shared_limit();
   if (dstate <= 16) {
     if (limit < 96 * 1024)
-      return f.template operator()<Plan<Layout<4, 4, 32>, 16, 4, 8, 1, 1, false>>();
-    return f.template operator()<Plan<Layout<4, 4, 32>, 32, 4, 8, 3, 2, true>>();
+      return f.template operator()<Plan<Layout<4, 4, 32>, 16, 4, 8, 1, 1>>();
+    return f.template operator()<Plan<Layout<4, 4, 32>, 32, 4, 8, 3, 2>>();
   }
   if constexpr (kGeneral) {
-    if (dstate <= 64) return f.template operator()<Plan<Layout<16, 4, 16>, 16, 4, 4, 2, 1, false>>();
+    if (dstate <= 64) return f.template operator()<Plan<Layout<16, 4, 16>, 16, 4, 4, 2, 1>>();
   } else {
-    if (dstate <= 32) return f.template operator()<Plan<Layout<8, 4, 16>, 32, 4, 8, 3, 2, true>>();
+    if (dstate <= 32) return f.template operator()<Plan<Layout<8, 4, 16>, 32, 4, 8, 3, 2>>();
     if (dstate <= 64) {
       if (limit < 112 * 1024)
-        return f.template operator()<Plan<Layout<8, 8, 16>, 16, 8, 8, 2, 1, false>>();
-      return f.template operator()<Plan<Layout<8, 8, 16>, 32, 8, 8, 2, 2, false>>();
+        return f.template operator()<Plan<Layout<8, 8, 16>, 16, 4, 8, 2, 1>>();
+      return f.template operator()<Plan<Layout<8, 8, 16>, 32, 4, 8, 2, 2>>();
     }
-    if (dstate <= 128) return f.template operator()<Plan<Layout<32, 4, 8>, 16, 4, 4, 2, 1, false>>();
+    if (dstate <= 128) return f.template operator()<Plan<Layout<32, 4, 8>, 16, 4, 4, 2, 1>>();
   }
-  return f.template operator()<Plan<Layout<32, 8, 4>, 8, 4, 4, 2, 1, false>>();
+  return f.template operator()<Plan<Layout<32, 8, 4>, 8, 4, 4, 2, 1>>();
 }
 
 }  // namespace
