@@ -116,7 +116,7 @@ struct BackwardArgs {
   Operands<T> in;
   DeviceRows<const T> dy;
   const float* chunk_states;
-  const float* starts;  // gradients that enter the segments from the right [B, S, E, N], or null
+  Starts starts{};  // of gradients, from the right
   DeviceRows<T> du, ddt, dz;
   float* dstate_in;
   float* dBC = nullptr;       // [tiles, B, L, sums of a step]
@@ -130,7 +130,6 @@ struct BackwardArgs {
       : in(a.in, sizes),
         dy(device_rows<T>(a.dy)),
         chunk_states(a.chunk_states.data<float>()),
-        starts(data_or_null<float>(a.dstate_out)),
         du(device_rows<T>(a.du)),
         ddt(device_rows<T>(a.ddt)),
         dz(a.dz ? device_rows<T>(a.dz) : DeviceRows<T>{nullptr, 0}),
@@ -860,8 +859,8 @@ __global__ __launch_bounds__(P::kThreads,
     at.stop = min(at.begin + sizes.segment_length, sizes.seqlen);
   }
   Block block(p, at, *reinterpret_cast<typename Block::Shared*>(bytes));
-  read_states<typename P::Base>(kEnds ? nullptr : p.starts, at.state_row(sizes), at, sizes.dstate,
-                                block.g);
+  p.starts.template read<typename P::Base>(sizes, at, sizes.segments - 1 - at.segment, -1,
+                                           block.g);
   const int last = (at.stop - 1) / kChunk * kChunk;
   const int windows = block.windows_of(last);
   if (threadIdx.x == 0) block.s.added.init(P::kThreads);  // enter() follows
@@ -1018,17 +1017,9 @@ void launch_backward(Context& ctx, const SelectiveScanBackward& a) {
   p.dA_log = dA_log.view().template data<float>();
   p.dvectors = dvectors.view().template data<float>();
   p.dtau = dtau ? dtau.view().template data<float>() : nullptr;
-  Tensor ends;
-  Tensor products;
-  if (sizes.segments > 1) {
-    ends = ctx.empty(sizes.carry_shape(), DType::float32);
-    products = ctx.empty(sizes.carry_shape(), DType::float32);
-    p.ends = ends.view().template data<float>();
-    p.products = products.view().template data<float>();
-    launch_kernel<T, P, kGeneral, true>(ctx, p);
-    launch_carry(ctx, {sizes, true, p.products, p.starts, p.ends});
-    p.starts = p.ends;
-  }
+  const SegmentEnds ends =
+      segment_ends<T, kGeneral>(ctx, p.in, p.dy, data_or_null<float>(a.dstate_out));
+  p.starts = ends.starts();
   launch_kernel<T, P, kGeneral, false>(ctx, p);
   add_partials<T, P>(ctx, a, p);
 }
