@@ -129,21 +129,18 @@ struct BackwardArgs {
   DeviceRows<const T> dy;
   const float* chunk_states;
   bool wide_saved = false;  // chunk_states allows vectors of the states of a thread
-  const float* starts;  // gradients that enter the segments from the right [B, S, E, N], or null
+  Starts starts{};          // of gradients, from the right
   DeviceRows<T> du, ddt, dz;
   float* dstate_in;
   float* dBC = nullptr;       // [tiles, B, L, sums of a step]
   float* dtau = nullptr;      // [tiles, B, L]; event mode
   float* dA_log = nullptr;    // [B, S, E, N]
   float* dvectors = nullptr;  // [B, S, 3, E]: dt_bias, D, dtA_bias
-  float* ends = nullptr;      // step 1
-  float* products = nullptr;  // step 1
 
   BackwardArgs(const SelectiveScanBackward& a, const Sizes& sizes)
       : in(a.in, sizes),
         dy(device_rows<T>(a.dy)),
         chunk_states(a.chunk_states.data<float>()),
-        starts(data_or_null<float>(a.dstate_out)),
         du(device_rows<T>(a.du)),
         ddt(device_rows<T>(a.ddt)),
         dz(a.dz ? device_rows<T>(a.dz) : DeviceRows<T>{nullptr, 0}),
@@ -244,8 +241,8 @@ __device__ __forceinline__ float chain_rule(Disc disc, float da, float dk, float
   return dA;
 }
 
-/// The work of one block. kEnds: step 1, which only runs g to the left end of the segment.
-template <class T, class P, bool kGeneral, bool kEnds>
+/// The work of one block.
+template <class T, class P, bool kGeneral>
 struct Backward {
   using L = typename P::Base;
   using Shared = BackwardShared<T, P, kGeneral>;
@@ -262,8 +259,6 @@ struct Backward {
   float A[kStates];      // times log2(e) unless general
   float g[kStates];      // a_{t+1} g_{t+1}
   float dA[kStates] = {};
-  float product[kGeneral && kEnds ? kStates : 1];
-  float delta_sum = 0.0F;
   float dD = 0.0F;
   float dbias = 0.0F;
   float drate = 0.0F;
@@ -291,7 +286,6 @@ struct Backward {
       prepared_bias = in.dt_bias[channel];
       if (kGeneral && in.tau != nullptr) prepared_rate = softplus(in.dtA_bias[channel]);
     }
-    for (float& v : product) v = 1.0F;
   }
 
   __device__ std::int64_t chunk_row(int chunk) const {
@@ -328,18 +322,17 @@ struct Backward {
 
   static constexpr int kHeld = kWindowsHeld<T, P>;
 
-  /// Begins to load a window. `replay`: only what the states need; otherwise all, and step 1 what g
-  /// needs.
+  /// Begins to load a window. `replay`: only what the states need.
   __device__ __forceinline__ void request(Window<T, P>& to, int first, bool replay) {
     const auto of_channels = [&](bool wide) {
       load_channels(to.dt[0], p.in.dt, first, wide);
-      if constexpr (!kEnds) load_channels(to.u[0], p.in.u, first, wide);
+      load_channels(to.u[0], p.in.u, first, wide);
       if (replay) return;
       load_channels(s.dy[0], p.dy, first, wide);
       if (p.in.z.data != nullptr) load_channels(to.z[0], p.in.z, first, wide);
     };
     const auto of_states = [&](bool wide) {
-      if constexpr (!kEnds) load_states(s.raw_B[0], p.in.B, first, wide);
+      load_states(s.raw_B[0], p.in.B, first, wide);
       if (!replay) load_states(s.raw_C[0], p.in.C, first, wide);
     };
     // One branch for all of them.
@@ -389,7 +382,7 @@ struct Backward {
     if (const auto thread = static_cast<int>(threadIdx.x); kFours >= kThreads || thread < kFours)
       prepare_fours<kReplay>(first, thread / P::kChannels);
     if constexpr (!std::is_same_v<T, float>) {
-      if constexpr (!kEnds) widen_tile<kSteps * P::kN, kThreads>(s.raw_B[0], s.B);
+      widen_tile<kSteps * P::kN, kThreads>(s.raw_B[0], s.B);
       if constexpr (!kReplay) widen_tile<kSteps * P::kN, kThreads>(s.raw_C[0], s.C);
     }
   }
@@ -407,7 +400,7 @@ struct Backward {
       for (int i = 0; i < 4; ++i) {
         const int j = 4 * (four + k * kTurnFours) + i;
         dt[k][i] = to_float(window->dt[j][c]);
-        if constexpr (!kEnds) u[k][i] = to_float(window->u[j][c]);
+        u[k][i] = to_float(window->u[j][c]);
         if constexpr (!kReplay) {
           dy[k][i] = to_float(s.dy[j][c]);
           if (gated) z[k][i] = to_float(window->z[j][c]);
@@ -431,8 +424,8 @@ struct Backward {
         if constexpr (kGeneral) s.alpha[4 * at_four + i][c] = delta[i];
       }
       write_shared<4>(s.delta[at_four][c], delta);
-      if constexpr (!kEnds) write_shared<4>(s.input[at_four][c], input);
-      if constexpr (!kReplay && !kEnds) write_shared<4>(s.slope[at_four][c], slope);
+      write_shared<4>(s.input[at_four][c], input);
+      if constexpr (!kReplay) write_shared<4>(s.slope[at_four][c], slope);
     }
     const int rows = rows_from(first);
     if (rows < kSteps || (kGeneral && p.in.tau != nullptr)) correct_fours(first, four, rows);
@@ -448,7 +441,7 @@ struct Backward {
       of_y[i] = through * fmaf(z[i], 1.0F - gate, 1.0F);
       dy[i] = through * z[i];
     }
-    if constexpr (!kEnds) write_shared<4>(dz_of_y, of_y);
+    write_shared<4>(dz_of_y, of_y);
   }
   /// What depends on the position: padding, and alpha in event mode.
   __device__ void correct_fours(int first, int four, int rows) {
@@ -867,39 +860,6 @@ struct Backward {
     }
   }
 
-  /// Step 1 of a chunk.
-  __device__ void chunk_end(int begin) {
-    if constexpr (kHeld == 1) prefetch(begin);
-    for (int w = windows_of(begin) - 1; w >= 0; --w) {
-      const int first = begin + w * kSteps;
-      enter<false>(first, first - kSteps, false);
-#pragma unroll 4
-      for (int j = kSteps - 1; j >= 0; --j) {
-        const float delta = s.delta[j / 4][at.local][j % 4];
-        const float dy = s.dy_gated[j / 4][at.local][j % 4];
-        float C[kStates];
-        read_few<kStates>(row_C(j) + at.part * kStates, C);
-        delta_sum += delta;
-#pragma unroll
-        for (int n = 0; n < kStates; ++n) {
-          const float a = multiplier(j, n, delta);
-          if constexpr (kGeneral) product[n] *= a;
-          g[n] = a * fmaf(C[n], dy, g[n]);
-        }
-      }
-    }
-  }
-
-  __device__ void write_ends() {
-    const std::int64_t row = at.state_row(p.in.sizes);
-    write_few_states<L>(p.ends, row, at, p.in.sizes.dstate, g);
-    float m[kStates];
-#pragma unroll
-    for (int i = 0; i < kStates; ++i)
-      m[i] = kGeneral ? product[kGeneral ? i : 0] : exp2_approx(delta_sum * A[i]);
-    write_few_states<L>(p.products, row, at, p.in.sizes.dstate, m);
-  }
-
   __device__ void finish() {
     const Sizes& z = p.in.sizes;
     begin_turn();
@@ -921,39 +881,21 @@ struct Backward {
   }
 };
 
-template <class T, class P, bool kGeneral, bool kEnds>
+template <class T, class P, bool kGeneral>
 __global__ __launch_bounds__(P::kThreads,
                              P::kBlocks) void selective_scan_backward_kernel(BackwardArgs<T> p) {
-  using Block = Backward<T, P, kGeneral, kEnds>;
+  using Block = Backward<T, P, kGeneral>;
   extern __shared__ __align__(16) unsigned char bytes[];
   const Sizes& sizes = p.in.sizes;
-  // Nothing precedes the first segment, so step 1 skips it.
-  Place<typename P::Base> at(sizes, p.in.lengths, kEnds ? sizes.segments - 1 : sizes.segments);
-  if constexpr (kEnds) {
-    ++at.segment;
-    at.begin += sizes.segment_length;
-    at.stop = min(at.begin + sizes.segment_length, sizes.seqlen);
-  }
+  const Place<typename P::Base> at(sizes, p.in.lengths, sizes.segments);
   Block block(p, at, *reinterpret_cast<typename Block::Shared*>(bytes));
-  read_states<typename P::Base>(kEnds ? nullptr : p.starts, at.state_row(sizes), at, sizes.dstate,
-                                block.g);
+  p.starts.template read<typename P::Base>(sizes, at, sizes.segments - 1 - at.segment, -1,
+                                           block.g);
   const int last = (at.stop - 1) / kChunk * kChunk;
-  const int windows = block.windows_of(last);
   if (threadIdx.x == 0) block.s.added.init(P::kThreads);  // enter() follows
-  if constexpr (kEnds)
-    block.request_first(last + (windows - 1) * P::kSteps, false);
-  else
-    block.request_first(last, windows > 1);
-  for (int begin = last; begin >= at.begin; begin -= kChunk) {
-    if constexpr (kEnds)
-      block.chunk_end(begin);
-    else
-      block.chunk(begin);
-  }
-  if constexpr (kEnds)
-    block.write_ends();
-  else
-    block.finish();
+  block.request_first(last, block.windows_of(last) > 1);
+  for (int begin = last; begin >= at.begin; begin -= kChunk) block.chunk(begin);
+  block.finish();
 }
 
 constexpr int kSumThreads = 256;
@@ -1058,15 +1000,14 @@ void add_partials(Context& ctx, const SelectiveScanBackward& a, const BackwardAr
   LRNN_CUDA_CHECK_LAUNCH();
 }
 
-template <class T, class P, bool kGeneral, bool kEnds>
+template <class T, class P, bool kGeneral>
 void launch_kernel(Context& ctx, const BackwardArgs<T>& p) {
   const Sizes& z = p.in.sizes;
-  const auto kernel = selective_scan_backward_kernel<T, P, kGeneral, kEnds>;
+  const auto kernel = selective_scan_backward_kernel<T, P, kGeneral>;
   constexpr std::size_t kBytes = sizeof(BackwardShared<T, P, kGeneral>);
   static_assert(kGeneral || kBytes * P::kBlocks <= (228 - P::kBlocks) * 1024);
   allow_shared(kernel, kBytes);
-  kernel<<<z.blocks(kEnds ? z.segments - 1 : z.segments), P::kThreads, kBytes,
-           ctx.stream().handle>>>(p);
+  kernel<<<z.blocks(z.segments), P::kThreads, kBytes, ctx.stream().handle>>>(p);
   LRNN_CUDA_CHECK_LAUNCH();
 }
 
@@ -1097,18 +1038,10 @@ void launch_backward(Context& ctx, const SelectiveScanBackward& a) {
   p.dA_log = dA_log.view().template data<float>();
   p.dvectors = dvectors.view().template data<float>();
   p.dtau = dtau ? dtau.view().template data<float>() : nullptr;
-  Tensor ends;
-  Tensor products;
-  if (sizes.segments > 1) {
-    ends = ctx.empty(sizes.carry_shape(), DType::float32);
-    products = ctx.empty(sizes.carry_shape(), DType::float32);
-    p.ends = ends.view().template data<float>();
-    p.products = products.view().template data<float>();
-    launch_kernel<T, P, kGeneral, true>(ctx, p);
-    launch_carry(ctx, {sizes, true, p.products, p.starts, p.ends});
-    p.starts = p.ends;
-  }
-  launch_kernel<T, P, kGeneral, false>(ctx, p);
+  const SegmentEnds ends =
+      segment_ends<T, kGeneral>(ctx, p.in, p.dy, data_or_null<float>(a.dstate_out));
+  p.starts = ends.starts();
+  launch_kernel<T, P, kGeneral>(ctx, p);
   add_partials<T, P>(ctx, a, p);
 }
 

@@ -160,6 +160,14 @@ std::vector<OpCase> cases() {
     all.push_back(selective_scan_case({66, 2, 3, 16, disc}));
     all.back().gradcheck = false;
   }
+  // So long that time is cut into segments.
+  for (const Sizes& z :
+       {Sizes{1, 1000, 35, 16}, Sizes{2, 900, 3, 5, Disc::Mamba, false, true, true},
+        Sizes{1, 800, 4, 70, Disc::Mamba, false, false}, Sizes{1, 800, 5, 20, Disc::Zoh, true},
+        Sizes{2, 800, 2, 3, Disc::Bilinear, true, true, true}, Sizes{1, 800, 2, 3, Disc::Dirac}}) {
+    all.push_back(selective_scan_case(z));
+    all.back().gradcheck = false;
+  }
   for (const std::int64_t dstate : {16, 17, 64}) {
     OpCase large = selective_scan_case({2, 300, 96, dstate});
     large.gradcheck = false;
