@@ -8,10 +8,12 @@
 // (common/quad_sum.cuh), shared memory the quads of a block, while the next steps are worked on,
 // and a second kernel the tiles of channels, all in fixed order.
 //
-// Bound by issue slots and latency, three warps per scheduler: at B8 L2048 D1536 N16 in bfloat16 on
-// an H200 0.74 ms, 38 % of the limit of 20 instructions per state and 30 per channel. Before
-// multipliers were computed ahead, 62 % of the issue slots were used; the adjoint was half of the
-// instructions and 29 % of the time, replay and recomputed states 25 and 30 %, prepare() 8 and 8 %.
+// Bound by issue slots, shared memory and latency, three warps per scheduler: at B8 L2048 D1536 N16
+// in bfloat16 on an H200 0.66 ms, 43 % of the limit of 20 instructions per state and 30 per
+// channel. A warp issues 119 instructions per step of its 128 states, in 64 % of the cycles; shared
+// memory is busy for 60 %. The sub-tiles are 69 % of the instructions and 53 % of the time, of it
+// 13 % where parts of dB and dC are added; replay 14 and 21 %; what a window begins and ends with
+// 15 and 22 %. Special functions ahead of their use, in registers, made all of it slower.
 #include "common/quad_sum.cuh"
 #include "common/selective_scan.cuh"
 #include "common/split_barrier.cuh"
@@ -132,8 +134,13 @@ struct BackwardArgs {
   Starts starts{};          // of gradients, from the right
   DeviceRows<T> du, ddt, dz;
   float* dstate_in;
-  float* dBC = nullptr;       // [tiles, B, L, sums of a step]
-  float* dtau = nullptr;      // [tiles, B, L]; event mode
+  // A launch covers part of the blocks and their rows: [tiles, rows, sums of a step] and
+  // [tiles, rows].
+  int first_block = 0;
+  std::int64_t first_row = 0;
+  std::int64_t rows = 0;
+  float* dBC = nullptr;
+  float* dtau = nullptr;      // event mode
   float* dA_log = nullptr;    // [B, S, E, N]
   float* dvectors = nullptr;  // [B, S, 3, E]: dt_bias, D, dtA_bias
 
@@ -253,11 +260,12 @@ struct Backward {
   const BackwardArgs<T>& p;
   const Place<L>& at;
   Shared& s;
-  Window<T, P>* window;  // in work
-  unsigned turn = 0;     // of adding dB and dC over the block
-  int turn_step = 0;     // position of the first step of the last turn
-  float A[kStates];      // times log2(e) unless general
-  float g[kStates];      // a_{t+1} g_{t+1}
+  Window<T, P>* window;   // in work
+  std::int64_t partials;  // row of position 0 among the partial sums of the launch
+  unsigned turn = 0;      // of adding dB and dC over the block
+  int turn_step = 0;      // position of the first step of the last turn
+  float A[kStates];       // times log2(e) unless general
+  float g[kStates];       // a_{t+1} g_{t+1}
   float dA[kStates] = {};
   float dD = 0.0F;
   float dbias = 0.0F;
@@ -274,7 +282,11 @@ struct Backward {
   float prepared_rate = 0.0F;
 
   __device__ Backward(const BackwardArgs<T>& args, const Place<L>& place, Shared& shared)
-      : p(args), at(place), s(shared), window(shared.window) {
+      : p(args),
+        at(place),
+        s(shared),
+        window(shared.window),
+        partials(place.tile * args.rows + (place.first_row - args.first_row)) {
     const int step = at.part / kCopies;
     finished = step * P::kChannels + at.local;
     finished_step = step / 4 * P::kChannels * 4 + at.local * 4 + step % 4;
@@ -575,8 +587,8 @@ struct Backward {
         const float k = GeneralRule{p.in.discretization}.factor(d.delta, A[n]);
         shared_sums[n] = gn * k * d.input;
         du = fmaf(gn * k, d.B[n], du);
-        dA[n] += chain_rule(p.in.discretization, gn * d.h_before[n], gn * d.input * d.B[n], d.a[n], alpha,
-                            d.delta, A[n], dalpha, ddelta);
+        dA[n] += chain_rule(p.in.discretization, gn * d.h_before[n], gn * d.input * d.B[n], d.a[n],
+                            alpha, d.delta, A[n], dalpha, ddelta);
       } else {
         shared_sums[n] = gn * d.input;
         du = fmaf(gn, d.B[n], du);
@@ -642,13 +654,15 @@ struct Backward {
     }
     ++turn;
   }
+  /// Row of a position among the partial sums of the launch.
+  __device__ __forceinline__ std::int64_t partial_row(int position) const {
+    return partials + position;
+  }
   /// Adds the parts of dB and dC of a turn and writes them.
   __device__ __forceinline__ void add_parts(unsigned of_turn) {
     constexpr int kVec = P::kAdded * P::kSums < 4 * kThreads ? 2 : 4;
     constexpr int kPerRow = P::kSums / kVec;
-    const Sizes& z = p.in.sizes;
-    const std::int64_t row = (std::int64_t{at.tile} * z.batch + at.batch) * z.seqlen + turn_step;
-    float* const out = p.dBC + row * P::kSums;
+    float* const out = p.dBC + partial_row(turn_step) * P::kSums;
     const int last = at.stop - turn_step;
     for_items<P::kAdded * kPerRow, kThreads>([&](int i) {
       const int step = i / kPerRow;
@@ -722,8 +736,8 @@ struct Backward {
   }
 
   /// Sub-tile k of the window that begins at `first`; `index` counts in the chunk. `sums`: of
-  /// sub-tile k + 1, which is finished here unless k begins a turn, so that its shuffles do not wait;
-  /// then of this one.
+  /// sub-tile k + 1, which is finished here unless k begins a turn, so that its shuffles do not
+  /// wait; then of this one.
   __device__ __forceinline__ void sub_tile(int first, int k, int index, bool begins,
                                            StateSums& sums) {
     const int j0 = k * P::kSubTile;
@@ -787,7 +801,6 @@ struct Backward {
 
   __device__ void write_window(int first) {
     __syncthreads();
-    const Sizes& z = p.in.sizes;
     const int rows = at.stop - first;
     if (wide_channels()) {
       store_wide(first, rows, at.length - first);
@@ -801,7 +814,7 @@ struct Backward {
       if (p.dtau != nullptr && j < kSteps && j < rows) {
         float sum = 0.0F;
         for (const float v : s.dtau[j]) sum += v;
-        p.dtau[(std::int64_t{at.tile} * z.batch + at.batch) * z.seqlen + first + j] = sum;
+        p.dtau[partial_row(first + j)] = sum;
       }
     }
   }
@@ -887,10 +900,9 @@ __global__ __launch_bounds__(P::kThreads,
   using Block = Backward<T, P, kGeneral>;
   extern __shared__ __align__(16) unsigned char bytes[];
   const Sizes& sizes = p.in.sizes;
-  const Place<typename P::Base> at(sizes, p.in.lengths, sizes.segments);
+  const Place<typename P::Base> at(sizes, p.in.lengths, sizes.segments, p.first_block);
   Block block(p, at, *reinterpret_cast<typename Block::Shared*>(bytes));
-  p.starts.template read<typename P::Base>(sizes, at, sizes.segments - 1 - at.segment, -1,
-                                           block.g);
+  p.starts.template read<typename P::Base>(sizes, at, sizes.segments - 1 - at.segment, -1, block.g);
   const int last = (at.stop - 1) / kChunk * kChunk;
   if (threadIdx.x == 0) block.s.added.init(P::kThreads);  // enter() follows
   block.request_first(last, block.windows_of(last) > 1);
@@ -972,21 +984,30 @@ unsigned sum_blocks(std::int64_t threads) {
   return static_cast<unsigned>((threads + kSumThreads - 1) / kSumThreads);
 }
 
+/// The second stage for the rows of a launch.
 template <class T, class P>
-void add_partials(Context& ctx, const SelectiveScanBackward& a, const BackwardArgs<T>& p) {
-  const Sizes& z = p.in.sizes;
-  const std::int64_t rows = std::int64_t{z.batch} * z.seqlen;
-  const TileSumArgs<T> tiles{p.dBC,
-                             p.dtau,
-                             z.tiles,
-                             rows,
-                             z.dstate,
-                             device_rows<T>(a.dB),
-                             device_rows<T>(a.dC),
-                             p.dtau != nullptr ? a.dintegration_timesteps.data<float>() : nullptr};
+void add_tiles(Context& ctx, const SelectiveScanBackward& a, const BackwardArgs<T>& p) {
+  const auto rows_from = [&](auto rows) {
+    rows.data += p.first_row * rows.stride;
+    return rows;
+  };
+  const TileSumArgs<T> tiles{
+      p.dBC,
+      p.dtau,
+      p.in.sizes.tiles,
+      p.rows,
+      p.in.sizes.dstate,
+      rows_from(device_rows<T>(a.dB)),
+      rows_from(device_rows<T>(a.dC)),
+      p.dtau != nullptr ? a.dintegration_timesteps.data<float>() + p.first_row : nullptr};
   selective_scan_add_tiles_kernel<T, P>
-      <<<sum_blocks(rows * P::kSums / 4), kSumThreads, 0, ctx.stream().handle>>>(tiles);
+      <<<sum_blocks(p.rows * P::kSums / 4), kSumThreads, 0, ctx.stream().handle>>>(tiles);
   LRNN_CUDA_CHECK_LAUNCH();
+}
+
+template <class T>
+void add_parameters(Context& ctx, const SelectiveScanBackward& a, const BackwardArgs<T>& p) {
+  const Sizes& z = p.in.sizes;
   const ParameterSumArgs parts{p.dA_log,
                                p.dvectors,
                                std::int64_t{z.batch} * z.segments,
@@ -1001,19 +1022,48 @@ void add_partials(Context& ctx, const SelectiveScanBackward& a, const BackwardAr
 }
 
 template <class T, class P, bool kGeneral>
-void launch_kernel(Context& ctx, const BackwardArgs<T>& p) {
-  const Sizes& z = p.in.sizes;
+void launch_kernel(Context& ctx, const BackwardArgs<T>& p, unsigned blocks) {
   const auto kernel = selective_scan_backward_kernel<T, P, kGeneral>;
   constexpr std::size_t kBytes = sizeof(BackwardShared<T, P, kGeneral>);
   static_assert(kGeneral || kBytes * P::kBlocks <= (228 - P::kBlocks) * 1024);
   allow_shared(kernel, kBytes);
-  kernel<<<z.blocks(z.segments), P::kThreads, kBytes, ctx.stream().handle>>>(p);
+  kernel<<<blocks, P::kThreads, kBytes, ctx.stream().handle>>>(p);
   LRNN_CUDA_CHECK_LAUNCH();
 }
 
+/// How many launches the blocks are spread over, one after the other: so many that the partial sums
+/// of one are not the largest thing in memory, so few that each fills a GPU. A unit is a segment of
+/// a sequence.
+struct Launches {
+  std::int64_t units;
+  std::int64_t count;
+
+  static std::int64_t wanted(const Sizes& z, int sums) {
+    constexpr std::int64_t kMostBytes = std::int64_t{320} << 20;
+    const std::int64_t bytes = std::int64_t{z.tiles} * z.batch * z.seqlen * sums * 4;
+    return (bytes + kMostBytes - 1) / kMostBytes;
+  }
+  Launches(const Sizes& z, int sums) : units(std::int64_t{z.batch} * z.segments) {
+    constexpr std::int64_t kFull = 384;  // blocks
+    count = std::clamp<std::int64_t>(units * z.tiles / kFull, 1,
+                                     std::max<std::int64_t>(1, std::min(units, wanted(z, sums))));
+  }
+  [[nodiscard]] std::int64_t first_unit(std::int64_t launch) const {
+    return units * launch / count;
+  }
+  [[nodiscard]] static std::int64_t first_row(const Sizes& z, std::int64_t unit) {
+    return unit / z.segments * z.seqlen + unit % z.segments * z.segment_length;
+  }
+};
+
 template <class T, class P, bool kGeneral>
 void launch_backward(Context& ctx, const SelectiveScanBackward& a) {
-  const Sizes sizes(a.in, P::kChannels, P::kChannels / 8);
+  Sizes sizes(a.in, P::kChannels, P::kChannels / 8);
+  // Shorter segments give every launch blocks enough.
+  if (const std::int64_t wanted = Launches::wanted(sizes, P::kSums);
+      wanted > 1 && sizes.segments > 1)
+    sizes.cut(wanted * sizes.segments);
+  const Launches launches(sizes, P::kSums);
   BackwardArgs<T> p(a, sizes);
   // Rows and strides are int then.
   const bool int_rows = std::int64_t{sizes.batch} * sizes.seqlen < (std::int64_t{1} << 30);
@@ -1022,18 +1072,20 @@ void launch_backward(Context& ctx, const SelectiveScanBackward& a) {
   };
   p.in.wide_channels = int_rows && wide(p.in.u) && wide(p.in.dt) && wide(p.in.z) && wide(p.dy) &&
                        wide(p.du) && wide(p.ddt) && wide(p.dz);
-  p.in.wide_states = int_rows && p.in.wide_states && p.in.B.stride < (1 << 24) &&
-                     p.in.C.stride < (1 << 24);
-  p.wide_saved =
-      sizes.dstate == P::kN && allows_vectors(p.chunk_states, P::kN, P::kN, P::kStates);
+  p.in.wide_states =
+      int_rows && p.in.wide_states && p.in.B.stride < (1 << 24) && p.in.C.stride < (1 << 24);
+  p.wide_saved = sizes.dstate == P::kN && allows_vectors(p.chunk_states, P::kN, P::kN, P::kStates);
 
-  const Shape row_shape = {sizes.tiles, sizes.batch, sizes.seqlen};
-  Tensor dBC = ctx.empty({sizes.tiles, sizes.batch, sizes.seqlen, P::kSums}, DType::float32);
+  std::int64_t most_rows = 0;
+  for (std::int64_t i = 0; i < launches.count; ++i)
+    most_rows = std::max(most_rows, Launches::first_row(sizes, launches.first_unit(i + 1)) -
+                                        Launches::first_row(sizes, launches.first_unit(i)));
+  Tensor dBC = ctx.empty({sizes.tiles, most_rows, P::kSums}, DType::float32);
   Tensor dA_log = ctx.empty(sizes.carry_shape(), DType::float32);
   Tensor dvectors = ctx.empty({sizes.batch, sizes.segments, 3, sizes.channels}, DType::float32);
   Tensor dtau;
   if (a.in.integration_timesteps && a.dintegration_timesteps)
-    dtau = ctx.empty(row_shape, DType::float32);
+    dtau = ctx.empty({sizes.tiles, most_rows}, DType::float32);
   p.dBC = dBC.view().template data<float>();
   p.dA_log = dA_log.view().template data<float>();
   p.dvectors = dvectors.view().template data<float>();
@@ -1041,8 +1093,16 @@ void launch_backward(Context& ctx, const SelectiveScanBackward& a) {
   const SegmentEnds ends =
       segment_ends<T, kGeneral>(ctx, p.in, p.dy, data_or_null<float>(a.dstate_out));
   p.starts = ends.starts();
-  launch_kernel<T, P, kGeneral>(ctx, p);
-  add_partials<T, P>(ctx, a, p);
+  for (std::int64_t i = 0; i < launches.count; ++i) {
+    const std::int64_t first = launches.first_unit(i);
+    const std::int64_t end = launches.first_unit(i + 1);
+    p.first_block = static_cast<int>(first * sizes.tiles);
+    p.first_row = Launches::first_row(sizes, first);
+    p.rows = Launches::first_row(sizes, end) - p.first_row;
+    launch_kernel<T, P, kGeneral>(ctx, p, static_cast<unsigned>((end - first) * sizes.tiles));
+    add_tiles<T, P>(ctx, a, p);
+  }
+  add_parameters(ctx, a, p);
 }
 
 /// Shared memory that a block may ask for.
@@ -1060,8 +1120,7 @@ void visit_plan(std::int64_t dstate, F&& f) {
   // Shorter windows give the same sums.
   const int limit = shared_limit();
   if (dstate <= 16) {
-    if (limit < 96 * 1024)
-      return f.template operator()<Plan<Layout<4, 4, 32>, 16, 4, 8, 1, 1>>();
+    if (limit < 96 * 1024) return f.template operator()<Plan<Layout<4, 4, 32>, 16, 4, 8, 1, 1>>();
     return f.template operator()<Plan<Layout<4, 4, 32>, 32, 4, 8, 3, 2>>();
   }
   if constexpr (kGeneral) {

@@ -144,7 +144,7 @@ std::vector<OpCase> cases() {
       all.push_back(selective_scan_case({2, 6, 2, 3, disc, event, false, true}));
     }
   all.push_back(selective_scan_case({1, 1, 1, 1}));
-  for (const std::int64_t seqlen : {63, 64, 65, 129})  // around the chunk of 64
+  for (const std::int64_t seqlen : {31, 32, 33, 65})  // around the chunk of 32
     all.push_back(selective_scan_case({1, seqlen, 2, 2}));
   all.push_back(selective_scan_case({2, 3, 33, 16}));  // one past a tile of channels
   all.push_back(selective_scan_case({3, 70, 2, 5, Disc::Mamba, false, true, true}));
