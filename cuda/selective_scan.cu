@@ -1,4 +1,4 @@
-// Forward, step, and the carries of both passes. Ownership: common/selective_scan.cuh.
+// Forward and step. Ownership: common/selective_scan.cuh.
 //
 // Forward: a barrier per tile of steps. While a group of steps advances, a lane prepares its own
 // step of a later group (softplus, gate) and writes that of the group before, so that what waits
@@ -11,24 +11,6 @@ namespace lrnn::cuda {
 namespace selective {
 namespace {
 
-/// max(x, 0) + log1p(e), e = exp(-|x|): one exponential, the rest multiply-adds. The error of the
-/// argument of ex2 is undone to first order, since e may be all there is of the result. log1p(e) /
-/// e is a polynomial on [0, 1] with relative error 3e-8.
-__device__ __forceinline__ float softplus_of_step(float x) {
-  const float exponent = -kLog2e * fabsf(x);
-  const float lost = fmaf(-kLog2e, fabsf(x), -exponent);
-  float e = exp2_approx(exponent);
-  e = fmaf(e, kLn2 * lost, e);
-  float p = fmaf(e, 0.00523269083F, -0.0295052286F);
-  p = fmaf(p, e, 0.0782259479F);
-  p = fmaf(p, e, -0.136632457F);
-  p = fmaf(p, e, 0.191060081F);
-  p = fmaf(p, e, -0.24842982F);
-  p = fmaf(p, e, 0.333190978F);
-  p = fmaf(p, e, -0.499994934F);
-  p = fmaf(p, e, 0.99999994F);
-  return fmaf(p, e, fmaxf(x, 0.0F));
-}
 __device__ __forceinline__ float reciprocal_approx(float x) {
   float r;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
@@ -50,12 +32,10 @@ __device__ __forceinline__ void store_if(bool exists, __nv_bfloat16* p, __nv_bfl
 template <class T>
 struct ForwardArgs {
   Operands<T> in;
-  const float* starts;  // [B, S, E, N]; state_in if there is one segment; null: 0
+  Starts starts;
   DeviceRows<T> y;
   float* state_out;
   float* chunk_states;
-  float* ends;      // step 1
-  float* products;  // step 1
 };
 
 /// Steps of a tile: as many as 64 KB of shared memory hold, which every GPU has.
@@ -115,7 +95,7 @@ struct ForwardShared {
 };
 
 /// Takes u, dt and z to shared memory, one tile of steps after the other.
-template <class T, class L, bool kEnds>
+template <class T, class L>
 class ElementStream {
   static constexpr int kVec = kWide<T>;
   static constexpr int kPerRow = L::kChannels / kVec;
@@ -142,11 +122,11 @@ class ElementStream {
     if (in_.wide_channels) {
       copy(u_, in_.u.stride, to.u[0]);
       copy(dt_, in_.dt.stride, to.dt[0]);
-      if (!kEnds && in_.z.data != nullptr) copy(z_, in_.z.stride, to.z[0]);
+      if (in_.z.data != nullptr) copy(z_, in_.z.stride, to.z[0]);
     } else {
       copy_elements(in_.u, to.u[0]);
       copy_elements(in_.dt, to.dt[0]);
-      if (!kEnds && in_.z.data != nullptr) copy_elements(in_.z, to.z[0]);
+      if (in_.z.data != nullptr) copy_elements(in_.z, to.z[0]);
     }
     rows_ -= kSteps;
     first_ += kSteps;
@@ -187,17 +167,17 @@ class ElementStream {
   const T* z_;
 };
 
-/// Takes B and C (step 1: B) to shared memory, one tile of steps after the other, by way of the
+/// Takes B and C to shared memory, one tile of steps after the other, by way of the
 /// registers of a block.
-template <class T, class L, bool kEnds>
+template <class T, class L>
 class StateStream {
   static constexpr int kVec = kWide<T>;
   static constexpr int kPerRow = L::kN / kVec;
   static constexpr int kSteps = Pace<T, L>::kSteps;
   static constexpr int kPerMatrix = kSteps * kPerRow;
   // Few vectors: half of the threads take B and the others C.
-  static constexpr bool kSplit = !kEnds && 2 * kPerMatrix <= L::kThreads;
-  static constexpr int kMatrices = kEnds || kSplit ? 1 : 2;
+  static constexpr bool kSplit = 2 * kPerMatrix <= L::kThreads;
+  static constexpr int kMatrices = kSplit ? 1 : 2;
   static constexpr int kItems = (kPerMatrix + L::kThreads - 1) / L::kThreads;  // of a matrix
   static constexpr int kRows = L::kThreads / kPerRow;  // that a block takes at once
 
@@ -275,7 +255,7 @@ class StateStream {
 /// the step that it prepares for the lanes of the channel and whose output it writes. While a group
 /// advances, the one before is written and the second one behind is prepared: all that waits for
 /// something is beside work that does not. Positions count from the start of the segment.
-template <class T, class L, bool kGeneral, bool kEnds>
+template <class T, class L, bool kGeneral>
 struct Forward {
   using P = Pace<T, L>;
   using Shared = ForwardShared<T, L, kGeneral>;
@@ -301,8 +281,6 @@ struct Forward {
   Shared& s;
   float A[L::kStates];  // times log2(e) unless general
   float h[L::kStates];
-  float product[kGeneral && kEnds ? L::kStates : 1];
-  float delta_sum = 0.0F;
   float bias;
   float D;
   float rate = 0.0F;
@@ -325,7 +303,6 @@ struct Forward {
     D = in.D != nullptr && at.active ? in.D[at.channel] : 0.0F;
     bias = at.active ? in.dt_bias[at.channel] : 0.0F;
     if (kGeneral && in.tau != nullptr) rate = at.active ? softplus(in.dtA_bias[at.channel]) : 0.0F;
-    for (float& v : product) v = 1.0F;
     own = at.part / P::kCopies;
     t = own;
     valid = min(at.length, at.stop) - at.begin;
@@ -349,7 +326,7 @@ struct Forward {
   };
   [[nodiscard]] __device__ __forceinline__ Element read(const T* element) const {
     constexpr int kPlane = P::kSteps * Elements<T, L>::kPitch;
-    return {element[0], element[kPlane], element[kEnds ? 0 : 2 * kPlane]};
+    return {element[0], element[kPlane], element[2 * kPlane]};
   }
   struct Prepared {
     float delta, drive, alpha;
@@ -357,15 +334,13 @@ struct Forward {
   };
   [[nodiscard]] __device__ __forceinline__ Prepared prepare(const Element& e, int position) const {
     const float u = to_float(e.u);
-    const float v = softplus_of_step(to_float(e.dt) + bias);
+    const float v = softplus_of_step<T>(to_float(e.dt) + bias);
     const bool exists = position < valid;
     const float delta = exists ? v : 0.0F;
     Prepared r{delta, kGeneral ? u : delta * u, delta, {u, 1.0F}};
-    if constexpr (!kEnds) {
-      const float z = to_float(e.z);
-      const float gate = z * reciprocal_approx(1.0F + exp2_approx(-kLog2e * z));
-      if (p.in.z.data != nullptr) r.output.gate = gate;
-    }
+    const float z = to_float(e.z);
+    const float gate = z * reciprocal_approx(1.0F + exp2_approx(-kLog2e * z));
+    if (p.in.z.data != nullptr) r.output.gate = gate;
     if (kGeneral && p.in.tau != nullptr)
       r.alpha = exists ? p.in.tau[at.first_row + at.begin + position] * rate : 0.0F;
     return r;
@@ -387,7 +362,7 @@ struct Forward {
   /// B and C of a step.
   __device__ __forceinline__ void get(const float* states, int slot) {
     read_shared<L::kStates>(states, B[slot]);
-    if constexpr (!kEnds) read_shared<L::kStates>(states + P::kSteps * L::kN, C[slot]);
+    read_shared<L::kStates>(states + P::kSteps * L::kN, C[slot]);
   }
 
   /// Before the first group.
@@ -422,7 +397,7 @@ struct Forward {
       } else {
         get(quad, s.operands[kParity], first);
       }
-      if (!kEnds && first == 0) write();
+      if (first == 0) write();
 #pragma unroll
       for (int j = first; j < first + kQuad; ++j) {
         if constexpr (!kPipelined) get(states + j * L::kN, 0);
@@ -450,18 +425,16 @@ struct Forward {
     const float delta = quad.delta[j % kQuad];
     const float drive = quad.drive[j % kQuad];
     float sum = 0.0F;
-    if constexpr (kEnds && !kGeneral) delta_sum += delta;
 #pragma unroll
     for (int i = 0; i < L::kStates; ++i) {
       if constexpr (kGeneral) {
         const GeneralRule rule{p.in.discretization};
         const float a = rule.multiplier(quad.alpha[j % kQuad], A[i]);
-        if constexpr (kEnds) product[i] *= a;
         h[i] = fmaf(a, h[i], rule.factor(delta, A[i]) * drive * b[i]);
       } else {
         h[i] = fmaf(exp2_approx(delta * A[i]), h[i], drive * b[i]);
       }
-      if constexpr (!kEnds) sum = i == 0 ? c[i] * h[i] : fmaf(c[i], h[i], sum);
+      sum = i == 0 ? c[i] * h[i] : fmaf(c[i], h[i], sum);
     }
     return sum;
   }
@@ -475,16 +448,6 @@ struct Forward {
              from_float<T>(position < valid ? v : 0.0F));
     y += y_pace;
   }
-
-  __device__ void write_ends() {
-    const std::int64_t row = at.state_row(p.in.sizes);
-    write_states<L>(p.ends, row, at, p.in.sizes.dstate, h);
-    float m[L::kStates];
-#pragma unroll
-    for (int i = 0; i < L::kStates; ++i)
-      m[i] = kGeneral ? product[kGeneral ? i : 0] : exp2_approx(delta_sum * A[i]);
-    write_states<L>(p.products, row, at, p.in.sizes.dstate, m);
-  }
 };
 
 /// Blocks of a multiprocessor. Registers are worth more than warps, but sizes of training need
@@ -496,8 +459,7 @@ constexpr int forward_blocks() {
   return L::kLanes == 4 && sizeof(T) == 2 ? 5 : 4;
 }
 
-// kEnds: step 1, which writes nothing but the end of the segment. Else step 3.
-template <class T, class L, bool kGeneral, bool kEnds>
+template <class T, class L, bool kGeneral>
 __global__ __launch_bounds__(
     L::kThreads,
     (forward_blocks<T, L, kGeneral>())) void selective_scan_forward_kernel(ForwardArgs<T> p) {
@@ -506,15 +468,14 @@ __global__ __launch_bounds__(
   extern __shared__ __align__(16) unsigned char bytes[];
   Shared& shared = *reinterpret_cast<Shared*>(bytes);
   const Sizes& sizes = p.in.sizes;
-  // Nothing follows the last segment, so step 1 skips it.
-  const Place<L> at(sizes, p.in.lengths, kEnds ? sizes.segments - 1 : sizes.segments);
-  Forward<T, L, kGeneral, kEnds> scan(p, at, shared);
-  ElementStream<T, L, kEnds> elements(p.in, at);
-  StateStream<T, L, kEnds> B_and_C(p.in, at);
+  const Place<L> at(sizes, p.in.lengths, sizes.segments);
+  Forward<T, L, kGeneral> scan(p, at, shared);
+  ElementStream<T, L> elements(p.in, at);
+  StateStream<T, L> B_and_C(p.in, at);
   elements.load(shared.elements[0]);
   commit_copies();
   B_and_C.load();
-  read_states<L>(kEnds ? nullptr : p.starts, at.state_row(sizes), at, sizes.dstate, scan.h);
+  p.starts.template read<L>(sizes, at, at.segment, 1, scan.h);
 
   int tile = -1;
   int third = 0;  // tile % 3 of the next one
@@ -533,7 +494,7 @@ __global__ __launch_bounds__(
   for (int first = at.begin; first < at.stop; first += P::kSteps) {
     ++tile;
     third = third == 2 ? 0 : third + 1;
-    if (!kEnds && p.chunk_states != nullptr && first % kChunk == 0)
+    if (p.chunk_states != nullptr && first % kChunk == 0)
       write_states<L>(
           p.chunk_states,
           (std::int64_t{at.batch} * sizes.chunks + first / kChunk) * sizes.channels + at.channel,
@@ -557,10 +518,6 @@ __global__ __launch_bounds__(
     }
   }
   wait_for_copies();  // of the tile behind the last one: none may be on its way when a block ends
-  if constexpr (kEnds) {
-    scan.write_ends();
-    return;
-  }
   scan.write();
   if (p.state_out != nullptr && at.segment == sizes.segments - 1)
     write_states<L>(p.state_out, std::int64_t{at.batch} * sizes.channels + at.channel, at,
@@ -569,38 +526,21 @@ __global__ __launch_bounds__(
 
 template <class T, class L, bool kGeneral>
 void launch_forward(Context& ctx, const SelectiveScanForward& a) {
-  // 16 warps for every multiprocessor of the largest devices. Cutting repeats most of the work, so
-  // it stops below.
+  // 16 warps for every multiprocessor of the largest devices. Cutting may repeat most of the work,
+  // so it stops below.
   constexpr std::int64_t kWarps = 2112;
   Sizes sizes(a.in, L::kChannels, L::kWarps);
   sizes.cut(kWarps / (std::int64_t{sizes.batch} * sizes.tiles * L::kWarps));
-  ForwardArgs<T> p{Operands<T>(a.in, sizes),
-                   data_or_null<float>(a.in.state_in),
-                   device_rows<T>(a.y),
-                   data_or_null<float>(a.state_out),
-                   data_or_null<float>(a.chunk_states),
-                   nullptr,
-                   nullptr};
+  const Operands<T> in(a.in, sizes);
+  const SegmentEnds ends =
+      segment_ends<T, kGeneral>(ctx, in, {nullptr, 0}, data_or_null<float>(a.in.state_in));
+  const ForwardArgs<T> p{in, ends.starts(), device_rows<T>(a.y), data_or_null<float>(a.state_out),
+                         data_or_null<float>(a.chunk_states)};
   constexpr std::size_t kBytes = sizeof(ForwardShared<T, L, kGeneral>);
   static_assert(kBytes <= 64 * 1024);
-  const cudaStream_t stream = ctx.stream().handle;
-  Tensor ends;
-  Tensor products;
-  if (sizes.segments > 1) {
-    ends = ctx.empty(sizes.carry_shape(), DType::float32);
-    products = ctx.empty(sizes.carry_shape(), DType::float32);
-    p.ends = ends.view().template data<float>();
-    p.products = products.view().template data<float>();
-    const auto kernel = selective_scan_forward_kernel<T, L, kGeneral, true>;
-    allow_shared(kernel, kBytes);
-    kernel<<<sizes.blocks(sizes.segments - 1), L::kThreads, kBytes, stream>>>(p);
-    LRNN_CUDA_CHECK_LAUNCH();
-    launch_carry(ctx, {sizes, false, p.products, p.starts, p.ends});
-    p.starts = p.ends;
-  }
-  const auto kernel = selective_scan_forward_kernel<T, L, kGeneral, false>;
+  const auto kernel = selective_scan_forward_kernel<T, L, kGeneral>;
   allow_shared(kernel, kBytes);
-  kernel<<<sizes.blocks(sizes.segments), L::kThreads, kBytes, stream>>>(p);
+  kernel<<<sizes.blocks(sizes.segments), L::kThreads, kBytes, ctx.stream().handle>>>(p);
   LRNN_CUDA_CHECK_LAUNCH();
 }
 
@@ -616,29 +556,6 @@ void visit_layout(std::int64_t dstate, F&& f) {
     if (dstate <= 128) return f.template operator()<Layout<16, 8, 16>>();
   }
   return f.template operator()<Layout<32, 8, 8>>();
-}
-
-constexpr int kCarryThreads = 256;
-
-// One thread owns one state of one channel of one sequence and walks the segments. Bound by
-// latency.
-__global__ __launch_bounds__(kCarryThreads) void selective_scan_carry_kernel(CarryArgs p) {
-  const std::int64_t per_segment = std::int64_t{p.sizes.channels} * p.sizes.dstate;
-  const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kCarryThreads + threadIdx.x;
-  if (i >= p.sizes.batch * per_segment) return;
-  const std::int64_t batch = i / per_segment;
-  const int segments = p.sizes.segments;
-  const std::int64_t base = batch * segments * per_segment + i % per_segment;
-  float carry = p.start == nullptr ? 0.0F : p.start[i];
-  for (int k = 0; k < segments; ++k) {
-    const int segment = p.reverse ? segments - 1 - k : k;
-    const std::int64_t at = base + segment * per_segment;
-    const bool last = k == segments - 1;  // step 1 skipped it: nothing follows
-    const float end = last ? 0.0F : p.ends[at];
-    const float product = last ? 0.0F : p.products[at];
-    p.ends[at] = carry;
-    carry = fmaf(product, carry, end);
-  }
 }
 
 constexpr int kStepThreads = 128;
@@ -880,14 +797,6 @@ void launch_step(Context& ctx, const SelectiveScanStep& a) {
 }
 
 }  // namespace
-
-void launch_carry(Context& ctx, const CarryArgs& p) {
-  const std::int64_t threads = std::int64_t{p.sizes.batch} * p.sizes.channels * p.sizes.dstate;
-  selective_scan_carry_kernel<<<static_cast<unsigned>((threads + kCarryThreads - 1) /
-                                                      kCarryThreads),
-                                kCarryThreads, 0, ctx.stream().handle>>>(p);
-  LRNN_CUDA_CHECK_LAUNCH();
-}
 
 }  // namespace selective
 

@@ -6,9 +6,8 @@
 /// runs serially in tiles of steps, whose operands are staged in shared memory.
 ///
 /// Few sequences and channels leave a GPU idle, so time is cut into segments of whole chunks:
-///   1. every segment from a zero state, to its end;   (not if there is one segment)
-///   2. the carries from segment to segment;           (not if there is one segment)
-///   3. every segment from its carry.
+///   1. every segment from a zero state, to its end (not if there is one segment);
+///   2. every segment from what enters it: the ends of those before it, one after the other.
 /// The number of segments depends on the sizes alone, so results do not depend on the device.
 ///
 /// At padding, and behind the end of a sequence, delta = alpha = 0 and u = B = C = 0: the state
@@ -41,6 +40,11 @@ struct Layout {
   static constexpr int kPerWarp = 32 / kLanes;  ///< channels of a warp
   static constexpr int kWarps = kChannels / kPerWarp;
   static constexpr int kThreads = 32 * kWarps;
+
+  static __device__ int part_of(int thread) { return thread % 32 / kPerWarp; }
+  static __device__ int channel_of(int thread) {
+    return thread / 32 * kPerWarp + thread % kPerWarp;
+  }
 };
 
 struct Sizes {
@@ -142,20 +146,22 @@ struct Place {
   int channel;
   bool active;  // whether the channel exists
 
-  __device__ Place(const Sizes& s, const std::int32_t* lengths, int segments) {
-    const auto block = static_cast<int>(blockIdx.x);
+  __device__ Place(const Sizes& s, const std::int32_t* lengths, int segments, int first_block = 0) {
+    const int block = first_block + static_cast<int>(blockIdx.x);
     tile = block % s.tiles;
-    segment = block / s.tiles % segments;
     batch = block / s.tiles / segments;
-    begin = segment * s.segment_length;
-    stop = min(begin + s.segment_length, s.seqlen);
+    move_to(s, block / s.tiles % segments);
     length = lengths == nullptr ? s.seqlen : lengths[batch];
     first_row = std::int64_t{batch} * s.seqlen;
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-    part = lane / L::kPerWarp;
-    local = static_cast<int>(threadIdx.x) / 32 * L::kPerWarp + lane % L::kPerWarp;
+    part = L::part_of(static_cast<int>(threadIdx.x));
+    local = L::channel_of(static_cast<int>(threadIdx.x));
     channel = tile * L::kChannels + local;
     active = channel < s.channels;
+  }
+  __device__ void move_to(const Sizes& s, int to_segment) {
+    segment = to_segment;
+    begin = segment * s.segment_length;
+    stop = min(begin + s.segment_length, s.seqlen);
   }
   /// Index of the states of this segment in [B, S, E, N].
   __device__ std::int64_t state_row(const Sizes& s) const {
@@ -183,6 +189,35 @@ __device__ __forceinline__ float softplus(float x) {
   p = fmaf(p, w, 0.666663216F);
   p = fmaf(p, w, 2.0F);
   return fmaf(p, s, fmaxf(x, 0.0F));
+}
+
+/// max(x, 0) + log1p(e), e = exp(-|x|): one exponential, the rest multiply-adds. log1p(e) / e is a
+/// polynomial on [0, 1] with relative error 3e-8, for x in bfloat16 1.3e-6. In float the error of
+/// the argument of ex2 is undone to first order, since e may be all there is of the result.
+template <class T>
+__device__ __forceinline__ float softplus_of_step(float x) {
+  const float exponent = -kLog2e * fabsf(x);
+  float e = exp2_approx(exponent);
+  float p;
+  if constexpr (std::is_same_v<T, float>) {
+    e = fmaf(e, kLn2 * fmaf(-kLog2e, fabsf(x), -exponent), e);
+    p = fmaf(e, 0.00523269083F, -0.0295052286F);
+    p = fmaf(p, e, 0.0782259479F);
+    p = fmaf(p, e, -0.136632457F);
+    p = fmaf(p, e, 0.191060081F);
+    p = fmaf(p, e, -0.24842982F);
+    p = fmaf(p, e, 0.333190978F);
+    p = fmaf(p, e, -0.499994934F);
+    p = fmaf(p, e, 0.99999994F);
+  } else {
+    p = fmaf(e, 0.0141405311F, -0.0664003178F);
+    p = fmaf(p, e, 0.149222202F);
+    p = fmaf(p, e, -0.235037732F);
+    p = fmaf(p, e, 0.331094284F);
+    p = fmaf(p, e, -0.499869639F);
+    p = fmaf(p, e, 0.999998731F);
+  }
+  return fmaf(p, e, fmaxf(x, 0.0F));
 }
 
 /// Adds v[0 .. kCount) over the kLanes lanes that differ in lane / kStride % kLanes = id. After it
@@ -439,17 +474,48 @@ inline void check_limits(const char* op, const SelectiveScanInputs& in) {
              in.u.shape());
 }
 
-/// Step 2, in place: ends [B, S, E, N] become the states that enter the segments. `start` [B, E, N]
-/// (0 if null) enters the first one; `products` are the multipliers of whole segments. Reverse
-/// order for gradients.
-struct CarryArgs {
-  Sizes sizes;
-  bool reverse;
-  const float* products;
-  const float* start;
-  float* ends;
+/// What enters the segments: `first` [B, E, N] (0 if null) if there is one. Else [B, S, E, N]: a
+/// copy of `first`, which may be overwritten meanwhile, and behind it in the direction of the walk
+/// `multipliers` times what entered the segment before, plus `ends`.
+struct Starts {
+  const float* first;
+  const float* ends;
+  const float* multipliers;
+
+  /// Of the segment that has `before` ones before it; `step` is to the next one.
+  template <class L>
+  __device__ void read(const Sizes& s, const Place<L>& at, int before, int step,
+                       float (&h)[L::kStates]) const {
+    if (ends == nullptr)
+      return read_states<L>(first, std::int64_t{at.batch} * s.channels + at.channel, at, s.dstate,
+                            h);
+    const std::int64_t pace = std::int64_t{step} * s.channels;
+    read_states<L>(ends, at.state_row(s) - before * pace, at, s.dstate, h);
+#pragma unroll 4
+    for (int k = before - 1; k >= 0; --k) {
+      float end[L::kStates];
+      float multiplier[L::kStates];
+      read_states<L>(ends, at.state_row(s) - k * pace, at, s.dstate, end);
+      read_states<L>(multipliers, at.state_row(s) - k * pace, at, s.dstate, multiplier);
+#pragma unroll
+      for (int i = 0; i < L::kStates; ++i) h[i] = fmaf(multiplier[i], h[i], end[i]);
+    }
+  }
 };
-void launch_carry(Context& ctx, const CarryArgs& args);
+
+/// Step 1, of the states, or if dy is given of their gradients, which walk from the right.
+struct SegmentEnds {
+  Tensor ends;  // absent if there is one segment
+  Tensor multipliers;
+  const float* first;
+
+  [[nodiscard]] Starts starts() const {
+    return {first, data_or_null<float>(ends.view()), data_or_null<float>(multipliers.view())};
+  }
+};
+template <class T, bool kGeneral>
+SegmentEnds segment_ends(Context& ctx, const Operands<T>& in, DeviceRows<const T> dy,
+                         const float* first);
 
 /// Shared memory beyond 48 KB must be asked for.
 template <class Kernel>

@@ -144,7 +144,7 @@ std::vector<OpCase> cases() {
       all.push_back(selective_scan_case({2, 6, 2, 3, disc, event, false, true}));
     }
   all.push_back(selective_scan_case({1, 1, 1, 1}));
-  for (const std::int64_t seqlen : {63, 64, 65, 129})  // around the chunk of 64
+  for (const std::int64_t seqlen : {31, 32, 33, 65})  // around the chunk of 32
     all.push_back(selective_scan_case({1, seqlen, 2, 2}));
   all.push_back(selective_scan_case({2, 3, 33, 16}));  // one past a tile of channels
   all.push_back(selective_scan_case({3, 70, 2, 5, Disc::Mamba, false, true, true}));
@@ -158,6 +158,14 @@ std::vector<OpCase> cases() {
   all.push_back(selective_scan_case({33, 2, 8, 16, Disc::Mamba, false, true, false, 16}));
   for (const Disc disc : {Disc::Mamba, Disc::Bilinear}) {  // so many that a thread steps several
     all.push_back(selective_scan_case({66, 2, 3, 16, disc}));
+    all.back().gradcheck = false;
+  }
+  // So long that time is cut into segments.
+  for (const Sizes& z :
+       {Sizes{1, 1000, 35, 16}, Sizes{2, 900, 3, 5, Disc::Mamba, false, true, true},
+        Sizes{1, 800, 4, 70, Disc::Mamba, false, false}, Sizes{1, 800, 5, 20, Disc::Zoh, true},
+        Sizes{2, 800, 2, 3, Disc::Bilinear, true, true, true}, Sizes{1, 800, 2, 3, Disc::Dirac}}) {
+    all.push_back(selective_scan_case(z));
     all.back().gradcheck = false;
   }
   for (const std::int64_t dstate : {16, 17, 64}) {
