@@ -3,10 +3,10 @@
 // Widths 2, 3, 4: a thread owns kSteps steps of kN neighbouring channels and asks for all inputs of
 // its window at once; a warp owns 32 kN channels, a block kTimeWarps kSteps steps of them. Threads
 // are short, so that the loads of some blocks overlap the stores of others; what windows share
-// comes from L1 and L2. Bound by HBM: x in, y out, at 86 % of the rate of a copy for B8 L2048 C1536
-// (bfloat16, width 4). The thread that meets the last valid step leaves the final state, unless that
-// would overwrite a state_in which another block may not have read yet. Other widths take one thread
-// per element.
+// comes from L1 and L2. Bound by HBM: x in, y out, at 83 % of the rate of a copy for B8 L2048 C1536
+// and 96 % for B1 L65536 C1536 (bfloat16, width 4). The thread that meets the last valid step leaves
+// the final state, unless that would overwrite a state_in which another block may not have read
+// yet. Other widths take one thread per element.
 #include <climits>
 
 #include "common/causal_conv1d.cuh"
