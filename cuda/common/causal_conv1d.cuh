@@ -1,9 +1,9 @@
 /// What forward and backward of causal_conv1d share.
 ///
-/// The kernels of widths 2, 3, 4 stream: a thread owns kN neighbouring channels of one chunk of
-/// time and walks it with the last K inputs in a ring of registers, kAhead rows of every operand on
-/// their way from memory. A warp owns 32 kN channels of a chunk, a block kWarps chunks. Chunks are
-/// as long as a grid that fills the device once allows, so little is read twice and every
+/// The backward kernels of widths 2, 3, 4 stream: a thread owns kN neighbouring channels of one
+/// chunk of time and walks it with the last K inputs in a ring of registers, kAhead rows of every
+/// operand on their way from memory. A warp owns 32 kN channels of a chunk, a block kWarps chunks.
+/// Chunks are as long as a grid that fills the device once allows, so little is read twice and every
 /// multiprocessor has loads in flight from the first step to the last. Their number depends on the
 /// sizes alone.
 #pragma once
