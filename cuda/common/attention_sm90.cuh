@@ -21,14 +21,6 @@ inline int heads_in_l2(const Sizes& z) {
   return static_cast<int>(std::min<std::int64_t>(heads, std::int64_t{z.batch} * z.heads));
 }
 
-inline int multiprocessors() {
-  int device = 0;
-  int count = 0;
-  LRNN_CUDA_CHECK(cudaGetDevice(&device));
-  LRNN_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-  return count;
-}
-
 struct SectionItem {
   int tile, head, b;
 };
