@@ -5,6 +5,9 @@
 // the weight once and overlap the kernel before: cuBLASLt takes several microseconds for any of
 // them.
 //
+// Large products of float32 go to Hopper's tensor cores, split so that they keep the accuracy of
+// float32, unless TF32 is allowed.
+//
 // Algorithms come from the library's heuristic and are kept per shape. In-place split-K reductions,
 // whose order is not fixed, are excluded.
 #include "lrnn/ops/elementwise.hpp"
@@ -13,6 +16,7 @@
 #include "common/check.cuh"
 #include "common/dtype.cuh"
 #include "common/linear_few_rows.cuh"
+#include "common/linear_float32_sm90.cuh"
 #include "common/linear_sm90.cuh"
 #include "ops/dispatch.hpp"
 #include "runtime.hpp"
@@ -171,6 +175,52 @@ void few_rows_forward(Context& ctx, const LinearForward& a) {
   few_rows::launch(ctx.stream().handle, args, store);
 }
 
+/// The operand whose rows are those of t.
+linear_float32_sm90::Operand rows_of(TensorView t, bool across) {
+  return {t.data<float>(), detail::row_stride(t), across};
+}
+
+/// y = left right^T (+ bias, or + y) of row-major operands in float32 on tensor cores, if it is
+/// faster there.
+bool multiply_float32(Context& ctx, linear_float32_sm90::Operand left,
+                      linear_float32_sm90::Operand right, MutableTensorView y, std::int64_t depth,
+                      bool accumulate, TensorView bias = {}) {
+  [[maybe_unused]] const linear_float32_sm90::Product product{
+      .left = left,
+      .right = right,
+      .bias = bias ? bias.data<float>() : nullptr,
+      .y = y.data<float>(),
+      .y_stride = detail::row_stride(y),
+      .accumulate = accumulate,
+      .rows = detail::row_count(y),
+      .columns = y.dim(-1),
+      .depth = depth};
+#ifdef LRNN_WITH_SM90A
+  if (!ctx.allow_tf32() && linear_float32_sm90::pays(product)) {
+    linear_float32_sm90::run(ctx, product);
+    return true;
+  }
+#endif
+  return false;
+}
+
+void input_gradient(Context& ctx, const LinearBackward& a) {
+  if (a.dy.dtype() == DType::float32 &&
+      multiply_float32(ctx, rows_of(a.dy, false), rows_of(a.weight, true), a.dx, a.dy.dim(-1),
+                       a.accumulate_dx))
+    return;
+  Product{columns_of(a.weight), columns_of(a.dy), columns_of(a.dx), a.accumulate_dx, nullptr}.run(
+      ctx);
+}
+
+void weight_gradient(Context& ctx, const LinearBackward& a) {
+  if (a.dy.dtype() == DType::float32 &&
+      multiply_float32(ctx, rows_of(a.dy, true), rows_of(a.x, true), a.dweight,
+                       detail::row_count(a.dy), true))
+    return;
+  Product{columns_of(a.x), columns_of(a.dy, true), columns_of(a.dweight), true, nullptr}.run(ctx);
+}
+
 }  // namespace
 
 void linear_forward(Context& ctx, const LinearForward& a) {
@@ -183,6 +233,10 @@ void linear_forward(Context& ctx, const LinearForward& a) {
       return linear_sm90::forward(ctx, a);
 #endif
     if (few) return few_rows_forward<T>(ctx, a);
+    if constexpr (sizeof(T) == 4)
+      if (multiply_float32(ctx, rows_of(a.x, false), rows_of(a.weight, false), a.y, a.x.dim(-1),
+                           a.accumulate, a.bias))
+        return;
     Product{columns_of(a.weight, true), columns_of(a.x), columns_of(a.y), a.accumulate,
             a.bias ? a.bias.raw() : nullptr}
         .run(ctx);
@@ -190,11 +244,8 @@ void linear_forward(Context& ctx, const LinearForward& a) {
 }
 
 void linear_backward(Context& ctx, const LinearBackward& a) {
-  if (a.dx)
-    Product{columns_of(a.weight), columns_of(a.dy), columns_of(a.dx), a.accumulate_dx, nullptr}.run(
-        ctx);
-  if (a.dweight)
-    Product{columns_of(a.x), columns_of(a.dy, true), columns_of(a.dweight), true, nullptr}.run(ctx);
+  if (a.dx) input_gradient(ctx, a);
+  if (a.dweight) weight_gradient(ctx, a);
   if (a.dbias) lrnn::sum_columns(ctx, {.a = a.dy, .out = a.dbias});
 }
 
