@@ -7,6 +7,8 @@
 //
 // On Hopper products of little depth that are added to y go to the kernel of linear_skip, and in
 // TF32 gradients of wide weights to one of their own (linear_weight_sm90.cu).
+// Large products of float32 go to Hopper's tensor cores, split so that they keep the accuracy of
+// float32, unless TF32 is allowed.
 //
 // Algorithms come from the library's heuristic and are kept per shape. In-place split-K reductions,
 // whose order is not fixed, are excluded.
@@ -16,6 +18,7 @@
 #include "common/check.cuh"
 #include "common/dtype.cuh"
 #include "common/linear_few_rows.cuh"
+#include "common/linear_float32_sm90.cuh"
 #include "common/linear_skip_sm90.cuh"
 #include "common/linear_sm90.cuh"
 #include "common/linear_weight_sm90.cuh"
@@ -176,6 +179,35 @@ void few_rows_forward(Context& ctx, const LinearForward& a) {
   few_rows::launch(ctx.stream().handle, args, store);
 }
 
+/// The operand whose rows are those of t.
+linear_float32_sm90::Operand rows_of(TensorView t, bool across) {
+  return {t.data<float>(), detail::row_stride(t), across};
+}
+
+/// y = left right^T (+ bias, or + y) of row-major operands in float32 on tensor cores, if it is
+/// faster there.
+bool multiply_float32(Context& ctx, linear_float32_sm90::Operand left,
+                      linear_float32_sm90::Operand right, MutableTensorView y, std::int64_t depth,
+                      bool accumulate, TensorView bias = {}) {
+  [[maybe_unused]] const linear_float32_sm90::Product product{
+      .left = left,
+      .right = right,
+      .bias = bias ? bias.data<float>() : nullptr,
+      .y = y.data<float>(),
+      .y_stride = detail::row_stride(y),
+      .accumulate = accumulate,
+      .rows = detail::row_count(y),
+      .columns = y.dim(-1),
+      .depth = depth};
+#ifdef LRNN_WITH_SM90A
+  if (!ctx.allow_tf32() && linear_float32_sm90::pays(product)) {
+    linear_float32_sm90::run(ctx, product);
+    return true;
+  }
+#endif
+  return false;
+}
+
 /// Whether dx = dy W is better formed as a product with a copy of W^T: tensor cores take TF32 only
 /// with the summed dimension inside, and the library's kernels for other layouts lose a third.
 bool transposing_pays(const Context& ctx, const LinearBackward& a) {
@@ -187,6 +219,10 @@ bool transposing_pays(const Context& ctx, const LinearBackward& a) {
 }
 
 void backward_input(Context& ctx, const LinearBackward& a) {
+  if (a.dy.dtype() == DType::float32 &&
+      multiply_float32(ctx, rows_of(a.dy, false), rows_of(a.weight, true), a.dx, a.dy.dim(-1),
+                       a.accumulate_dx))
+    return;
   if (a.accumulate_dx &&
       linear_skip::run_if_suits(
           ctx,
@@ -203,6 +239,10 @@ void backward_input(Context& ctx, const LinearBackward& a) {
 }
 
 void backward_weight(Context& ctx, const LinearBackward& a) {
+  if (a.dy.dtype() == DType::float32 &&
+      multiply_float32(ctx, rows_of(a.dy, true), rows_of(a.x, true), a.dweight,
+                       detail::row_count(a.dy), true))
+    return;
 #ifdef LRNN_WITH_SM90A
   if (linear_weight::applies(ctx, a)) return linear_weight::add(ctx, a);
 #endif
@@ -226,6 +266,10 @@ void linear_forward(Context& ctx, const LinearForward& a) {
             ctx,
             {.x = a.x, .weight = a.weight, .across = false, .skip = a.y, .scale = {}, .y = a.y}))
       return;
+    if constexpr (sizeof(T) == 4)
+      if (multiply_float32(ctx, rows_of(a.x, false), rows_of(a.weight, false), a.y, a.x.dim(-1),
+                           a.accumulate, a.bias))
+        return;
     Product{columns_of(a.weight, true), columns_of(a.x), columns_of(a.y), a.accumulate,
             a.bias ? a.bias.raw() : nullptr}
         .run(ctx);

@@ -22,14 +22,6 @@ inline int heads_of_section(std::int64_t heads, std::int64_t bytes) {
   return static_cast<int>((heads + sections - 1) / sections);
 }
 
-inline int multiprocessors() {
-  int device = 0;
-  int count = 0;
-  LRNN_CUDA_CHECK(cudaGetDevice(&device));
-  LRNN_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-  return count;
-}
-
 struct SectionItem {
   int tile, head, b;
 };
