@@ -373,6 +373,29 @@ struct Quad {
     }
     token.load(p, at.row(4 * quad + at.part), at.channel);
   }
+  /// Moves the states of the first `count` sequences on, writes them from `to` on, and returns C h
+  /// of the lane's own. delta and drive are those of its own.
+  __device__ __forceinline__ float advance(const StepRates<kStates>& rates, float own_delta,
+                                           float own_drive, int part, int count, float* to,
+                                           std::int64_t stride) const {
+    float y[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const float delta = __shfl_sync(0xFFFFFFFFU, own_delta, j, kLanes);
+      const float drive = __shfl_sync(0xFFFFFFFFU, own_drive, j, kLanes);
+      float v[kStates];
+      y[j] = 0.0F;
+#pragma unroll
+      for (int k = 0; k < kStates; ++k) {
+        v[k] = fmaf(exp2_approx(delta * rates.A[k]), h[j].get(k), drive * B[j].get(k));
+        y[j] = fmaf(C[j].get(k), v[k], y[j]);
+      }
+      if (j < count) __stcs(reinterpret_cast<float4*>(to), make_float4(v[0], v[1], v[2], v[3]));
+      to += stride;
+    }
+    transpose_add<4, kLanes, 1>(y, part);
+    return y[0];
+  }
 };
 
 /// kSteps: of the projection of dt; 0 if dt is given. kMostQuads: one for few sequences, which take
@@ -385,13 +408,8 @@ __global__ __launch_bounds__(kThreads, kMostQuads == 1 ? 3 : 2) void step_kernel
   const Place<T> at(p, per_block);
   const std::int64_t stride = std::int64_t{p.in.sizes.channels} * kN;
   float* state = p.state + at.first * stride + std::int64_t{at.channel} * kN + at.part * kStates;
-  {  // the lines of the states of a warp
-    constexpr int kLines = kPerWarp * kN * 4 / 128;
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-    const float* const line = state - (lane - lane % kLines * (32 / kLines)) * kStates;
-    for (int i = lane / kLines; i < at.count; i += 32 / kLines)
-      selective::prefetch_to_l2(line + i * stride);
-  }
+  if (at.part == 0 && at.local % 2 == 0)  // a line has the states of two channels
+    for (int i = 0; i < at.count; ++i) selective::prefetch_to_l2(state + i * stride);
   Projection<T, kSteps> projection;
   projection.load_weight(p, at);
   StepRates<kStates> A;
@@ -413,28 +431,13 @@ __global__ __launch_bounds__(kThreads, kMostQuads == 1 ? 3 : 2) void step_kernel
     float dt = token.dt;
     if constexpr (kSteps > 0)
       dt = to_float(from_float<T>(dt_of_warp[(4 * q + at.part) * kPerWarp + at.local]));
-    const float own_delta = softplus(dt + dt_bias);
-    const float own_drive = own_delta * token.u;
-    float y[4];
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const float delta = __shfl_sync(0xFFFFFFFFU, own_delta, j, kLanes);
-      const float drive = __shfl_sync(0xFFFFFFFFU, own_drive, j, kLanes);
-      float h[kStates];
-      y[j] = 0.0F;
-#pragma unroll
-      for (int k = 0; k < kStates; ++k) {
-        h[k] = fmaf(exp2_approx(delta * A.A[k]), now.h[j].get(k), drive * now.B[j].get(k));
-        y[j] = fmaf(now.C[j].get(k), h[k], y[j]);
-      }
-      if (at.exists && 4 * q + j < at.count)
-        __stcs(reinterpret_cast<float4*>(state), make_float4(h[0], h[1], h[2], h[3]));
-      state += stride;
-    }
-    transpose_add<4, kLanes, 1>(y, at.part);
+    const float delta = softplus(dt + dt_bias);
+    const float y = now.advance(A, delta, delta * token.u, at.part,
+                                at.exists ? at.count - 4 * q : 0, state, stride);
+    state += 4 * stride;
     if (at.exists && 4 * q + at.part < at.count)
       p.y.row(at.row(4 * q + at.part))[at.channel] =
-          from_float<T>(token.finish(y[0], D, p.in.z.data != nullptr));
+          from_float<T>(token.finish(y, D, p.in.z.data != nullptr));
   }
 }
 
