@@ -55,7 +55,7 @@ __global__ __launch_bounds__(kThreads, kResident<kN>) void forward_kernel(Conv<T
   if (valid > 0) load_window<T, kN, K>(v, p, ring);
 
   const auto step = [&](int i, int left) {
-    float (&newest)[kN] = ring[i % K];
+    float(&newest)[kN] = ring[i % K];
     ahead.take(i, left, newest);
     float result[kN];
 #pragma unroll
@@ -107,37 +107,24 @@ __global__ __launch_bounds__(kThreads) void forward_plain_kernel(Conv<T> v, T* y
   y[at.token * y_stride + at.c] = from_float<T>(result);
 }
 
-/// One token: a thread owns a channel and walks the windows of the sequences kRows at a time, in
-/// the usual case once. Bound by the launch, or for many sequences by HBM: the window in and out.
-template <class T, int K, int kRows>
+/// One token: a thread owns a channel and walks the windows of the sequences, in the usual case
+/// one. Bound by the launch, or for many sequences by HBM: the window in and out.
+template <class T, int K>
 __global__ __launch_bounds__(kThreads) void step_kernel(Conv<T> v, T* y, std::int64_t y_stride,
                                                         float* state) {
   let_next_kernel_start();
   const std::int64_t c = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const bool exists = c < v.channels;
-  std::int64_t b = static_cast<std::int64_t>(blockIdx.y) * kRows;
+  std::int64_t b = blockIdx.y;
   if (exists) {
-#pragma unroll
-    for (int r = 0; r < kRows; ++r)
-      if (b + r < v.batch) prefetch_to_l2(state + ((b + r) * v.channels + c) * v.width);
+    prefetch_to_l2(state + (b * v.channels + c) * v.width);
     prefetch_to_l2(v.weight + c * v.width);
   }
   wait_for_previous_kernel();
   if (!exists) return;
-  for (; b < v.batch; b += static_cast<std::int64_t>(gridDim.y) * kRows) {
-    Window<T, K> windows[kRows];
-    Packed<T, 1> newest[kRows];
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      const std::int64_t row = min(b + r, v.batch - 1);
-      windows[r].load(v, row, c, state);
-      newest[r].load(v.x + row * v.x_stride + c);
-    }
-#pragma unroll
-    for (int r = 0; r < kRows; ++r)
-      if (b + r < v.batch)
-        y[(b + r) * y_stride + c] =
-            from_float<T>(windows[r].advance(v, b + r, c, newest[r].get(0), state));
+  for (; b < v.batch; b += gridDim.y) {
+    const float newest = to_float(v.x[b * v.x_stride + c]);
+    y[b * y_stride + c] = from_float<T>(advance_window<T, K>(v, b, c, newest, state));
   }
 }
 
@@ -196,18 +183,10 @@ void step(Context& ctx, const CausalConv1dStep& a) {
   float* const state = a.state.data<float>();
   visit_window(v, state, [&]<int K>() {
     constexpr std::int64_t kMostBlocks = 65535;  // of the second dimension of a grid
-    // So many blocks that they are not resident at once keep the next kernel from being so.
-    constexpr std::int64_t kResidentBlocks = 132 * 8;
-    const std::int64_t across = blocks_for(v.channels);
-    const auto run = [&]<int kRows>() {
-      const std::int64_t groups = std::min((v.batch + kRows - 1) / kRows, kMostBlocks);
-      launch_overlapped(step_kernel<T, K, kRows>,
-                        dim3(static_cast<unsigned>(across), static_cast<unsigned>(groups)),
-                        kThreads, 0, ctx.stream().handle, v, a.y.data<T>(), detail::row_stride(a.y),
-                        state);
-    };
-    if (v.batch * across > kResidentBlocks) return run.template operator()<4>();
-    run.template operator()<1>();
+    const dim3 blocks(static_cast<unsigned>(blocks_for(v.channels)),
+                      static_cast<unsigned>(std::min(v.batch, kMostBlocks)));
+    launch_overlapped(step_kernel<T, K>, blocks, kThreads, 0, ctx.stream().handle, v, a.y.data<T>(),
+                      detail::row_stride(a.y), state);
   });
 }
 
