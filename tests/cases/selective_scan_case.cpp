@@ -156,6 +156,12 @@ std::vector<OpCase> cases() {
     all.push_back(selective_scan_case({3, 2, 7, 3, Disc::Zoh, true, true, false, rank}));
   }
   all.push_back(selective_scan_case({33, 2, 8, 16, Disc::Mamba, false, true, false, 16}));
+  for (const Sizes& z : {Sizes{9, 2, 70, 16, Disc::Mamba, false, true, false, 48},
+                         Sizes{37, 2, 72, 16, Disc::Mamba, false, true, false, 128},
+                         Sizes{18, 2, 66, 16, Disc::Mamba, false, true, false, 24}}) {
+    all.push_back(selective_scan_case(z));  // many sequences, few of a block
+    all.back().gradcheck = false;
+  }
   for (const Disc disc : {Disc::Mamba, Disc::Bilinear}) {  // so many that a thread steps several
     all.push_back(selective_scan_case({66, 2, 3, 16, disc}));
     all.back().gradcheck = false;
