@@ -35,16 +35,16 @@ constexpr int kStep = 16;                    // depth of a product
 constexpr int kRound = kStep * kWarps;       // depth of a step of all warps
 constexpr int kUnit = 2 * kRound;            // two rounds go side by side
 constexpr int kPad = 8;                      // elements behind a row, so that rows differ in banks
-constexpr int kSlotBytes = kTileRows * (512 + kPad) * 2;
+constexpr int kSlotBytes = kTileRows * (768 + kPad) * 2;
 constexpr int kMinSlots = 4;
 constexpr int kMaxSlots = 32;
 constexpr int kStates = 4;   // of a lane
 constexpr int kLanes = 4;    // of a channel
 constexpr int kDState = kStates * kLanes;
 constexpr int kWidth = 4;    // of the convolution
-constexpr int kHeldRank = 8;  // groups of kLanes * 4 weights of dt that a lane keeps
+[[maybe_unused]] constexpr int kHeldRank = 8;  // groups of kLanes * 4 weights of dt that a lane keeps
 constexpr int kMaxLayers = 24;  // whose pointers are arguments
-constexpr int kComputers = 1;   // barrier of the warps that compute
+[[maybe_unused]] constexpr int kComputers = 1;   // barrier of the warps that compute
 
 /// Pointers of one layer.
 struct Layer {
@@ -80,7 +80,7 @@ struct Args {
   int batch, inputs, channels, rank;
   int own_channels, own_x_dbl, own_outputs;  // of a block; the last ones may have less
   int slots;
-  float eps;
+  float eps, per_input;  // 1 / inputs
   bool narrow_residual;
   const bf16* x;
   const void* residual;  // or null
@@ -102,8 +102,7 @@ struct Layout {
       at += (size + 15) / 16 * 16;
       return begin;
     };
-    const int wide = p.channels * 2 > p.inputs * 4 ? p.channels * 2 : p.inputs * 4;
-    operand = take(p.batch * (wide + kPad * 2));
+    operand = take(p.batch * (p.channels + kPad) * 2);
     normal = take(p.batch * (p.inputs + kPad) * 2);
     partials = take(4 * kWarps * kTileValues * 4);
     x_dbl = take(p.batch * p.x_dbl() * 4);
@@ -142,12 +141,15 @@ __device__ __forceinline__ void load_words(const Word* from, Word& first, Word& 
                : "memory");
 }
 
-/// Calls use(i, first value, second value) for the pairs of words begin, begin + kThreads, ... below
-/// `pairs` as soon as they belong to `epoch`. kAhead are asked for at a time.
-template <int kAhead, class Use>
-__device__ __forceinline__ void gather(const Word* words, int pairs, unsigned epoch, Use use) {
-  for (int first = static_cast<int>(threadIdx.x); first < pairs; first += kThreads * kAhead) {
+/// Calls use(i, j, first value, second value) for the pairs of words at(i, j), i < count, null ones
+/// left out, as soon as they belong to `epoch`. j = i % kAhead: so many are asked for at a time.
+template <int kAhead, class At, class Use>
+__device__ __forceinline__ void gather(int count, unsigned epoch, At at, Use use) {
+  for (int first = 0; first < count; first += kAhead) {
+    const Word* from[kAhead];
     Word v[kAhead][2];
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) from[j] = first + j < count ? at(first + j, j) : nullptr;
     bool missing = true;
 #ifdef LRNN_SPIN_LIMIT
     const long long start = clock64();
@@ -155,13 +157,11 @@ __device__ __forceinline__ void gather(const Word* words, int pairs, unsigned ep
     while (missing) {
       missing = false;
 #pragma unroll
-      for (int j = 0; j < kAhead; ++j) {
-        const int i = first + j * kThreads;
-        if (i < pairs) load_words(words + 2 * i, v[j][0], v[j][1]);
-      }
+      for (int j = 0; j < kAhead; ++j)
+        if (from[j] != nullptr) load_words(from[j], v[j][0], v[j][1]);
 #pragma unroll
       for (int j = 0; j < kAhead; ++j)
-        if (first + j * kThreads < pairs)
+        if (from[j] != nullptr)
           missing |= static_cast<unsigned>(v[j][0] >> 32) != epoch ||
                      static_cast<unsigned>(v[j][1] >> 32) != epoch;
 #ifdef LRNN_SPIN_LIMIT
@@ -169,12 +169,22 @@ __device__ __forceinline__ void gather(const Word* words, int pairs, unsigned ep
 #endif
     }
 #pragma unroll
-    for (int j = 0; j < kAhead; ++j) {
-      const int i = first + j * kThreads;
-      if (i < pairs)
-        use(i, static_cast<std::uint32_t>(v[j][0]), static_cast<std::uint32_t>(v[j][1]));
-    }
+    for (int j = 0; j < kAhead; ++j)
+      if (from[j] != nullptr)
+        use(first + j, j, static_cast<std::uint32_t>(v[j][0]), static_cast<std::uint32_t>(v[j][1]));
   }
+}
+/// Pairs of words from `words` on, shared out among the threads.
+template <int kAhead, class Use>
+__device__ __forceinline__ void gather_pairs(const Word* words, int pairs, unsigned epoch,
+                                             Use use) {
+  const int thread = static_cast<int>(threadIdx.x);
+  gather<kAhead>(
+      (pairs - thread + kThreads - 1) / kThreads, epoch,
+      [&](int i, int) { return words + 2 * (thread + i * kThreads); },
+      [&](int i, int, std::uint32_t one, std::uint32_t two) {
+        use(thread + i * kThreads, one, two);
+      });
 }
 
 /// Where in the ring a warp is.
@@ -318,8 +328,6 @@ struct ScanLane {
 /// kRows: sequences for which registers are kept; batch <= kRows.
 template <int kRows>
 struct Computer {
-  static constexpr int kHeldNorm = 4;  // pairs of norm weights that a thread keeps
-
   const Block& b;
   const Args& p = b.p;
   const int thread = static_cast<int>(threadIdx.x);
@@ -365,33 +373,21 @@ struct Computer {
   __device__ __forceinline__ float* partials(int which) const {
     return b.template array<float>(b.at.partials) + (2 * turn + which) * kWarps * kTileValues;
   }
-  /// The sum of this thread's place in a tile, rounded: row thread / 8 % 16, sequence thread % 8.
-  __device__ __forceinline__ float finished(int which) const {
+  /// The sum of this thread's place in a tile, times `factor`, rounded: row thread / 8 % 16, sequence
+  /// thread % 8.
+  __device__ __forceinline__ float finished(int which, float factor = 1.0F) const {
     const float* const from = partials(which) + thread % kTileValues;
     float sum = from[0];
 #pragma unroll
     for (int w = 1; w < kWarps; ++w) sum += from[w * kTileValues];
-    return rounded(sum);
+    return rounded(sum * factor);
   }
   __device__ __forceinline__ static float rounded(float v) { return to_float(from_float<bf16>(v)); }
 
-  // --- r -> n --------------------------------------------------------------------------------
-  // Thread t has the pairs t, t + kThreads, ... of every row.
+  // --- r -> u, z -----------------------------------------------------------------------------
+  // The factor 1 / rms of a row is that of its products, which therefore need not wait for it: what
+  // is rounded is r weight. Thread t has the pairs t, t + kThreads, ... of every row.
 
-  struct NormWeights {
-    float2 held[kHeldNorm];
-  };
-  __device__ __forceinline__ float2 norm_weight(const Layer& l, int pair) const {
-    return reinterpret_cast<const float2*>(l.norm_weight)[pair];
-  }
-  __device__ __forceinline__ void load(NormWeights& w, const Layer& l) const {
-#pragma unroll
-    for (int j = 0; j < kHeldNorm; ++j)
-      if (thread + j * kThreads < p.inputs / 2) w.held[j] = norm_weight(l, thread + j * kThreads);
-  }
-  __device__ __forceinline__ float* r_row(int n) const {
-    return b.template array<float>(b.at.operand) + n * p.inputs;
-  }
   /// The sum that enters the first layer.
   __device__ __forceinline__ float entering(std::int64_t i) const {
     float r = to_float(p.x[i]);
@@ -399,67 +395,61 @@ struct Computer {
     return r + (p.narrow_residual ? to_float(static_cast<const bf16*>(p.residual)[i])
                                   : static_cast<const float*>(p.residual)[i]);
   }
-  __device__ __forceinline__ void take_r(bool first, unsigned epoch, float (&squares)[kRows]) {
-    const int pairs = p.inputs / 2;
+  /// r weight of all rows, to shared memory, and what this thread has of the sums of squares of r.
+  __device__ __forceinline__ void take_r(const Layer& l, bool first, unsigned epoch,
+                                         float (&squares)[kRows]) {
+    constexpr int kAhead = kRows == 1 ? 4 : kRows;
+    bf16* const normal = b.template array<bf16>(b.at.normal);
+    const auto pair = [&](int i) { return thread + i / kRows * kThreads; };
+    const auto weight_of = [&](int i) {
+      return reinterpret_cast<const float2*>(l.norm_weight)[pair(i)];
+    };
+    const auto keep = [&](int i, int n, float2 weight, float one, float two) {
+      reinterpret_cast<std::uint32_t*>(normal + n * (p.inputs + kPad))[pair(i)] =
+          pack_bf16(one * weight.x, two * weight.y);
+      squares[n] = fmaf(one, one, squares[n]);
+      squares[n] = fmaf(two, two, squares[n]);
+    };
+    const int count = kRows * ((p.inputs / 2 - thread + kThreads - 1) / kThreads);
+    if (!first) {
+      float2 weights[kAhead];
+      return gather<kAhead>(
+          count, epoch,
+          [&](int i, int j) -> const Word* {
+            weights[j] = weight_of(i);
+            const int n = j % kRows;
+            return n < p.batch ? p.to.r + std::int64_t{n} * p.inputs + 2 * pair(i) : nullptr;
+          },
+          [&](int i, int j, std::uint32_t one, std::uint32_t two) {
+            keep(i, j % kRows, weights[j], __uint_as_float(one), __uint_as_float(two));
+          });
+    }
+    for (int i = 0; i < count; i += kRows) {
 #pragma unroll
-    for (int n = 0; n < kRows; ++n) {
-      squares[n] = 0.0F;
-      if (n >= p.batch) continue;
-      float2* const row = reinterpret_cast<float2*>(r_row(n));
-      const auto keep = [&](int i, float first_value, float second_value) {
-        row[i] = make_float2(first_value, second_value);
-        squares[n] = fmaf(first_value, first_value, squares[n]);
-        squares[n] = fmaf(second_value, second_value, squares[n]);
-      };
-      if (!first) {
-        gather<2>(p.to.r + std::int64_t{n} * p.inputs, pairs, epoch,
-                  [&](int i, std::uint32_t one, std::uint32_t two) {
-                    keep(i, __uint_as_float(one), __uint_as_float(two));
-                  });
-        continue;
-      }
-      for (int i = thread; i < pairs; i += kThreads) {
-        const std::int64_t at = std::int64_t{n} * p.inputs + 2 * i;
-        keep(i, entering(at), entering(at + 1));
+      for (int n = 0; n < kRows; ++n) {
+        if (n >= p.batch) break;
+        const std::int64_t at = std::int64_t{n} * p.inputs + 2 * pair(i);
+        keep(i, n, weight_of(i), entering(at), entering(at + 1));
       }
     }
   }
-  __device__ __forceinline__ void normalize(const Layer& l, bool first, unsigned epoch) {
-    NormWeights weights;
-    load(weights, l);
-    float squares[kRows];
-    take_r(first, epoch, squares);
+  __device__ __forceinline__ void publish_squares(float (&squares)[kRows]) const {
     float* const sums = b.template array<float>(b.at.norm_sums);
 #pragma unroll
     for (int n = 0; n < kRows; ++n) {
       squares[n] = warp_sum(squares[n]);
       if (lane == 0) sums[n * kWarps + warp] = squares[n];
     }
-    b.sync();
-    bf16* const normal = b.template array<bf16>(b.at.normal);
+  }
+  /// 1 / rms of this thread's sequence.
+  __device__ __forceinline__ float rstd() const {
+    const float* const sums = b.template array<float>(b.at.norm_sums) + sequence() * kWarps;
+    float sum = sums[0];
 #pragma unroll
-    for (int n = 0; n < kRows; ++n) {
-      if (n >= p.batch) break;
-      float sum = sums[n * kWarps];
-#pragma unroll
-      for (int w = 1; w < kWarps; ++w) sum += sums[n * kWarps + w];
-      const float rstd = rsqrtf(sum / static_cast<float>(p.inputs) + p.eps);
-      const float2* const row = reinterpret_cast<const float2*>(r_row(n));
-      std::uint32_t* const to = reinterpret_cast<std::uint32_t*>(normal + n * (p.inputs + kPad));
-      const auto store = [&](int i, float2 w) {
-        const float2 r = row[i];
-        to[i] = pack_bf16(r.x * rstd * w.x, r.y * rstd * w.y);
-      };
-#pragma unroll
-      for (int j = 0; j < kHeldNorm; ++j)
-        if (thread + j * kThreads < p.inputs / 2) store(thread + j * kThreads, weights.held[j]);
-      for (int i = thread + kHeldNorm * kThreads; i < p.inputs / 2; i += kThreads)
-        store(i, norm_weight(l, i));
-    }
-    b.sync();
+    for (int w = 1; w < kWarps; ++w) sum += sums[w];
+    return rsqrtf(fmaf(sum, p.per_input, p.eps));
   }
 
-  // --- n -> u, z -----------------------------------------------------------------------------
   // The first half of the threads has the tile of u, the second that of z.
 
   [[nodiscard]] __device__ __forceinline__ int tile_row() const {
@@ -496,7 +486,7 @@ struct Computer {
   __device__ __forceinline__ void finish_u(Window& w, const Layer& l, int tile, unsigned epoch) {
     const int own = tile * kTileRows + tile_row();
     const bool exists = own < b.channels && sequence() < p.batch;
-    const float v = finished(0);
+    const float v = finished(0, rstd());
     float u = 0.0F;
     if (exists) u = convolve(w, l, b.first_channel + own, v);
     const float next = __shfl_down_sync(0xFFFFFFFFU, u, kMaxRows);
@@ -507,14 +497,17 @@ struct Computer {
   }
   __device__ __forceinline__ void finish_z(int tile) {
     const int own = tile * kTileRows + tile_row();
-    const float z = finished(1);
+    const float z = finished(1, rstd());
     if (own >= b.channels || sequence() >= p.batch) return;
     b.template array<float>(b.at.gate)[own * p.batch + sequence()] = z * selective::fast_sigmoid(z);
   }
   __device__ __forceinline__ void in_proj(const Layer& l, bool first, unsigned epoch) {
     Window window;
     load(window, l, 0);
-    normalize(l, first, epoch);
+    float squares[kRows] = {};
+    take_r(l, first, epoch, squares);
+    b.sync();
+    publish_squares(squares);
     const bf16* const normal = b.template array<bf16>(b.at.normal);
     for (int t = 0; t * kTileRows < b.channels; ++t) {
       multiply(b.u_tile(l, t), normal, partials(0));
@@ -532,10 +525,10 @@ struct Computer {
   // --- u -> x_dbl ----------------------------------------------------------------------------
 
   /// What others have published of u or v, as the right operand of a product.
-  __device__ __forceinline__ const bf16* take_operand(const Word* words, unsigned epoch) {
+  __device__ __forceinline__ const bf16* take_operand(const Word* words, unsigned epoch) const {
     bf16* const operand = b.template array<bf16>(b.at.operand);
     const int row_pairs = p.channels / 4;
-    gather<kRows == 1 ? 2 : 4>(
+    gather_pairs<kRows == 1 ? 2 : kRows>(
         words, p.batch * row_pairs, epoch, [&](int i, std::uint32_t one, std::uint32_t two) {
           const int n = kRows == 1 ? 0 : i / row_pairs;
           *reinterpret_cast<uint2*>(operand + n * (p.channels + kPad) + (i - n * row_pairs) * 4) =
@@ -642,7 +635,7 @@ struct Computer {
   }
   __device__ __forceinline__ void scan(const Layer& l, ScanLane& s, unsigned epoch) {
     float* const x_dbl = b.template array<float>(b.at.x_dbl);
-    gather<1>(p.to.x_dbl, p.batch * p.x_dbl() / 2, epoch,
+    gather_pairs<1>(p.to.x_dbl, p.batch * p.x_dbl() / 2, epoch,
               [&](int i, std::uint32_t one, std::uint32_t two) {
                 reinterpret_cast<uint2*>(x_dbl)[i] = make_uint2(one, two);
               });
@@ -870,6 +863,7 @@ bool step(Context& ctx, const MambaStackStep& a) {
   p.own_x_dbl = share(p.x_dbl(), blocks);
   p.own_outputs = share(p.inputs, blocks);
   p.eps = static_cast<float>(a.eps);
+  p.per_input = 1.0F / static_cast<float>(p.inputs);
   p.narrow_residual = a.residual_out.dtype() == DType::bfloat16;
   if (!size_ring(p)) return false;
   const Tensor words = exchange(ctx, p);
