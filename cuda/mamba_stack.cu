@@ -42,35 +42,45 @@ constexpr int kStates = 4;   // of a lane
 constexpr int kLanes = 4;    // of a channel
 constexpr int kDState = kStates * kLanes;
 constexpr int kWidth = 4;    // of the convolution
-[[maybe_unused]] constexpr int kHeldRank = 8;  // groups of kLanes * 4 weights of dt that a lane keeps
+constexpr int kHeldRank = 8;  // groups of kLanes * 4 weights of dt that a lane keeps
 constexpr int kMaxLayers = 24;  // whose pointers are arguments
-[[maybe_unused]] constexpr int kComputers = 1;   // barrier of the warps that compute
+constexpr int kReplicas = 4;    // of what is exchanged, so that readers spread over L2
+constexpr int kComputers = 1;   // barrier of the warps that compute
+
+/// Products of a layer, in their order.
+enum Stage { kIn, kXDbl, kOut, kStages };
 
 /// Pointers of one layer.
 struct Layer {
+  const bf16* weights[kStages];
   const float* norm_weight;
-  const bf16* in_proj;
   const bf16* conv_weight;
   const bf16* conv_bias;  // or null
-  const bf16* x_proj;
   const bf16* dt_weight;
   const float* dt_bias;
   const float* A_log;
   const float* D;
-  const bf16* out_proj;
   float* conv_state;
   float* lrnn_state;
 };
 
-/// A value and the number of the layer that it belongs to, or two of each.
+/// A value and the number of the layer that it belongs to.
 using Word = std::uint64_t;
 
-/// What blocks exchange.
+/// What blocks exchange, in words from the begin of a replica.
 struct Exchange {
-  Word* r;      // [B, H], float32
-  Word* u;      // [B, E / 2], pairs
-  Word* x_dbl;  // [B, R + 2 N], float32
-  Word* v;      // [B, E / 2], pairs
+  Word* words;
+  int r;      // [B, H], float32
+  int u;      // [B, E / 2], pairs
+  int v;      // [B, E / 2], pairs
+  int x_dbl;  // [B, R + 2 N], float32
+  int size;
+};
+
+/// The share of a block in a product: `own` rows of the weight, less in the last blocks.
+struct Share {
+  int own, depth;
+  int part;  // depth that a buffer of the ring takes
 };
 
 struct Args {
@@ -78,7 +88,7 @@ struct Args {
   int layer_count;
   unsigned epoch;  // number of the first layer
   int batch, inputs, channels, rank;
-  int own_channels, own_x_dbl, own_outputs;  // of a block; the last ones may have less
+  Share shares[kStages];
   int slots;
   float eps, per_input;  // 1 / inputs
   bool narrow_residual;
@@ -91,9 +101,17 @@ struct Args {
   [[nodiscard]] __host__ __device__ int x_dbl() const { return rank + 2 * kDState; }
 };
 
-/// Shared memory: the ring, then these arrays, then its barriers.
+/// A product of this block: rows [first, first + rows) of the weight.
+struct Product {
+  int first, rows, depth, part;
+  int tiles;  // of kTileRows rows; in kIn those of u and z take turns
+  int operand;  // where it lies
+};
+
+/// Shared memory: the ring, then these arrays.
 struct Layout {
-  int operand, normal, partials, x_dbl, u, gate, residual, norm_sums, barriers, bytes;
+  int operand, normal, partials, x_dbl, u, gate, residual, norm_sums, layers, products, barriers;
+  int bytes;
 
   __host__ __device__ explicit Layout(const Args& p) {
     int at = p.slots * kSlotBytes;
@@ -106,34 +124,19 @@ struct Layout {
     normal = take(p.batch * (p.inputs + kPad) * 2);
     partials = take(4 * kWarps * kTileValues * 4);
     x_dbl = take(p.batch * p.x_dbl() * 4);
-    u = take(p.batch * p.own_channels * 4);
-    gate = take(p.batch * p.own_channels * 4);
-    residual = take(p.batch * p.own_outputs * 4);
+    u = take(p.batch * p.shares[kIn].own * 4);
+    gate = take(p.batch * p.shares[kIn].own * 4);
+    residual = take(p.batch * p.shares[kOut].own * 4);
     norm_sums = take(kWarps * kMaxRows * 4);
+    layers = take(static_cast<int>(sizeof(p.layers)));
+    products = take(kStages * static_cast<int>(sizeof(Product)));
     barriers = take(2 * p.slots * 8);
     bytes = at;
   }
 };
 
-/// Rows of a weight [.., depth].
-struct Rows {
-  const bf16* weight;
-  int begin, count, depth;
-
-  /// Depth that a buffer of the ring takes of up to kTileRows rows.
-  [[nodiscard]] __host__ __device__ static int part(int rows, int depth) {
-    const int fits = (kSlotBytes / rows / 2 - kPad) / kUnit * kUnit;
-    return fits < depth ? fits : depth;
-  }
-};
-
 #if __CUDA_ARCH__ >= 900
 
-__device__ __forceinline__ void publish(Word* to, std::uint32_t value, unsigned epoch) {
-  asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(to),
-               "l"(static_cast<Word>(epoch) << 32 | value)
-               : "memory");
-}
 __device__ __forceinline__ void load_words(const Word* from, Word& first, Word& second) {
   asm volatile("ld.relaxed.gpu.global.v2.b64 {%0, %1}, [%2];"
                : "=l"(first), "=l"(second)
@@ -145,6 +148,7 @@ __device__ __forceinline__ void load_words(const Word* from, Word& first, Word& 
 /// left out, as soon as they belong to `epoch`. j = i % kAhead: so many are asked for at a time.
 template <int kAhead, class At, class Use>
 __device__ __forceinline__ void gather(int count, unsigned epoch, At at, Use use) {
+#pragma unroll 1
   for (int first = 0; first < count; first += kAhead) {
     const Word* from[kAhead];
     Word v[kAhead][2];
@@ -154,6 +158,7 @@ __device__ __forceinline__ void gather(int count, unsigned epoch, At at, Use use
 #ifdef LRNN_SPIN_LIMIT
     const long long start = clock64();
 #endif
+#pragma unroll 1
     while (missing) {
       missing = false;
 #pragma unroll
@@ -206,46 +211,74 @@ struct Block {
   char* shared;
   Layout at;
   int first_channel, channels;  // of this block
-  int first_x_dbl, x_dbl;
   int first_output, outputs;
 
   __device__ __forceinline__ Block(const Args& p, char* shared) : p(p), shared(shared), at(p) {
-    const auto share = [](int own, int all, int& first, int& count) {
-      first = min(static_cast<int>(blockIdx.x) * own, all);
-      count = min(own, all - first);
-    };
-    share(p.own_channels, p.channels, first_channel, channels);
-    share(p.own_x_dbl, p.x_dbl(), first_x_dbl, x_dbl);
-    share(p.own_outputs, p.inputs, first_output, outputs);
+    const Product in = product_of(kIn);
+    const Product out = product_of(kOut);
+    first_channel = in.first;
+    channels = in.rows;
+    first_output = out.first;
+    outputs = out.rows;
+  }
+  [[nodiscard]] __device__ __forceinline__ Product product_of(int stage) const {
+    const Share& share = p.shares[stage];
+    const int all = stage == kIn ? p.channels : stage == kXDbl ? p.x_dbl() : p.inputs;
+    Product q{};
+    q.first = min(static_cast<int>(blockIdx.x) * share.own, all);
+    q.rows = min(share.own, all - q.first);
+    q.depth = share.depth;
+    q.part = share.part;
+    q.tiles = (q.rows + kTileRows - 1) / kTileRows * (stage == kIn ? 2 : 1);
+    q.operand = stage == kIn ? at.normal : at.operand;
+    return q;
+  }
+  /// By all threads, before a barrier of the block.
+  __device__ __forceinline__ void prepare() const {
+    const int thread = static_cast<int>(threadIdx.x);
+    if (thread < kStages) array<Product>(at.products)[thread] = product_of(thread);
+    constexpr int kWords = static_cast<int>(sizeof(p.layers) / sizeof(std::uint64_t));
+    const auto* const from = reinterpret_cast<const std::uint64_t*>(p.layers);
+    for (int i = thread; i < kWords; i += static_cast<int>(blockDim.x))
+      array<std::uint64_t>(at.layers)[i] = from[i];
+    if (thread != 0) return;
+    for (int i = 0; i < p.slots; ++i) {
+      barrier_init(full(i), 1);
+      barrier_init(empty(i), kWarps);
+    }
+    barrier_init_done();
   }
   template <class T>
   __device__ __forceinline__ T* array(int offset) const {
     return reinterpret_cast<T*>(shared + offset);
   }
-  __device__ __forceinline__ std::uint32_t full(int slot) const {
+  [[nodiscard]] __device__ __forceinline__ const Layer& layer(int i) const {
+    return array<Layer>(at.layers)[i];
+  }
+  [[nodiscard]] __device__ __forceinline__ const Product& product(int stage) const {
+    return array<Product>(at.products)[stage];
+  }
+  [[nodiscard]] __device__ __forceinline__ std::uint32_t full(int slot) const {
     return shared_address(shared + at.barriers) + static_cast<std::uint32_t>(16 * slot);
   }
-  __device__ __forceinline__ std::uint32_t empty(int slot) const { return full(slot) + 8; }
+  [[nodiscard]] __device__ __forceinline__ std::uint32_t empty(int slot) const {
+    return full(slot) + 8;
+  }
   __device__ __forceinline__ void sync() const { group_wait(kComputers, kThreads); }
 
-  /// Tile i of the rows of a stage.
-  __device__ __forceinline__ static Rows tile(const bf16* weight, int first, int count, int i,
-                                              int depth) {
-    return {weight, first + i * kTileRows, min(kTileRows, count - i * kTileRows), depth};
+  /// What this block reads of the exchange.
+  [[nodiscard]] __device__ __forceinline__ const Word* words(int offset) const {
+    return p.to.words + blockIdx.x % kReplicas * p.to.size + offset;
   }
-  __device__ __forceinline__ Rows u_tile(const Layer& l, int i) const {
-    return tile(l.in_proj, first_channel, channels, i, p.inputs);
-  }
-  __device__ __forceinline__ Rows z_tile(const Layer& l, int i) const {
-    Rows rows = u_tile(l, i);
-    rows.begin += p.channels;
-    return rows;
-  }
-  __device__ __forceinline__ Rows x_dbl_tile(const Layer& l, int i) const {
-    return tile(l.x_proj, first_x_dbl, x_dbl, i, p.channels);
-  }
-  __device__ __forceinline__ Rows output_tile(const Layer& l, int i) const {
-    return tile(l.out_proj, first_output, outputs, i, p.channels);
+  __device__ __forceinline__ void publish(int offset, std::uint32_t value, unsigned epoch) const {
+    Word* to = p.to.words + offset;
+#pragma unroll
+    for (int i = 0; i < kReplicas; ++i) {
+      asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(to),
+                   "l"(static_cast<Word>(epoch) << 32 | value)
+                   : "memory");
+      to += p.to.size;
+    }
   }
 };
 
@@ -256,19 +289,26 @@ struct Copier {
   int lane;
   Place place;
 
-  __device__ __forceinline__ void copy(const Rows& rows) {
-    const int part = Rows::part(rows.count, rows.depth);
-    for (int k = 0; k < rows.depth; k += part) {
-      const int columns = min(part, rows.depth - k);
+  __device__ __forceinline__ void copy(const bf16* weight, const Product& q, int begin, int count) {
+    const bf16* from = weight + static_cast<std::int64_t>(begin + lane) * q.depth;
+    for (int k = 0; k < q.depth; k += q.part) {
+      const int columns = min(q.part, q.depth - k);
       const std::uint32_t full = b.full(place.slot);
       barrier_wait(b.empty(place.slot), place.turn ^ 1);
-      if (lane == 0) barrier_expect(full, rows.count * columns * 2);
+      if (lane == 0) barrier_expect(full, count * columns * 2);
       __syncwarp();
-      if (lane < rows.count)
-        copy_bytes(shared_address(b.shared + place.slot * kSlotBytes + lane * (part + kPad) * 2),
-                   rows.weight + static_cast<std::int64_t>(rows.begin + lane) * rows.depth + k,
-                   columns * 2, full);
+      if (lane < count)
+        copy_bytes(shared_address(b.shared + place.slot * kSlotBytes + lane * (q.part + kPad) * 2),
+                   from + k, columns * 2, full);
       place.next(b.p.slots);
+    }
+  }
+  __device__ __forceinline__ void copy(const Layer& l, int stage) {
+    const Product q = b.product(stage);
+    for (int t = 0; t < q.tiles; ++t) {
+      const int tile = stage == kIn ? t / 2 : t;
+      const int begin = q.first + tile * kTileRows + (stage == kIn && t % 2 != 0 ? b.p.channels : 0);
+      copy(l.weights[stage], q, begin, min(kTileRows, q.rows - tile * kTileRows));
     }
   }
   __device__ __forceinline__ void prefetch(const void* from, std::int64_t bytes) const {
@@ -294,33 +334,26 @@ struct Copier {
     }
   }
   __device__ __forceinline__ void run() {
-    prefetch_channels(b.p.layers[0]);
+    prefetch_channels(b.layer(0));
     for (int i = 0; i < b.p.layer_count; ++i) {
-      const Layer& l = b.p.layers[i];
-      if (i + 1 < b.p.layer_count) prefetch_channels(b.p.layers[i + 1]);
-      for (int t = 0; t * kTileRows < b.channels; ++t) {
-        copy(b.u_tile(l, t));
-        copy(b.z_tile(l, t));
-      }
-      for (int t = 0; t * kTileRows < b.x_dbl; ++t) copy(b.x_dbl_tile(l, t));
-      for (int t = 0; t * kTileRows < b.outputs; ++t) copy(b.output_tile(l, t));
+      for (int stage = 0; stage < kStages; ++stage) copy(b.layer(i), stage);
+      if (i + 1 < b.p.layer_count) prefetch_channels(b.layer(i + 1));
     }
   }
 };
 
 // --- the warps that compute --------------------------------------------------------------------
 
-/// Window and taps of a channel of a sequence.
+/// Window and taps of a channel of a sequence, as they come from memory.
 struct Window {
-  float values[kWidth];
-  float taps[kWidth];
-  float bias;
+  float4 values;
+  uint2 taps;
+  bf16 bias;
 };
 
 /// Parameters and states of a channel of a sequence that a lane has.
 struct ScanLane {
-  float h[kStates];
-  float A[kStates];
+  float4 h, A;
   uint2 dt_weight[kHeldRank];
   float dt_bias, D;
 };
@@ -336,29 +369,43 @@ struct Computer {
   Place place;
   int turn = 0;  // of the two sets of partial sums
 
+  __device__ __forceinline__ static float rounded(float v) { return to_float(from_float<bf16>(v)); }
+
+  // --- products ------------------------------------------------------------------------------
+
+  /// Operands of a step of two rounds.
+  struct Fragments {
+    std::uint32_t left[2][4];
+    std::uint32_t right[4];
+
+    __device__ __forceinline__ void load(const bf16* w, const bf16* x) {
+      load_matrices(right, x);
+      load_matrices(left[0], w);
+      load_matrices(left[1], w + kRound);
+    }
+  };
   /// Sums of this warp's part of a tile, to shared memory.
-  __device__ __forceinline__ void multiply(const Rows& rows, const bf16* x, float* partials) {
-    const int part = Rows::part(rows.count, rows.depth);
-    const int pitch = rows.depth + kPad;
+  __device__ __forceinline__ void multiply(const Product& q, int rows, float* partials) {
+    const int part = q.part;
+    const int depth = q.depth;
     float c[2][4] = {};
-    const bf16* const x_lane =
-        x + min(lane % 8, p.batch - 1) * pitch + lane / 16 * kRound + lane / 8 % 2 * 8 + warp * kStep;
-    const int w_lane =
-        min(lane % 16, rows.count - 1) * (part + kPad) + lane / 16 * 8 + warp * kStep;
-    for (int k = 0; k < rows.depth; k += part) {
-      const int columns = min(part, rows.depth - k);
-      const bf16* const w =
-          reinterpret_cast<const bf16*>(b.shared + place.slot * kSlotBytes) + w_lane;
+    const bf16* x = b.template array<bf16>(q.operand) + min(lane % 8, p.batch - 1) * (depth + kPad) +
+                    lane / 16 * kRound + lane / 8 % 2 * 8 + warp * kStep;
+    const int w_lane = min(lane % 16, rows - 1) * (part + kPad) + lane / 16 * 8 + warp * kStep;
+#pragma unroll 1
+    for (int k = 0; k < depth; k += part) {
+      const bf16* w = b.template array<bf16>(place.slot * kSlotBytes) + w_lane;
       barrier_wait(b.full(place.slot), place.turn);
-#pragma unroll 2
-      for (int i = 0; i < columns; i += kUnit) {
-        std::uint32_t right[4];
-        std::uint32_t left[2][4];
-        load_matrices(right, x_lane + k + i);
-        load_matrices(left[0], w + i);
-        load_matrices(left[1], w + i + kRound);
-        multiply_add(c[0], left[0], right[0], right[1]);
-        multiply_add(c[1], left[1], right[2], right[3]);
+      Fragments f;
+      f.load(w, x);
+#pragma unroll 1
+      for (int left = min(part, depth - k) / kUnit; left > 0; --left) {
+        const Fragments now = f;
+        x += kUnit;
+        w += kUnit;
+        if (left > 1) f.load(w, x);
+        multiply_add(c[0], now.left[0], now.right[0], now.right[1]);
+        multiply_add(c[1], now.left[1], now.right[2], now.right[3]);
       }
       __syncwarp();
       if (lane == 0) barrier_arrive(b.empty(place.slot));
@@ -373,73 +420,55 @@ struct Computer {
   __device__ __forceinline__ float* partials(int which) const {
     return b.template array<float>(b.at.partials) + (2 * turn + which) * kWarps * kTileValues;
   }
-  /// The sum of this thread's place in a tile, times `factor`, rounded: row thread / 8 % 16, sequence
-  /// thread % 8.
-  __device__ __forceinline__ float finished(int which, float factor = 1.0F) const {
-    const float* const from = partials(which) + thread % kTileValues;
+  /// The sum of this thread's place in one of two tiles.
+  __device__ __forceinline__ float finished() const {
+    const float* const from = partials(thread / kTileValues) + thread % kTileValues;
     float sum = from[0];
 #pragma unroll
     for (int w = 1; w < kWarps; ++w) sum += from[w * kTileValues];
-    return rounded(sum * factor);
+    return sum;
   }
-  __device__ __forceinline__ static float rounded(float v) { return to_float(from_float<bf16>(v)); }
+  /// Row of a tile and sequence whose sum this thread finishes. The first half of the threads has
+  /// the first of two tiles.
+  [[nodiscard]] __device__ __forceinline__ int tile_row() const {
+    return thread / kMaxRows % kTileRows;
+  }
+  [[nodiscard]] __device__ __forceinline__ int sequence() const { return thread % kMaxRows; }
 
   // --- r -> u, z -----------------------------------------------------------------------------
   // The factor 1 / rms of a row is that of its products, which therefore need not wait for it: what
   // is rounded is r weight. Thread t has the pairs t, t + kThreads, ... of every row.
 
-  /// The sum that enters the first layer.
-  __device__ __forceinline__ float entering(std::int64_t i) const {
-    float r = to_float(p.x[i]);
-    if (p.residual == nullptr) return r;
-    return r + (p.narrow_residual ? to_float(static_cast<const bf16*>(p.residual)[i])
-                                  : static_cast<const float*>(p.residual)[i]);
-  }
   /// r weight of all rows, to shared memory, and what this thread has of the sums of squares of r.
-  __device__ __forceinline__ void take_r(const Layer& l, bool first, unsigned epoch,
-                                         float (&squares)[kRows]) {
-    constexpr int kAhead = kRows == 1 ? 4 : kRows;
+  __device__ __forceinline__ void take_r(const Layer& l, unsigned epoch) {
+    constexpr int kAhead = kRows == 1 ? 2 : kRows;
+    float squares[kRows] = {};
     bf16* const normal = b.template array<bf16>(b.at.normal);
+    const Word* const words = b.words(p.to.r);
+    const auto* const norm_weight = reinterpret_cast<const float2*>(l.norm_weight);
     const auto pair = [&](int i) { return thread + i / kRows * kThreads; };
-    const auto weight_of = [&](int i) {
-      return reinterpret_cast<const float2*>(l.norm_weight)[pair(i)];
-    };
-    const auto keep = [&](int i, int n, float2 weight, float one, float two) {
-      reinterpret_cast<std::uint32_t*>(normal + n * (p.inputs + kPad))[pair(i)] =
-          pack_bf16(one * weight.x, two * weight.y);
-      squares[n] = fmaf(one, one, squares[n]);
-      squares[n] = fmaf(two, two, squares[n]);
-    };
-    const int count = kRows * ((p.inputs / 2 - thread + kThreads - 1) / kThreads);
-    if (!first) {
-      float2 weights[kAhead];
-      return gather<kAhead>(
-          count, epoch,
-          [&](int i, int j) -> const Word* {
-            weights[j] = weight_of(i);
-            const int n = j % kRows;
-            return n < p.batch ? p.to.r + std::int64_t{n} * p.inputs + 2 * pair(i) : nullptr;
-          },
-          [&](int i, int j, std::uint32_t one, std::uint32_t two) {
-            keep(i, j % kRows, weights[j], __uint_as_float(one), __uint_as_float(two));
-          });
-    }
-    for (int i = 0; i < count; i += kRows) {
-#pragma unroll
-      for (int n = 0; n < kRows; ++n) {
-        if (n >= p.batch) break;
-        const std::int64_t at = std::int64_t{n} * p.inputs + 2 * pair(i);
-        keep(i, n, weight_of(i), entering(at), entering(at + 1));
-      }
-    }
-  }
-  __device__ __forceinline__ void publish_squares(float (&squares)[kRows]) const {
+    float2 weights[kAhead];
+    gather<kAhead>(
+        kRows * ((p.inputs / 2 - thread + kThreads - 1) / kThreads), epoch,
+        [&](int i, int j) -> const Word* {
+          weights[j] = norm_weight[pair(i)];
+          const int n = j % kRows;
+          return n < p.batch ? words + n * p.inputs + 2 * pair(i) : nullptr;
+        },
+        [&](int i, int j, std::uint32_t one, std::uint32_t two) {
+          const float2 r = make_float2(__uint_as_float(one), __uint_as_float(two));
+          const int n = j % kRows;
+          reinterpret_cast<std::uint32_t*>(normal + n * (p.inputs + kPad))[pair(i)] =
+              pack_bf16(r.x * weights[j].x, r.y * weights[j].y);
+          squares[n] = fmaf(r.y, r.y, fmaf(r.x, r.x, squares[n]));
+        });
     float* const sums = b.template array<float>(b.at.norm_sums);
 #pragma unroll
     for (int n = 0; n < kRows; ++n) {
       squares[n] = warp_sum(squares[n]);
       if (lane == 0) sums[n * kWarps + warp] = squares[n];
     }
+    b.sync();
   }
   /// 1 / rms of this thread's sequence.
   __device__ __forceinline__ float rstd() const {
@@ -449,83 +478,60 @@ struct Computer {
     for (int w = 1; w < kWarps; ++w) sum += sums[w];
     return rsqrtf(fmaf(sum, p.per_input, p.eps));
   }
-
-  // The first half of the threads has the tile of u, the second that of z.
-
-  [[nodiscard]] __device__ __forceinline__ int tile_row() const {
-    return thread / kMaxRows % kTileRows;
+  [[nodiscard]] __device__ __forceinline__ std::int64_t window_of(int own) const {
+    return (sequence() * std::int64_t{p.channels} + b.first_channel + own) * kWidth;
   }
-  [[nodiscard]] __device__ __forceinline__ int sequence() const { return thread % kMaxRows; }
-
   __device__ __forceinline__ void load(Window& w, const Layer& l, int tile) const {
     const int own = tile * kTileRows + tile_row();
     if (thread >= kTileValues || own >= b.channels || sequence() >= p.batch) return;
-    const std::int64_t c = b.first_channel + own;
-    load_vec<float, kWidth>(l.conv_state + (sequence() * std::int64_t{p.channels} + c) * kWidth,
-                            w.values);
-    load_vec<bf16, kWidth>(l.conv_weight + c * kWidth, w.taps);
-    w.bias = l.conv_bias != nullptr ? to_float(l.conv_bias[c]) : 0.0F;
+    const int c = b.first_channel + own;
+    w.values = *reinterpret_cast<const float4*>(l.conv_state + window_of(own));
+    w.taps = reinterpret_cast<const uint2*>(l.conv_weight)[c];
+    w.bias = l.conv_bias != nullptr ? l.conv_bias[c] : from_float<bf16>(0.0F);
   }
-  __device__ __forceinline__ float convolve(Window& w, const Layer& l, std::int64_t c,
-                                            float newest) const {
-    float sum = w.bias;
-#pragma unroll
-    for (int k = 0; k < kWidth; ++k) {
-      w.values[k] = k + 1 < kWidth ? w.values[k + 1] : newest;
-      sum = fmaf(w.taps[k], w.values[k], sum);
-    }
-    store_vec<float, kWidth>(l.conv_state + (sequence() * std::int64_t{p.channels} + c) * kWidth,
-                             w.values);
+  __device__ __forceinline__ static float low(std::uint32_t pair) {
+    return __uint_as_float(pair << 16);
+  }
+  __device__ __forceinline__ static float high(std::uint32_t pair) {
+    return __uint_as_float(pair & 0xFFFF0000U);
+  }
+  __device__ __forceinline__ float convolve(const Window& w, float* state, float newest) const {
+    const float4 next = make_float4(w.values.y, w.values.z, w.values.w, newest);
+    float sum = fmaf(low(w.taps.x), next.x, to_float(w.bias));
+    sum = fmaf(high(w.taps.x), next.y, sum);
+    sum = fmaf(low(w.taps.y), next.z, sum);
+    sum = fmaf(high(w.taps.y), next.w, sum);
+    *reinterpret_cast<float4*>(state) = next;
     return rounded(sum * conv::gate(sum));
   }
-  /// Pairs of neighbouring channels, of which `mine` is the first where `publishes`.
-  __device__ __forceinline__ void publish_pair(Word* to, int n, int channel, float mine, float next,
+  /// Channels `own` and the next one of a sequence.
+  __device__ __forceinline__ void publish_pair(int to, int n, int own, float mine, float next,
                                                unsigned epoch) const {
-    publish(to + (std::int64_t{n} * p.channels + channel) / 2, pack_bf16(mine, next), epoch);
+    b.publish(to + (n * p.channels + b.first_channel + own) / 2, pack_bf16(mine, next), epoch);
   }
-  __device__ __forceinline__ void finish_u(Window& w, const Layer& l, int tile, unsigned epoch) {
+  __device__ __forceinline__ void finish_in(const Window& w, const Layer& l, int tile,
+                                            unsigned epoch) const {
     const int own = tile * kTileRows + tile_row();
     const bool exists = own < b.channels && sequence() < p.batch;
-    const float v = finished(0, rstd());
+    const float v = rounded(finished() * rstd());
+    if (thread >= kTileValues) {
+      if (exists)
+        b.template array<float>(b.at.gate)[own * p.batch + sequence()] =
+            v * selective::fast_sigmoid(v);
+      return;
+    }
     float u = 0.0F;
-    if (exists) u = convolve(w, l, b.first_channel + own, v);
+    if (exists) u = convolve(w, l.conv_state + window_of(own), v);
     const float next = __shfl_down_sync(0xFFFFFFFFU, u, kMaxRows);
     if (!exists) return;
+    if (tile_row() % 2 == 0) publish_pair(p.to.u, sequence(), own, u, next, epoch);
     b.template array<float>(b.at.u)[own * p.batch + sequence()] = u;
-    if (tile_row() % 2 == 0)
-      publish_pair(p.to.u, sequence(), b.first_channel + own, u, next, epoch);
-  }
-  __device__ __forceinline__ void finish_z(int tile) {
-    const int own = tile * kTileRows + tile_row();
-    const float z = finished(1, rstd());
-    if (own >= b.channels || sequence() >= p.batch) return;
-    b.template array<float>(b.at.gate)[own * p.batch + sequence()] = z * selective::fast_sigmoid(z);
-  }
-  __device__ __forceinline__ void in_proj(const Layer& l, bool first, unsigned epoch) {
-    Window window;
-    load(window, l, 0);
-    float squares[kRows] = {};
-    take_r(l, first, epoch, squares);
-    b.sync();
-    publish_squares(squares);
-    const bf16* const normal = b.template array<bf16>(b.at.normal);
-    for (int t = 0; t * kTileRows < b.channels; ++t) {
-      multiply(b.u_tile(l, t), normal, partials(0));
-      multiply(b.z_tile(l, t), normal, partials(1));
-      b.sync();
-      if (thread < kTileValues)
-        finish_u(window, l, t, epoch);
-      else
-        finish_z(t);
-      load(window, l, t + 1);
-      turn ^= 1;
-    }
   }
 
-  // --- u -> x_dbl ----------------------------------------------------------------------------
+  // --- u -> x_dbl, v -> r ----------------------------------------------------------------------
 
   /// What others have published of u or v, as the right operand of a product.
-  __device__ __forceinline__ const bf16* take_operand(const Word* words, unsigned epoch) const {
+  __device__ __forceinline__ void take_operand(const Word* words, unsigned epoch) const {
     bf16* const operand = b.template array<bf16>(b.at.operand);
     const int row_pairs = p.channels / 4;
     gather_pairs<kRows == 1 ? 2 : kRows>(
@@ -535,18 +541,70 @@ struct Computer {
               make_uint2(one, two);
         });
     b.sync();
-    return operand;
   }
-  __device__ __forceinline__ void x_proj(const Layer& l, unsigned epoch) {
-    if (b.x_dbl <= 0) return;
-    const bf16* const u = take_operand(p.to.u, epoch);
-    for (int t = 0; t * kTileRows < b.x_dbl; ++t) {
-      multiply(b.x_dbl_tile(l, t), u, partials(0));
+  __device__ __forceinline__ float* residual() const {
+    return b.template array<float>(b.at.residual);
+  }
+  /// r = x + residual: to the others, and as it is stored.
+  __device__ __forceinline__ void add_residual(int own, int n, float x, float before,
+                                               unsigned epoch) const {
+    const float r = x + before;
+    b.publish(p.to.r + n * p.inputs + b.first_output + own, __float_as_uint(r), epoch);
+    residual()[own * p.batch + n] = p.narrow_residual ? rounded(r) : r;
+  }
+  __device__ __forceinline__ void enter() const {
+    for (int i = thread; i < p.batch * b.outputs; i += kThreads) {
+      const int n = i / b.outputs;
+      const int own = i - n * b.outputs;
+      const std::int64_t at = std::int64_t{n} * p.inputs + b.first_output + own;
+      float before = 0.0F;
+      if (p.residual != nullptr)
+        before = p.narrow_residual ? to_float(static_cast<const bf16*>(p.residual)[at])
+                                   : static_cast<const float*>(p.residual)[at];
+      add_residual(own, n, to_float(p.x[at]), before, p.epoch);
+    }
+  }
+  __device__ __forceinline__ void leave(int own, int n, float x) const {
+    const std::int64_t at = std::int64_t{n} * p.inputs + b.first_output + own;
+    const float before = residual()[own * p.batch + n];
+    p.y[at] = from_float<bf16>(x);
+    if (p.narrow_residual)
+      static_cast<bf16*>(p.residual_out)[at] = from_float<bf16>(before);
+    else
+      static_cast<float*>(p.residual_out)[at] = before;
+  }
+  __device__ __forceinline__ void finish_rows(const Product& q, int stage, int tile, bool last,
+                                              unsigned epoch) const {
+    const int own = (tile + thread / kTileValues) * kTileRows + tile_row();
+    const int n = sequence();
+    if (own >= q.rows || n >= p.batch) return;
+    const float v = rounded(finished());
+    if (stage == kXDbl)
+      b.publish(p.to.x_dbl + n * p.x_dbl() + q.first + own, __float_as_uint(v), epoch);
+    else if (last)
+      leave(own, n, v);
+    else
+      add_residual(own, n, v, residual()[own * p.batch + n], epoch + 1);
+  }
+
+  /// Products of a stage, two tiles at a time.
+  __device__ __forceinline__ void products(int stage, Window& window, const Layer& l, bool last,
+                                           unsigned epoch) {
+    const Product& q = b.product(stage);
+#pragma unroll 1
+    for (int t = 0; t < q.tiles; t += 2) {
+#pragma unroll 1
+      for (int which = 0; which < min(2, q.tiles - t); ++which) {
+        const int tile = stage == kIn ? t / 2 : t + which;
+        multiply(q, min(kTileRows, q.rows - tile * kTileRows), partials(which));
+      }
       b.sync();
-      const int own = t * kTileRows + tile_row();
-      if (thread < kTileValues && own < b.x_dbl && sequence() < p.batch)
-        publish(p.to.x_dbl + sequence() * p.x_dbl() + b.first_x_dbl + own,
-                __float_as_uint(finished(0)), epoch);
+      if (stage == kIn) {
+        finish_in(window, l, t / 2, epoch);
+        load(window, l, t / 2 + 1);
+      } else {
+        finish_rows(q, stage, t, last, epoch);
+      }
       turn ^= 1;
     }
   }
@@ -554,24 +612,35 @@ struct Computer {
   // --- x_dbl -> v ----------------------------------------------------------------------------
   // kLanes lanes have a channel of a sequence.
 
-  /// Channel and sequence of round i.
   struct Item {
     int own, n;
-    bool exists;
   };
-  [[nodiscard]] __device__ __forceinline__ Item item(int i) const {
-    const int at = i * (kThreads / kLanes) + thread / kLanes;
-    const int n = at / b.channels;
-    return {at - n * b.channels, n, n < p.batch};
+  [[nodiscard]] __device__ __forceinline__ Item first_item() const {
+    const int n = thread / kLanes / b.channels;
+    return {thread / kLanes - n * b.channels, n};
+  }
+  __device__ __forceinline__ void next(Item& at) const {
+    at.own += kThreads / kLanes;
+    while (at.own >= b.channels) {
+      at.own -= b.channels;
+      ++at.n;
+    }
+  }
+  [[nodiscard]] __device__ __forceinline__ std::int64_t state_of(const Item& at) const {
+    return (at.n * std::int64_t{p.channels} + b.first_channel + at.own) * kDState +
+           thread % kLanes * kStates;
+  }
+  __device__ __forceinline__ const uint2* dt_weight(const Layer& l, int own) const {
+    return reinterpret_cast<const uint2*>(l.dt_weight +
+                                          (b.first_channel + own) * std::int64_t{p.rank}) +
+           thread % kLanes;
   }
   __device__ __forceinline__ void load(ScanLane& s, const Layer& l, const Item& at) const {
-    if (!at.exists) return;
-    const int part = thread % kLanes;
-    const std::int64_t c = b.first_channel + at.own;
-    load_vec<float, kStates>(
-        l.lrnn_state + (at.n * std::int64_t{p.channels} + c) * kDState + part * kStates, s.h);
-    load_vec<float, kStates>(l.A_log + c * kDState + part * kStates, s.A);
-    const uint2* const w = reinterpret_cast<const uint2*>(l.dt_weight + c * p.rank) + part;
+    if (at.n >= p.batch) return;
+    const int c = b.first_channel + at.own;
+    s.h = *reinterpret_cast<const float4*>(l.lrnn_state + state_of(at));
+    s.A = reinterpret_cast<const float4*>(l.A_log)[c * kLanes + thread % kLanes];
+    const uint2* const w = dt_weight(l, at.own);
 #pragma unroll
     for (int i = 0; i < kHeldRank; ++i)
       if (i * kLanes * 4 < p.rank) s.dt_weight[i] = w[i * kLanes];
@@ -579,10 +648,10 @@ struct Computer {
     s.D = l.D[c];
   }
   __device__ __forceinline__ static float dot(uint2 w, float4 q, float sum) {
-    sum = fmaf(__uint_as_float(w.x << 16), q.x, sum);
-    sum = fmaf(__uint_as_float(w.x & 0xFFFF0000U), q.y, sum);
-    sum = fmaf(__uint_as_float(w.y << 16), q.z, sum);
-    return fmaf(__uint_as_float(w.y & 0xFFFF0000U), q.w, sum);
+    sum = fmaf(low(w.x), q.x, sum);
+    sum = fmaf(high(w.x), q.y, sum);
+    sum = fmaf(low(w.y), q.z, sum);
+    return fmaf(high(w.y), q.w, sum);
   }
   /// Over the lanes of a channel, in every one of them.
   __device__ __forceinline__ static float lane_sum(float v) {
@@ -591,132 +660,94 @@ struct Computer {
       v += __shfl_xor_sync(0xFFFFFFFFU, v, offset);
     return v;
   }
-  __device__ __forceinline__ float project_dt(const ScanLane& s, const Layer& l, const Item& at,
+  __device__ __forceinline__ float project_dt(const ScanLane& s, const Layer& l, int own,
                                               const float* x_dbl) const {
-    const int part = thread % kLanes;
-    const float4* const q = reinterpret_cast<const float4*>(x_dbl) + part;
+    const float4* const q = reinterpret_cast<const float4*>(x_dbl) + thread % kLanes;
     float sum = 0.0F;
 #pragma unroll
     for (int i = 0; i < kHeldRank; ++i)
       if (i * kLanes * 4 < p.rank) sum = dot(s.dt_weight[i], q[i * kLanes], sum);
-    const uint2* const w = reinterpret_cast<const uint2*>(
-                               l.dt_weight + (b.first_channel + at.own) * std::int64_t{p.rank}) +
-                           part;
+    const uint2* const w = dt_weight(l, own);
+#pragma unroll 1
     for (int i = kHeldRank; i * kLanes * 4 < p.rank; ++i)
       sum = dot(w[i * kLanes], q[i * kLanes], sum);
     return rounded(lane_sum(sum));
   }
+  /// One state: h = exp(delta A) h + delta u B, and C h.
+  __device__ __forceinline__ static float advance(float& h, float rate, float delta, float drive,
+                                                  float B, float C, float y) {
+    h = fmaf(exp2_approx(delta * rate), h, drive * B);
+    return fmaf(C, h, y);
+  }
   /// Moves a channel on by its token; the gated output.
   __device__ __forceinline__ float advance(ScanLane& s, const Layer& l, const Item& at) const {
-    const int part = thread % kLanes;
-    const int n = at.exists ? at.n : 0;
-    const int own = at.exists ? at.own : 0;
+    const bool exists = at.n < p.batch;
+    const int n = exists ? at.n : 0;
     const float* const x_dbl = b.template array<float>(b.at.x_dbl) + n * p.x_dbl();
-    const float u = b.template array<float>(b.at.u)[own * p.batch + n];
-    const float gate = b.template array<float>(b.at.gate)[own * p.batch + n];
-    const float delta =
-        selective::softplus(project_dt(s, l, {own, n, true}, x_dbl) + s.dt_bias);
-    const float* const B = x_dbl + p.rank + part * kStates;
-    const float* const C = B + kDState;
-    float y = 0.0F;
-#pragma unroll
-    for (int k = 0; k < kStates; ++k) {
-      const float a = exp2_approx(delta * s.A[k]);
-      s.h[k] = fmaf(a, s.h[k], delta * u * B[k]);
-      y = fmaf(C[k], s.h[k], y);
-    }
-    if (at.exists)
-      store_vec<float, kStates>(
-          l.lrnn_state +
-              (at.n * std::int64_t{p.channels} + b.first_channel + at.own) * kDState +
-              part * kStates,
-          s.h);
+    const float u = b.template array<float>(b.at.u)[at.own * p.batch + n];
+    const float gate = b.template array<float>(b.at.gate)[at.own * p.batch + n];
+    const float4 B = *reinterpret_cast<const float4*>(x_dbl + p.rank + thread % kLanes * kStates);
+    const float4 C =
+        *reinterpret_cast<const float4*>(x_dbl + p.rank + kDState + thread % kLanes * kStates);
+    const float delta = selective::softplus(project_dt(s, l, at.own, x_dbl) + s.dt_bias);
+    const float drive = delta * u;
+    float y = advance(s.h.x, s.A.x, delta, drive, B.x, C.x, 0.0F);
+    y = advance(s.h.y, s.A.y, delta, drive, B.y, C.y, y);
+    y = advance(s.h.z, s.A.z, delta, drive, B.z, C.z, y);
+    y = advance(s.h.w, s.A.w, delta, drive, B.w, C.w, y);
+    if (exists) *reinterpret_cast<float4*>(l.lrnn_state + state_of(at)) = s.h;
     return rounded(fmaf(s.D, u, lane_sum(y)) * gate);
   }
-  __device__ __forceinline__ void scan(const Layer& l, ScanLane& s, unsigned epoch) {
-    float* const x_dbl = b.template array<float>(b.at.x_dbl);
-    gather_pairs<1>(p.to.x_dbl, p.batch * p.x_dbl() / 2, epoch,
-              [&](int i, std::uint32_t one, std::uint32_t two) {
-                reinterpret_cast<uint2*>(x_dbl)[i] = make_uint2(one, two);
-              });
-    b.sync();
-    const int items = p.batch * b.channels;
-    for (int i = 0; i * (kThreads / kLanes) < items; ++i) {
-      const Item at = item(i);
-      if (__all_sync(0xFFFFFFFFU, !at.exists)) break;
-      if (i > 0) {
-        load(s, l, at);
-        rates(s);
-      }
-      const float v = advance(s, l, at);
-      const float next = __shfl_down_sync(0xFFFFFFFFU, v, kLanes);
-      if (at.exists && at.own % 2 == 0 && thread % kLanes == 0)
-        publish_pair(p.to.v, at.n, b.first_channel + at.own, v, next, epoch);
-    }
-  }
   /// A log2(e) from A_log.
-  __device__ __forceinline__ static void rates(ScanLane& s) {
-#pragma unroll
-    for (float& a : s.A) a = -expf(a) * selective::kLog2e;
+  __device__ __forceinline__ static void rates(float4& A) {
+    A.x = -expf(A.x) * selective::kLog2e;
+    A.y = -expf(A.y) * selective::kLog2e;
+    A.z = -expf(A.z) * selective::kLog2e;
+    A.w = -expf(A.w) * selective::kLog2e;
   }
-
-  // --- v -> r --------------------------------------------------------------------------------
-
-  __device__ __forceinline__ float* residual() const {
-    return b.template array<float>(b.at.residual);
-  }
-  __device__ __forceinline__ float stored_residual(float r) const {
-    return p.narrow_residual ? rounded(r) : r;
-  }
-  __device__ __forceinline__ void enter_residual() {
-    for (int i = thread; i < p.batch * b.outputs; i += kThreads) {
-      const int n = i / b.outputs;
-      const int own = i - n * b.outputs;
-      residual()[own * p.batch + n] =
-          stored_residual(entering(std::int64_t{n} * p.inputs + b.first_output + own));
-    }
+  /// `s` has been loaded for the first item.
+  __device__ __forceinline__ void scan(const Layer& l, ScanLane& s, Item at, unsigned epoch) const {
+    rates(s.A);
+    float* const x_dbl = b.template array<float>(b.at.x_dbl);
+    gather_pairs<1>(b.words(p.to.x_dbl), p.batch * p.x_dbl() / 2, epoch,
+                    [&](int i, std::uint32_t one, std::uint32_t two) {
+                      reinterpret_cast<uint2*>(x_dbl)[i] = make_uint2(one, two);
+                    });
     b.sync();
-  }
-  __device__ __forceinline__ void finish_output(int own, float x, bool last, unsigned epoch) {
-    const int n = sequence();
-    const std::int64_t at = std::int64_t{n} * p.inputs + b.first_output + own;
-    float& kept = residual()[own * p.batch + n];
-    if (!last) {
-      const float r = x + kept;
-      kept = stored_residual(r);
-      return publish(p.to.r + at, __float_as_uint(r), epoch + 1);
-    }
-    p.y[at] = from_float<bf16>(x);
-    if (p.narrow_residual)
-      static_cast<bf16*>(p.residual_out)[at] = from_float<bf16>(kept);
-    else
-      static_cast<float*>(p.residual_out)[at] = kept;
-  }
-  __device__ __forceinline__ void out_proj(const Layer& l, bool last, unsigned epoch) {
-    if (b.outputs <= 0) return;
-    const bf16* const v = take_operand(p.to.v, epoch);
-    for (int t = 0; t * kTileRows < b.outputs; ++t) {
-      multiply(b.output_tile(l, t), v, partials(0));
-      b.sync();
-      const int own = t * kTileRows + tile_row();
-      if (thread < kTileValues && own < b.outputs && sequence() < p.batch)
-        finish_output(own, finished(0), last, epoch);
-      turn ^= 1;
+#pragma unroll 1
+    while (__any_sync(0xFFFFFFFFU, at.n < p.batch)) {
+      const float v = advance(s, l, at);
+      const float following = __shfl_down_sync(0xFFFFFFFFU, v, kLanes);
+      if (at.n < p.batch && at.own % 2 == 0 && thread % kLanes == 0)
+        publish_pair(p.to.v, at.n, at.own, v, following, epoch);
+      next(at);
+      if (__all_sync(0xFFFFFFFFU, at.n >= p.batch)) break;
+      load(s, l, at);
+      rates(s.A);
     }
   }
 
   __device__ __forceinline__ void run() {
-    enter_residual();
+    const Item item = first_item();
+    enter();
+#pragma unroll 1
     for (int i = 0; i < p.layer_count; ++i) {
-      const Layer& l = p.layers[i];
+      const Layer& l = b.layer(i);
       const unsigned epoch = p.epoch + static_cast<unsigned>(i);
-      in_proj(l, i == 0, epoch);
-      ScanLane lane_of_first = {};
-      load(lane_of_first, l, item(0));
-      rates(lane_of_first);
-      x_proj(l, epoch);
-      scan(l, lane_of_first, epoch);
-      out_proj(l, i + 1 == p.layer_count, epoch);
+      Window window{};
+      ScanLane scan_lane{};
+#pragma unroll 1
+      for (int stage = 0; stage < kStages; ++stage) {
+        if (stage == kIn) {
+          load(window, l, 0);
+          take_r(l, epoch);
+        } else if (b.product(stage).rows > 0) {
+          take_operand(b.words(stage == kXDbl ? p.to.u : p.to.v), epoch);
+        }
+        products(stage, window, l, i + 1 == p.layer_count, epoch);
+        if (stage == kIn) load(scan_lane, l, item);
+        if (stage == kXDbl) scan(l, scan_lane, item, epoch);
+      }
     }
   }
 };
@@ -728,13 +759,7 @@ __global__ __launch_bounds__(kThreads + 32, 1) void stack_kernel(const __grid_co
 #if __CUDA_ARCH__ >= 900
   extern __shared__ __align__(128) char shared[];
   const Block block(p, shared);
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < p.slots; ++i) {
-      barrier_init(block.full(i), 1);
-      barrier_init(block.empty(i), kWarps);
-    }
-    barrier_init_done();
-  }
+  block.prepare();
   __syncthreads();
   if (threadIdx.x >= kThreads)
     Copier{block, static_cast<int>(threadIdx.x) % 32, {}}.run();
@@ -746,16 +771,14 @@ __global__ __launch_bounds__(kThreads + 32, 1) void stack_kernel(const __grid_co
 // --- host --------------------------------------------------------------------------------------
 
 Layer pointers(const MambaStackLayer& l) {
-  return {.norm_weight = l.norm_weight.data<float>(),
-          .in_proj = l.in_proj.data<bf16>(),
+  return {.weights = {l.in_proj.data<bf16>(), l.x_proj.data<bf16>(), l.out_proj.data<bf16>()},
+          .norm_weight = l.norm_weight.data<float>(),
           .conv_weight = l.conv_weight.data<bf16>(),
           .conv_bias = l.conv_bias ? l.conv_bias.data<bf16>() : nullptr,
-          .x_proj = l.x_proj.data<bf16>(),
           .dt_weight = l.dt_weight.data<bf16>(),
           .dt_bias = l.dt_bias.data<float>(),
           .A_log = l.A_log.data<float>(),
           .D = l.D.data<float>(),
-          .out_proj = l.out_proj.data<bf16>(),
           .conv_state = l.conv_state.data<float>(),
           .lrnn_state = l.lrnn_state.data<float>()};
 }
@@ -768,9 +791,16 @@ int multiprocessors() {
   return count;
 }
 
-constexpr int share(int all, int blocks, int unit = 1) {
-  return (all + blocks * unit - 1) / (blocks * unit) * unit;
+constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+/// `own` rows of a weight: as much of their depth as fits into a buffer.
+Share share_of(int own, int depth) {
+  const int rows = std::min(own, kTileRows);
+  const int part = (kSlotBytes / rows / 2 - kPad) / kUnit * kUnit;
+  return {own, depth, std::min(part, depth)};
 }
+
+int blocks_of(const Args& p) { return ceil_div(p.channels, p.shares[kIn].own); }
 
 /// Sizes and the shares of the blocks.
 Args sizes_of(const MambaStackStep& a) {
@@ -780,11 +810,12 @@ Args sizes_of(const MambaStackStep& a) {
   p.inputs = static_cast<int>(a.x.dim(1));
   p.channels = static_cast<int>(l.A_log.dim(0));
   p.rank = static_cast<int>(l.dt_weight.dim(1));
-  p.own_channels = share(p.channels, multiprocessors(), 2);
+  p.shares[kIn] = share_of(2 * ceil_div(p.channels, 2 * multiprocessors()), p.inputs);
+  const int blocks = blocks_of(p);
+  p.shares[kXDbl] = share_of(ceil_div(p.x_dbl(), blocks), p.channels);
+  p.shares[kOut] = share_of(ceil_div(p.inputs, blocks), p.channels);
   return p;
 }
-
-int blocks_of(const Args& p) { return (p.channels + p.own_channels - 1) / p.own_channels; }
 
 /// Whether the sizes are those of a usual Mamba in bfloat16 for few sequences.
 bool usual(const MambaStackStep& a) {
@@ -800,9 +831,9 @@ bool aligned(const MambaStackStep& a) {
   const auto allows = [](const void* p) { return reinterpret_cast<std::uintptr_t>(p) % 16 == 0; };
   return std::all_of(a.layers.begin(), a.layers.end(), [&](const MambaStackLayer& layer) {
     const Layer l = pointers(layer);
-    return allows(l.norm_weight) && allows(l.in_proj) && allows(l.conv_weight) &&
-           allows(l.x_proj) && allows(l.dt_weight) && allows(l.A_log) && allows(l.out_proj) &&
-           allows(l.conv_state) && allows(l.lrnn_state);
+    return allows(l.weights[kIn]) && allows(l.weights[kXDbl]) && allows(l.weights[kOut]) &&
+           allows(l.norm_weight) && allows(l.conv_weight) && allows(l.dt_weight) &&
+           allows(l.A_log) && allows(l.conv_state) && allows(l.lrnn_state);
   });
 }
 
@@ -845,13 +876,12 @@ bool size_ring(Args& p) {
 
 /// Words of the exchange, cleared: no layer has number 0.
 Tensor exchange(Context& ctx, Args& p) {
-  const std::int64_t batch = p.batch;
-  const std::int64_t words = batch * (p.inputs + p.channels + p.x_dbl());
-  Tensor t = ctx.zeros({2 * words}, DType::float32);
-  p.to.r = reinterpret_cast<Word*>(t.view().data<float>());
-  p.to.u = p.to.r + batch * p.inputs;
-  p.to.v = p.to.u + batch * p.channels / 2;
-  p.to.x_dbl = p.to.v + batch * p.channels / 2;
+  p.to.u = p.batch * p.inputs;
+  p.to.v = p.to.u + p.batch * p.channels / 2;
+  p.to.x_dbl = p.to.v + p.batch * p.channels / 2;
+  p.to.size = (p.to.x_dbl + p.batch * p.x_dbl() + 15) / 16 * 16;
+  Tensor t = ctx.zeros({2 * std::int64_t{kReplicas} * p.to.size}, DType::float32);
+  p.to.words = reinterpret_cast<Word*>(t.view().data<float>());
   return t;
 }
 
@@ -859,9 +889,6 @@ template <int kRows>
 bool step(Context& ctx, const MambaStackStep& a) {
   if (!takes_cooperative<kRows>()) return false;
   Args p = sizes_of(a);
-  const int blocks = blocks_of(p);
-  p.own_x_dbl = share(p.x_dbl(), blocks);
-  p.own_outputs = share(p.inputs, blocks);
   p.eps = static_cast<float>(a.eps);
   p.per_input = 1.0F / static_cast<float>(p.inputs);
   p.narrow_residual = a.residual_out.dtype() == DType::bfloat16;
