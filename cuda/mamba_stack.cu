@@ -1,17 +1,16 @@
-// A stack of Mamba blocks, one token of up to kMaxRows sequences, in one cooperative launch.
+// A stack of Mamba blocks, one token of a few sequences, in one cooperative launch.
 //
-// A block owns kRows channels of E (their two rows of in_proj each, convolution, scan) and its share
-// of the rows of x_proj and out_proj, the same in every layer. A layer has four stages, between
-// which every block needs what all the others have made: r (the residual sum), u, [q | B | C] and v.
-// There is no barrier: every value goes to L2 beside the number of its layer, in one store, and
-// whoever needs it asks for it until it has that number. One warp of a block does nothing but copy
-// the weights, which it reads through a ring of buffers, one to two layers ahead of the others or as
-// far as the ring reaches. The other kWarps multiply on tensor cores, weights as the left operand
-// and the sequences as its few columns, each a part of the depth, and keep what belongs to the
-// channels of the block.
+// A block owns 1 / kBlocks of the channels of E (their rows of in_proj, convolution, scan) and of the
+// rows of x_proj and out_proj, the same in every layer. A layer has four stages, between which every
+// block needs what all the others have made: r (the residual sum), u, [q | B | C] and v. There is no
+// barrier: every value goes to L2 beside the number of its layer, in one store, and whoever needs it
+// asks for it until it has that number. One warp of a block does nothing but copy the weights, which
+// it reads through a ring of buffers, as far ahead of the others as the ring reaches. The other
+// kWarps multiply on tensor cores, weights as the left operand and the sequences as its few columns,
+// each a part of the depth; they take the first weights of a stage before they ask for its input.
 //
-// A sum is cut by its depth alone: step i of 16 goes to warp i % kWarps. So the bits depend neither
-// on the number of blocks nor on the number of sequences.
+// A sum is cut by its depth alone: 32 of every 256 go to each warp. So the bits depend neither on the
+// device nor on the number of sequences.
 // Bound by the latency of the exchanges and of the stages for small layers, by HBM for large ones.
 #include <algorithm>
 
@@ -26,29 +25,63 @@ namespace lrnn::cuda {
 namespace mamba_stack {
 namespace {
 
-constexpr int kMaxRows = 8;  // sequences: columns of a product
-constexpr int kWarps = 8;    // that compute; one more copies
+constexpr int kBlocks = 128;
+constexpr int kWarps = 8;  // that compute; one more copies
 constexpr int kThreads = 32 * kWarps;
-constexpr int kTileRows = 16;                // of a weight, in a product
-constexpr int kTileValues = kTileRows * kMaxRows;
-constexpr int kStep = 16;                    // depth of a product
-constexpr int kRound = kStep * kWarps;       // depth of a step of all warps
-constexpr int kUnit = 2 * kRound;            // two rounds go side by side
-constexpr int kPad = 8;                      // elements behind a row, so that rows differ in banks
-constexpr int kSlotBytes = kTileRows * (768 + kPad) * 2;
-constexpr int kMinSlots = 4;
-constexpr int kMaxSlots = 32;
-constexpr int kStates = 4;   // of a lane
-constexpr int kLanes = 4;    // of a channel
+constexpr int kTileRows = 16;     // of a weight, in a product
+constexpr int kStep = 32;         // depth of a step of a warp: two products
+constexpr int kUnit = kStep * kWarps;
+constexpr int kPad = 32;          // elements behind a row, so that two rows fill the banks
+constexpr int kSlotBytes = kTileRows * (3 * kUnit + kPad) * 2;
+constexpr int kMinSlots = 3;
+constexpr int kHeldSteps = 6;     // of a stage, whose weights wait in registers
+constexpr int kStates = 4;        // of a lane
+constexpr int kLanes = 4;         // of a channel
 constexpr int kDState = kStates * kLanes;
-constexpr int kWidth = 4;    // of the convolution
-constexpr int kHeldRank = 8;  // groups of kLanes * 4 weights of dt that a lane keeps
-constexpr int kMaxLayers = 24;  // whose pointers are arguments
-constexpr int kReplicas = 4;    // of what is exchanged, so that readers spread over L2
-constexpr int kComputers = 1;   // barrier of the warps that compute
+constexpr int kWidth = 4;         // of the convolution
+constexpr int kRankGroup = 4 * kLanes;  // weights of dt that the lanes of a channel read at a time
+constexpr int kMaxLayers = 24;    // whose pointers are arguments
+constexpr int kComputers = 1;     // barrier of the warps that compute
 
 /// Products of a layer, in their order.
 enum Stage { kIn, kXDbl, kOut, kStages };
+
+/// Sizes of a model of d_model kInputs with the usual options.
+template <int kInputs_>
+struct Sizes {
+  static constexpr int kInputs = kInputs_;
+  static constexpr int kChannels = 2 * kInputs;
+  static constexpr int kRank = kInputs / 16;
+  static constexpr int kXDblRows = kRank + 2 * kDState;
+
+  __host__ __device__ static constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+  __host__ __device__ static constexpr int all(int stage) {
+    return stage == kIn ? kChannels : stage == kXDbl ? kXDblRows : kInputs;
+  }
+  __host__ __device__ static constexpr int lesser(int a, int b) { return a < b ? a : b; }
+  /// Rows of a block.
+  __host__ __device__ static constexpr int own(int stage) { return ceil_div(all(stage), kBlocks); }
+  __host__ __device__ static constexpr int depth(int stage) { return stage == kIn ? kInputs : kChannels; }
+  __host__ __device__ static constexpr int steps(int stage) { return depth(stage) / kUnit; }
+  /// Tiles of rows; in kIn those of u and z take turns.
+  __host__ __device__ static constexpr int tiles(int stage) {
+    return ceil_div(own(stage), kTileRows) * (stage == kIn ? 2 : 1);
+  }
+  __host__ __device__ static constexpr int first_row(int stage, int tile) {
+    return (stage == kIn ? tile / 2 : tile) * kTileRows;
+  }
+  __host__ __device__ static constexpr int rows(int stage, int tile) {
+    return lesser(kTileRows, own(stage) - first_row(stage, tile));
+  }
+  /// Steps that a buffer of the ring takes.
+  __host__ __device__ static constexpr int part(int stage) {
+    const int rows = lesser(kTileRows, own(stage));
+    return lesser(steps(stage), (kSlotBytes / rows / 2 - kPad) / kUnit);
+  }
+  __host__ __device__ static constexpr int pitch(int stage) { return part(stage) * kUnit + kPad; }
+  static_assert(kInputs % kUnit == 0 && kRank % kRankGroup == 0 && kChannels % (4 * kBlocks) == 0 &&
+                kInputs % kBlocks == 0 && kXDblRows % own(kXDbl) == 0);
+};
 
 /// Pointers of one layer.
 struct Layer {
@@ -67,76 +100,58 @@ struct Layer {
 /// A value and the number of the layer that it belongs to.
 using Word = std::uint64_t;
 
-/// What blocks exchange, in words from the begin of a replica.
-struct Exchange {
-  Word* words;
-  int r;      // [B, H], float32
-  int u;      // [B, E / 2], pairs
-  int v;      // [B, E / 2], pairs
-  int x_dbl;  // [B, R + 2 N], float32
-  int size;
-};
-
-/// The share of a block in a product: `own` rows of the weight, less in the last blocks.
-struct Share {
-  int own, depth;
-  int part;  // depth that a buffer of the ring takes
-};
-
 struct Args {
   Layer layers[kMaxLayers];
   int layer_count;
   unsigned epoch;  // number of the first layer
-  int batch, inputs, channels, rank;
-  Share shares[kStages];
+  int batch;
   int slots;
-  float eps, per_input;  // 1 / inputs
+  float eps;
   bool narrow_residual;
   const bf16* x;
   const void* residual;  // or null
   bf16* y;
   void* residual_out;
-  Exchange to;
-
-  [[nodiscard]] __host__ __device__ int x_dbl() const { return rank + 2 * kDState; }
+  Word* words;  // of the exchange
 };
 
-/// A product of this block: rows [first, first + rows) of the weight.
-struct Product {
-  int first, rows, depth, part;
-  int tiles;  // of kTileRows rows; in kIn those of u and z take turns
-  int operand;  // where it lies
+/// What blocks exchange: words of kRows sequences.
+template <class Z, int kRows>
+struct Exchange {
+  static constexpr int r = 0;                              // [B, H], float32
+  static constexpr int u = r + kRows * Z::kInputs;         // [B, E / 2], pairs
+  static constexpr int v = u + kRows * Z::kChannels / 2;   // [B, E / 2], pairs
+  static constexpr int x_dbl = v + kRows * Z::kChannels / 2;  // [B, R + 2 N], float32
+  static constexpr int kWords = x_dbl + kRows * Z::kXDblRows;
 };
 
-/// Shared memory: the ring, then these arrays.
-struct Layout {
-  int operand, normal, partials, x_dbl, u, gate, residual, norm_sums, layers, products, barriers;
-  int bytes;
+/// Shared memory of a block, before the ring.
+template <class Z, int kRows>
+struct Shared {
+  static constexpr int kMaxSlots = 16;
 
-  __host__ __device__ explicit Layout(const Args& p) {
-    int at = p.slots * kSlotBytes;
-    const auto take = [&at](int size) {
-      const int begin = at;
-      at += (size + 15) / 16 * 16;
-      return begin;
-    };
-    operand = take(p.batch * (p.channels + kPad) * 2);
-    normal = take(p.batch * (p.inputs + kPad) * 2);
-    partials = take(4 * kWarps * kTileValues * 4);
-    x_dbl = take(p.batch * p.x_dbl() * 4);
-    u = take(p.batch * p.shares[kIn].own * 4);
-    gate = take(p.batch * p.shares[kIn].own * 4);
-    residual = take(p.batch * p.shares[kOut].own * 4);
-    norm_sums = take(kWarps * kMaxRows * 4);
-    layers = take(static_cast<int>(sizeof(p.layers)));
-    products = take(kStages * static_cast<int>(sizeof(Product)));
-    barriers = take(2 * p.slots * 8);
-    bytes = at;
-  }
+  alignas(128) bf16 operand[kRows][Z::kChannels + kPad];
+  bf16 normal[kRows][Z::kInputs + kPad];
+  float partials[2][2][kWarps][kRows][kTileRows];
+  float x_dbl[kRows][Z::kXDblRows];
+  float u[kRows][Z::own(kIn)];
+  float gate[kRows][Z::own(kIn)];
+  float residual[kRows][Z::own(kOut)];
+  float squares[kRows][kWarps];
+  Layer layers[kMaxLayers];
+  std::uint64_t full[kMaxSlots];
+  std::uint64_t empty[kMaxSlots];
 };
+template <class Z, int kRows>
+constexpr int kRingOffset = (static_cast<int>(sizeof(Shared<Z, kRows>)) + 127) / 128 * 128;
 
 #if __CUDA_ARCH__ >= 900
 
+__device__ __forceinline__ void publish(Word* to, std::uint32_t value, unsigned epoch) {
+  asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(to),
+               "l"(static_cast<Word>(epoch) << 32 | value)
+               : "memory");
+}
 __device__ __forceinline__ void load_words(const Word* from, Word& first, Word& second) {
   asm volatile("ld.relaxed.gpu.global.v2.b64 {%0, %1}, [%2];"
                : "=l"(first), "=l"(second)
@@ -144,52 +159,37 @@ __device__ __forceinline__ void load_words(const Word* from, Word& first, Word& 
                : "memory");
 }
 
-/// Calls use(i, j, first value, second value) for the pairs of words at(i, j), i < count, null ones
-/// left out, as soon as they belong to `epoch`. j = i % kAhead: so many are asked for at a time.
-template <int kAhead, class At, class Use>
-__device__ __forceinline__ void gather(int count, unsigned epoch, At at, Use use) {
-#pragma unroll 1
-  for (int first = 0; first < count; first += kAhead) {
-    const Word* from[kAhead];
-    Word v[kAhead][2];
+/// Calls use(j, first value, second value) for the pairs of words at(j), j < kCount, null ones left
+/// out, as soon as they belong to `epoch`.
+template <int kCount, class At, class Use>
+__device__ __forceinline__ void gather(unsigned epoch, At at, Use use) {
+  const Word* from[kCount];
+  Word v[kCount][2];
 #pragma unroll
-    for (int j = 0; j < kAhead; ++j) from[j] = first + j < count ? at(first + j, j) : nullptr;
-    bool missing = true;
+  for (int j = 0; j < kCount; ++j) from[j] = at(j);
+  bool missing = true;
 #ifdef LRNN_SPIN_LIMIT
-    const long long start = clock64();
+  const long long start = clock64();
 #endif
 #pragma unroll 1
-    while (missing) {
-      missing = false;
+  while (missing) {
+    missing = false;
 #pragma unroll
-      for (int j = 0; j < kAhead; ++j)
-        if (from[j] != nullptr) load_words(from[j], v[j][0], v[j][1]);
+    for (int j = 0; j < kCount; ++j)
+      if (from[j] != nullptr) load_words(from[j], v[j][0], v[j][1]);
 #pragma unroll
-      for (int j = 0; j < kAhead; ++j)
-        if (from[j] != nullptr)
-          missing |= static_cast<unsigned>(v[j][0] >> 32) != epoch ||
-                     static_cast<unsigned>(v[j][1] >> 32) != epoch;
-#ifdef LRNN_SPIN_LIMIT
-      if (clock64() - start > 400000000LL) __trap();
-#endif
-    }
-#pragma unroll
-    for (int j = 0; j < kAhead; ++j)
+    for (int j = 0; j < kCount; ++j)
       if (from[j] != nullptr)
-        use(first + j, j, static_cast<std::uint32_t>(v[j][0]), static_cast<std::uint32_t>(v[j][1]));
+        missing |= static_cast<unsigned>(v[j][0] >> 32) != epoch ||
+                   static_cast<unsigned>(v[j][1] >> 32) != epoch;
+#ifdef LRNN_SPIN_LIMIT
+    if (clock64() - start > 400000000LL) __trap();
+#endif
   }
-}
-/// Pairs of words from `words` on, shared out among the threads.
-template <int kAhead, class Use>
-__device__ __forceinline__ void gather_pairs(const Word* words, int pairs, unsigned epoch,
-                                             Use use) {
-  const int thread = static_cast<int>(threadIdx.x);
-  gather<kAhead>(
-      (pairs - thread + kThreads - 1) / kThreads, epoch,
-      [&](int i, int) { return words + 2 * (thread + i * kThreads); },
-      [&](int i, int, std::uint32_t one, std::uint32_t two) {
-        use(thread + i * kThreads, one, two);
-      });
+#pragma unroll
+  for (int j = 0; j < kCount; ++j)
+    if (from[j] != nullptr)
+      use(j, static_cast<std::uint32_t>(v[j][0]), static_cast<std::uint32_t>(v[j][1]));
 }
 
 /// Where in the ring a warp is.
@@ -205,139 +205,77 @@ struct Place {
   }
 };
 
-/// What the threads of a block share.
-struct Block {
-  const Args& p;
-  char* shared;
-  Layout at;
-  int first_channel, channels;  // of this block
-  int first_output, outputs;
-
-  __device__ __forceinline__ Block(const Args& p, char* shared) : p(p), shared(shared), at(p) {
-    const Product in = product_of(kIn);
-    const Product out = product_of(kOut);
-    first_channel = in.first;
-    channels = in.rows;
-    first_output = out.first;
-    outputs = out.rows;
-  }
-  [[nodiscard]] __device__ __forceinline__ Product product_of(int stage) const {
-    const Share& share = p.shares[stage];
-    const int all = stage == kIn ? p.channels : stage == kXDbl ? p.x_dbl() : p.inputs;
-    Product q{};
-    q.first = min(static_cast<int>(blockIdx.x) * share.own, all);
-    q.rows = min(share.own, all - q.first);
-    q.depth = share.depth;
-    q.part = share.part;
-    q.tiles = (q.rows + kTileRows - 1) / kTileRows * (stage == kIn ? 2 : 1);
-    q.operand = stage == kIn ? at.normal : at.operand;
-    return q;
-  }
-  /// By all threads, before a barrier of the block.
-  __device__ __forceinline__ void prepare() const {
-    const int thread = static_cast<int>(threadIdx.x);
-    if (thread < kStages) array<Product>(at.products)[thread] = product_of(thread);
-    constexpr int kWords = static_cast<int>(sizeof(p.layers) / sizeof(std::uint64_t));
-    const auto* const from = reinterpret_cast<const std::uint64_t*>(p.layers);
-    for (int i = thread; i < kWords; i += static_cast<int>(blockDim.x))
-      array<std::uint64_t>(at.layers)[i] = from[i];
-    if (thread != 0) return;
-    for (int i = 0; i < p.slots; ++i) {
-      barrier_init(full(i), 1);
-      barrier_init(empty(i), kWarps);
-    }
-    barrier_init_done();
-  }
-  template <class T>
-  __device__ __forceinline__ T* array(int offset) const {
-    return reinterpret_cast<T*>(shared + offset);
-  }
-  [[nodiscard]] __device__ __forceinline__ const Layer& layer(int i) const {
-    return array<Layer>(at.layers)[i];
-  }
-  [[nodiscard]] __device__ __forceinline__ const Product& product(int stage) const {
-    return array<Product>(at.products)[stage];
-  }
-  [[nodiscard]] __device__ __forceinline__ std::uint32_t full(int slot) const {
-    return shared_address(shared + at.barriers) + static_cast<std::uint32_t>(16 * slot);
-  }
-  [[nodiscard]] __device__ __forceinline__ std::uint32_t empty(int slot) const {
-    return full(slot) + 8;
-  }
-  __device__ __forceinline__ void sync() const { group_wait(kComputers, kThreads); }
-
-  /// What this block reads of the exchange.
-  [[nodiscard]] __device__ __forceinline__ const Word* words(int offset) const {
-    return p.to.words + blockIdx.x % kReplicas * p.to.size + offset;
-  }
-  __device__ __forceinline__ void publish(int offset, std::uint32_t value, unsigned epoch) const {
-    Word* to = p.to.words + offset;
-#pragma unroll
-    for (int i = 0; i < kReplicas; ++i) {
-      asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(to),
-                   "l"(static_cast<Word>(epoch) << 32 | value)
-                   : "memory");
-      to += p.to.size;
-    }
-  }
-};
-
 // --- the warp that copies ----------------------------------------------------------------------
 
+template <class Z, int kRows>
 struct Copier {
-  const Block& b;
+  const Args& p;
+  Shared<Z, kRows>& s;
+  std::uint32_t ring;
   int lane;
   Place place;
 
-  __device__ __forceinline__ void copy(const bf16* weight, const Product& q, int begin, int count) {
-    const bf16* from = weight + static_cast<std::int64_t>(begin + lane) * q.depth;
-    for (int k = 0; k < q.depth; k += q.part) {
-      const int columns = min(q.part, q.depth - k);
-      const std::uint32_t full = b.full(place.slot);
-      barrier_wait(b.empty(place.slot), place.turn ^ 1);
-      if (lane == 0) barrier_expect(full, count * columns * 2);
+  template <int kStage>
+  __device__ __forceinline__ void copy(const bf16* weight, int rows) {
+    constexpr int kPart = Z::part(kStage) * kUnit;
+    constexpr int kDepth = Z::depth(kStage);
+    weight += static_cast<std::int64_t>(lane) * kDepth;
+#pragma unroll 1
+    for (int k = 0; k < kDepth; k += kPart) {
+      const int columns = min(kPart, kDepth - k);
+      const std::uint32_t full = shared_address(&s.full[place.slot]);
+      barrier_wait(shared_address(&s.empty[place.slot]), place.turn ^ 1);
+      if (lane == 0) barrier_expect(full, rows * columns * 2);
       __syncwarp();
-      if (lane < count)
-        copy_bytes(shared_address(b.shared + place.slot * kSlotBytes + lane * (q.part + kPad) * 2),
-                   from + k, columns * 2, full);
-      place.next(b.p.slots);
+      if (lane < rows)
+        copy_bytes(ring + static_cast<std::uint32_t>(place.slot * kSlotBytes +
+                                                     lane * Z::pitch(kStage) * 2),
+                   weight + k, columns * 2, full);
+      place.next(p.slots);
     }
   }
-  __device__ __forceinline__ void copy(const Layer& l, int stage) {
-    const Product q = b.product(stage);
-    for (int t = 0; t < q.tiles; ++t) {
-      const int tile = stage == kIn ? t / 2 : t;
-      const int begin = q.first + tile * kTileRows + (stage == kIn && t % 2 != 0 ? b.p.channels : 0);
-      copy(l.weights[stage], q, begin, min(kTileRows, q.rows - tile * kTileRows));
+  template <int kStage>
+  __device__ __forceinline__ void copy(const Layer& l) {
+    const int first = static_cast<int>(blockIdx.x) * Z::own(kStage);
+    if (first >= Z::all(kStage)) return;
+#pragma unroll 1
+    for (int t = 0; t < Z::tiles(kStage); ++t) {
+      const int row = first + Z::first_row(kStage, t) + (kStage == kIn && t % 2 != 0 ? Z::kChannels : 0);
+      copy<kStage>(l.weights[kStage] + static_cast<std::int64_t>(row) * Z::depth(kStage),
+                   Z::rows(kStage, t));
     }
   }
-  __device__ __forceinline__ void prefetch(const void* from, std::int64_t bytes) const {
-    for (std::int64_t at = lane * 128; at < bytes; at += 32 * 128)
+  __device__ __forceinline__ void prefetch(const void* from, int bytes) const {
+    for (int at = lane * 128; at < bytes; at += 32 * 128)
       prefetch_to_l2(static_cast<const char*>(from) + at);
   }
   /// The small operands of a layer, which the others read by themselves.
   __device__ __forceinline__ void prefetch_channels(const Layer& l) const {
-    const std::int64_t c = b.first_channel;
-    prefetch(l.norm_weight, b.p.inputs * 4);
-    prefetch(l.conv_weight + c * kWidth, b.channels * kWidth * 2);
-    prefetch(l.dt_weight + c * b.p.rank, b.channels * b.p.rank * 2);
-    prefetch(l.A_log + c * kDState, b.channels * kDState * 4);
+    constexpr int kOwn = Z::own(kIn);
+    const std::int64_t c = static_cast<std::int64_t>(blockIdx.x) * kOwn;
+    prefetch(l.norm_weight, Z::kInputs * 4);
+    prefetch(l.conv_weight + c * kWidth, kOwn * kWidth * 2);
+    prefetch(l.dt_weight + c * Z::kRank, kOwn * Z::kRank * 2);
+    prefetch(l.A_log + c * kDState, kOwn * kDState * 4);
     if (lane == 0) {
       if (l.conv_bias != nullptr) prefetch_to_l2(l.conv_bias + c);
       prefetch_to_l2(l.dt_bias + c);
       prefetch_to_l2(l.D + c);
     }
-    for (int n = 0; n < b.p.batch; ++n) {
-      const std::int64_t channel = std::int64_t{n} * b.p.channels + c;
-      prefetch(l.conv_state + channel * kWidth, b.channels * kWidth * 4);
-      prefetch(l.lrnn_state + channel * kDState, b.channels * kDState * 4);
+    for (int n = 0; n < p.batch; ++n) {
+      const std::int64_t channel = std::int64_t{n} * Z::kChannels + c;
+      prefetch(l.conv_state + channel * kWidth, kOwn * kWidth * 4);
+      prefetch(l.lrnn_state + channel * kDState, kOwn * kDState * 4);
     }
   }
   __device__ __forceinline__ void run() {
-    prefetch_channels(b.layer(0));
-    for (int i = 0; i < b.p.layer_count; ++i) {
-      for (int stage = 0; stage < kStages; ++stage) copy(b.layer(i), stage);
-      if (i + 1 < b.p.layer_count) prefetch_channels(b.layer(i + 1));
+    prefetch_channels(s.layers[0]);
+#pragma unroll 1
+    for (int i = 0; i < p.layer_count; ++i) {
+      copy<kIn>(s.layers[i]);
+      copy<kXDbl>(s.layers[i]);
+      copy<kOut>(s.layers[i]);
+      if (i + 1 < p.layer_count) prefetch_channels(s.layers[i + 1]);
     }
   }
 };
@@ -352,148 +290,203 @@ struct Window {
 };
 
 /// Parameters and states of a channel of a sequence that a lane has.
+template <class Z>
 struct ScanLane {
+  static constexpr int kGroups = Z::kRank / kRankGroup;
+
   float4 h, A;
-  uint2 dt_weight[kHeldRank];
+  uint2 dt_weight[kGroups];
   float dt_bias, D;
 };
 
-/// kRows: sequences for which registers are kept; batch <= kRows.
-template <int kRows>
+/// batch <= kRows.
+template <class Z, int kRows>
 struct Computer {
-  const Block& b;
-  const Args& p = b.p;
+  using To = Exchange<Z, kRows>;
+  static constexpr int kChannels = Z::own(kIn);
+  static constexpr int kOutputs = Z::own(kOut);
+
+  const Args& p;
+  Shared<Z, kRows>& s;
+  const char* ring;
   const int thread = static_cast<int>(threadIdx.x);
   const int lane = thread % 32;
   const int warp = thread / 32;
-  Place place;
+  const int batch = kRows == 1 ? 1 : p.batch;
+  const int first_channel = static_cast<int>(blockIdx.x) * kChannels;
+  const int first_output = static_cast<int>(blockIdx.x) * kOutputs;
+  Place place = {};
   int turn = 0;  // of the two sets of partial sums
 
   __device__ __forceinline__ static float rounded(float v) { return to_float(from_float<bf16>(v)); }
-
-  // --- products ------------------------------------------------------------------------------
-
-  /// Operands of a step of two rounds.
-  struct Fragments {
-    std::uint32_t left[2][4];
-    std::uint32_t right[4];
-
-    __device__ __forceinline__ void load(const bf16* w, const bf16* x) {
-      load_matrices(right, x);
-      load_matrices(left[0], w);
-      load_matrices(left[1], w + kRound);
-    }
-  };
-  /// Sums of this warp's part of a tile, to shared memory.
-  __device__ __forceinline__ void multiply(const Product& q, int rows, float* partials) {
-    const int part = q.part;
-    const int depth = q.depth;
-    float c[2][4] = {};
-    const bf16* x = b.template array<bf16>(q.operand) + min(lane % 8, p.batch - 1) * (depth + kPad) +
-                    lane / 16 * kRound + lane / 8 % 2 * 8 + warp * kStep;
-    const int w_lane = min(lane % 16, rows - 1) * (part + kPad) + lane / 16 * 8 + warp * kStep;
-#pragma unroll 1
-    for (int k = 0; k < depth; k += part) {
-      const bf16* w = b.template array<bf16>(place.slot * kSlotBytes) + w_lane;
-      barrier_wait(b.full(place.slot), place.turn);
-      Fragments f;
-      f.load(w, x);
-#pragma unroll 1
-      for (int left = min(part, depth - k) / kUnit; left > 0; --left) {
-        const Fragments now = f;
-        x += kUnit;
-        w += kUnit;
-        if (left > 1) f.load(w, x);
-        multiply_add(c[0], now.left[0], now.right[0], now.right[1]);
-        multiply_add(c[1], now.left[1], now.right[2], now.right[3]);
-      }
-      __syncwarp();
-      if (lane == 0) barrier_arrive(b.empty(place.slot));
-      place.next(p.slots);
-    }
-    float* const to = partials + warp * kTileValues + lane / 4 * kMaxRows + lane % 4 * 2;
-    *reinterpret_cast<float2*>(to) = make_float2(c[0][0] + c[1][0], c[0][1] + c[1][1]);
-    *reinterpret_cast<float2*>(to + 8 * kMaxRows) =
-        make_float2(c[0][2] + c[1][2], c[0][3] + c[1][3]);
-  }
-  /// Partial sums of tile `which` of two.
-  __device__ __forceinline__ float* partials(int which) const {
-    return b.template array<float>(b.at.partials) + (2 * turn + which) * kWarps * kTileValues;
-  }
-  /// The sum of this thread's place in one of two tiles.
-  __device__ __forceinline__ float finished() const {
-    const float* const from = partials(thread / kTileValues) + thread % kTileValues;
-    float sum = from[0];
-#pragma unroll
-    for (int w = 1; w < kWarps; ++w) sum += from[w * kTileValues];
-    return sum;
-  }
-  /// Row of a tile and sequence whose sum this thread finishes. The first half of the threads has
-  /// the first of two tiles.
-  [[nodiscard]] __device__ __forceinline__ int tile_row() const {
-    return thread / kMaxRows % kTileRows;
-  }
-  [[nodiscard]] __device__ __forceinline__ int sequence() const { return thread % kMaxRows; }
-
-  // --- r -> u, z -----------------------------------------------------------------------------
-  // The factor 1 / rms of a row is that of its products, which therefore need not wait for it: what
-  // is rounded is r weight. Thread t has the pairs t, t + kThreads, ... of every row.
-
-  /// r weight of all rows, to shared memory, and what this thread has of the sums of squares of r.
-  __device__ __forceinline__ void take_r(const Layer& l, unsigned epoch) {
-    constexpr int kAhead = kRows == 1 ? 2 : kRows;
-    float squares[kRows] = {};
-    bf16* const normal = b.template array<bf16>(b.at.normal);
-    const Word* const words = b.words(p.to.r);
-    const auto* const norm_weight = reinterpret_cast<const float2*>(l.norm_weight);
-    const auto pair = [&](int i) { return thread + i / kRows * kThreads; };
-    float2 weights[kAhead];
-    gather<kAhead>(
-        kRows * ((p.inputs / 2 - thread + kThreads - 1) / kThreads), epoch,
-        [&](int i, int j) -> const Word* {
-          weights[j] = norm_weight[pair(i)];
-          const int n = j % kRows;
-          return n < p.batch ? words + n * p.inputs + 2 * pair(i) : nullptr;
-        },
-        [&](int i, int j, std::uint32_t one, std::uint32_t two) {
-          const float2 r = make_float2(__uint_as_float(one), __uint_as_float(two));
-          const int n = j % kRows;
-          reinterpret_cast<std::uint32_t*>(normal + n * (p.inputs + kPad))[pair(i)] =
-              pack_bf16(r.x * weights[j].x, r.y * weights[j].y);
-          squares[n] = fmaf(r.y, r.y, fmaf(r.x, r.x, squares[n]));
-        });
-    float* const sums = b.template array<float>(b.at.norm_sums);
-#pragma unroll
-    for (int n = 0; n < kRows; ++n) {
-      squares[n] = warp_sum(squares[n]);
-      if (lane == 0) sums[n * kWarps + warp] = squares[n];
-    }
-    b.sync();
-  }
-  /// 1 / rms of this thread's sequence.
-  __device__ __forceinline__ float rstd() const {
-    const float* const sums = b.template array<float>(b.at.norm_sums) + sequence() * kWarps;
-    float sum = sums[0];
-#pragma unroll
-    for (int w = 1; w < kWarps; ++w) sum += sums[w];
-    return rsqrtf(fmaf(sum, p.per_input, p.eps));
-  }
-  [[nodiscard]] __device__ __forceinline__ std::int64_t window_of(int own) const {
-    return (sequence() * std::int64_t{p.channels} + b.first_channel + own) * kWidth;
-  }
-  __device__ __forceinline__ void load(Window& w, const Layer& l, int tile) const {
-    const int own = tile * kTileRows + tile_row();
-    if (thread >= kTileValues || own >= b.channels || sequence() >= p.batch) return;
-    const int c = b.first_channel + own;
-    w.values = *reinterpret_cast<const float4*>(l.conv_state + window_of(own));
-    w.taps = reinterpret_cast<const uint2*>(l.conv_weight)[c];
-    w.bias = l.conv_bias != nullptr ? l.conv_bias[c] : from_float<bf16>(0.0F);
-  }
   __device__ __forceinline__ static float low(std::uint32_t pair) {
     return __uint_as_float(pair << 16);
   }
   __device__ __forceinline__ static float high(std::uint32_t pair) {
     return __uint_as_float(pair & 0xFFFF0000U);
+  }
+  __device__ __forceinline__ static void sync() { group_wait(kComputers, kThreads); }
+
+  // --- products ------------------------------------------------------------------------------
+  // A step of a warp is two products of depth 16. Lane 4 g + c has 8 neighbours in depth, 8 c on, of
+  // rows g and g + 8 of the weight and of sequence g: the order within a step is free.
+
+  struct Weights {
+    uint4 upper, lower;
+  };
+  /// Step `unit` of a stage, counted over its tiles, from the ring.
+  template <int kStage>
+  __device__ __forceinline__ void load(Weights& w, int unit) {
+    constexpr int kSteps = Z::steps(kStage);
+    constexpr int kPart = Z::part(kStage);
+    const int rows = Z::rows(kStage, unit / kSteps);
+    const int step = unit % kSteps;
+    if (step % kPart == 0) barrier_wait(shared_address(&s.full[place.slot]), place.turn);
+    const int row = lane / 4;
+    const char* const from = ring + place.slot * kSlotBytes + row * Z::pitch(kStage) * 2 +
+                             lane % 4 * 16 + warp * kStep * 2 + step % kPart * kUnit * 2;
+    w = {};
+    if (row < rows) w.upper = *reinterpret_cast<const uint4*>(from);
+    if (rows > 8 && row + 8 < rows)
+      w.lower = *reinterpret_cast<const uint4*>(from + 8 * Z::pitch(kStage) * 2);
+    if (step % kPart != kPart - 1 && step != kSteps - 1) return;
+    __syncwarp();
+    if (lane == 0) barrier_arrive(shared_address(&s.empty[place.slot]));
+    place.next(p.slots);
+  }
+  __device__ __forceinline__ static void multiply(float (&c)[2][4], const Weights& w, uint4 x) {
+    const std::uint32_t first[4] = {w.upper.x, w.lower.x, w.upper.y, w.lower.y};
+    const std::uint32_t second[4] = {w.upper.z, w.lower.z, w.upper.w, w.lower.w};
+    multiply_add(c[0], first, x.x, x.y);
+    multiply_add(c[1], second, x.z, x.w);
+  }
+  /// Sums of this warp's part of a tile, to shared memory.
+  __device__ __forceinline__ void store(const float (&c)[2][4], int which) {
+    float(&to)[kRows][kTileRows] = s.partials[turn][which][warp];
+    const int row = lane / 4;
+    const int column = lane % 4 * 2;
+#pragma unroll
+    for (int j = 0; j < 2; ++j)
+      if (column + j < kRows) {
+        to[column + j][row] = c[0][j] + c[1][j];
+        to[column + j][row + 8] = c[0][j + 2] + c[1][j + 2];
+      }
+  }
+  /// Row of a tile and sequence whose sum this thread finishes: the first half of the threads in the
+  /// first of two tiles.
+  [[nodiscard]] __device__ __forceinline__ int tile_row() const { return thread % kTileRows; }
+  [[nodiscard]] __device__ __forceinline__ int sequence() const {
+    return thread / kTileRows % (kThreads / 2 / kTileRows);
+  }
+  [[nodiscard]] __device__ __forceinline__ int which() const { return thread / (kThreads / 2); }
+  __device__ __forceinline__ float finished() const {
+    float sum = s.partials[turn][which()][0][sequence()][tile_row()];
+#pragma unroll
+    for (int w = 1; w < kWarps; ++w) sum += s.partials[turn][which()][w][sequence()][tile_row()];
+    return sum;
+  }
+
+  template <int kStage>
+  static constexpr int kUnits = Z::tiles(kStage) * Z::steps(kStage);
+  template <int kStage>
+  static constexpr int kHeld = Z::lesser(kHeldSteps, kUnits<kStage>);
+
+  /// All products of a stage. take() brings their operand, of rows `pitch` elements apart; finish(t)
+  /// gets tiles t and t + 1.
+  template <int kStage, class Take, class Finish>
+  __device__ __forceinline__ void products(const bf16* operand, Take take, Finish finish) {
+    constexpr int kSteps = Z::steps(kStage);
+    constexpr int kTiles = Z::tiles(kStage);
+    Weights held[kHeld<kStage>];
+#pragma unroll
+    for (int i = 0; i < kHeld<kStage>; ++i) load<kStage>(held[i], i);
+    take();
+    const bf16* const x =
+        operand + lane / 4 * (Z::depth(kStage) + kPad) + lane % 4 * 8 + warp * kStep;
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) {
+      float c[2][4] = {};
+#pragma unroll
+      for (int i = 0; i < kSteps; ++i) {
+        const int unit = t * kSteps + i;
+        uint4 right = {};
+        if (lane / 4 < batch) right = *reinterpret_cast<const uint4*>(x + i * kUnit);
+        if (unit < kHeld<kStage>) {
+          multiply(c, held[unit < kHeld<kStage> ? unit : 0], right);
+        } else {
+          Weights w;
+          load<kStage>(w, unit);
+          multiply(c, w, right);
+        }
+      }
+      store(c, t % 2);
+      if (t % 2 == 0 && t + 1 < kTiles) continue;
+      sync();
+      finish(t / 2 * 2);
+      turn ^= 1;
+    }
+  }
+
+  // --- r -> u, z -----------------------------------------------------------------------------
+  // The factor 1 / rms of a row is that of its products, which therefore need not wait for it: what
+  // is rounded is r weight. Thread t has the pairs t, t + kThreads, ... of every row.
+
+  /// r weight of all rows, and sums of the squares of r.
+  __device__ __forceinline__ void take_r(const Layer& l, unsigned epoch) {
+    constexpr int kPairs = Z::kInputs / 2;
+    constexpr int kPerThread = Z::ceil_div(kPairs, kThreads);
+    const auto* const norm_weight = reinterpret_cast<const float2*>(l.norm_weight);
+    float2 weights[kPerThread];
+    float squares[kRows] = {};
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i)
+      if (thread + i * kThreads < kPairs) weights[i] = norm_weight[thread + i * kThreads];
+    constexpr int kAhead = kRows == 1 ? kPerThread : 1;  // pairs of every sequence at a time
+#pragma unroll
+    for (int first = 0; first < kPerThread; first += kAhead)
+      gather<kAhead * kRows>(
+          epoch,
+          [&](int j) -> const Word* {
+            const int pair = thread + (first + j / kRows) * kThreads;
+            const int n = j % kRows;
+            const bool exists = pair < kPairs && n < batch;
+            return exists ? p.words + To::r + n * Z::kInputs + 2 * pair : nullptr;
+          },
+          [&](int j, std::uint32_t one, std::uint32_t two) {
+            const float2 r = make_float2(__uint_as_float(one), __uint_as_float(two));
+            const float2 w = weights[first + j / kRows];
+            const int n = j % kRows;
+            *reinterpret_cast<std::uint32_t*>(
+                &s.normal[n][2 * (thread + (first + j / kRows) * kThreads)]) =
+                pack_bf16(r.x * w.x, r.y * w.y);
+            squares[n] = fmaf(r.y, r.y, fmaf(r.x, r.x, squares[n]));
+          });
+#pragma unroll
+    for (int n = 0; n < kRows; ++n) {
+      squares[n] = warp_sum(squares[n]);
+      if (lane == 0) s.squares[n][warp] = squares[n];
+    }
+    sync();
+  }
+  /// 1 / rms of this thread's sequence.
+  __device__ __forceinline__ float rstd() const {
+    float sum = s.squares[sequence()][0];
+#pragma unroll
+    for (int w = 1; w < kWarps; ++w) sum += s.squares[sequence()][w];
+    return rsqrtf(fmaf(sum, 1.0F / Z::kInputs, p.eps));
+  }
+  [[nodiscard]] __device__ __forceinline__ std::int64_t window_of(int own) const {
+    return (sequence() * std::int64_t{Z::kChannels} + first_channel + own) * kWidth;
+  }
+  [[nodiscard]] __device__ __forceinline__ bool finishes(int own, int count) const {
+    return own < count && sequence() < batch;
+  }
+  __device__ __forceinline__ void load(Window& w, const Layer& l, int own) const {
+    if (which() != 0 || !finishes(own, kChannels)) return;
+    const int c = first_channel + own;
+    w.values = *reinterpret_cast<const float4*>(l.conv_state + window_of(own));
+    w.taps = reinterpret_cast<const uint2*>(l.conv_weight)[c];
+    w.bias = l.conv_bias != nullptr ? l.conv_bias[c] : from_float<bf16>(0.0F);
   }
   __device__ __forceinline__ float convolve(const Window& w, float* state, float newest) const {
     const float4 next = make_float4(w.values.y, w.values.z, w.values.w, newest);
@@ -507,56 +500,86 @@ struct Computer {
   /// Channels `own` and the next one of a sequence.
   __device__ __forceinline__ void publish_pair(int to, int n, int own, float mine, float next,
                                                unsigned epoch) const {
-    b.publish(to + (n * p.channels + b.first_channel + own) / 2, pack_bf16(mine, next), epoch);
+    publish(p.words + to + (n * Z::kChannels + first_channel + own) / 2, pack_bf16(mine, next),
+            epoch);
   }
-  __device__ __forceinline__ void finish_in(const Window& w, const Layer& l, int tile,
+  __device__ __forceinline__ void finish_in(const Window& w, const Layer& l, int own,
                                             unsigned epoch) const {
-    const int own = tile * kTileRows + tile_row();
-    const bool exists = own < b.channels && sequence() < p.batch;
+    if (sequence() >= kRows) return;  // whole warps, or half of one for one sequence
+    const bool exists = finishes(own, kChannels);
     const float v = rounded(finished() * rstd());
-    if (thread >= kTileValues) {
-      if (exists)
-        b.template array<float>(b.at.gate)[own * p.batch + sequence()] =
-            v * selective::fast_sigmoid(v);
+    if (which() != 0) {
+      if (exists) s.gate[sequence()][own] = v * selective::fast_sigmoid(v);
       return;
     }
     float u = 0.0F;
     if (exists) u = convolve(w, l.conv_state + window_of(own), v);
-    const float next = __shfl_down_sync(0xFFFFFFFFU, u, kMaxRows);
+    const float next = __shfl_down_sync(kRows == 1 ? 0xFFFFU : 0xFFFFFFFFU, u, 1);
     if (!exists) return;
-    if (tile_row() % 2 == 0) publish_pair(p.to.u, sequence(), own, u, next, epoch);
-    b.template array<float>(b.at.u)[own * p.batch + sequence()] = u;
+    if (own % 2 == 0) publish_pair(To::u, sequence(), own, u, next, epoch);
+    s.u[sequence()][own] = u;
+  }
+  __device__ __forceinline__ void in_proj(const Layer& l, unsigned epoch) {
+    Window window{};
+    load(window, l, tile_row());
+    products<kIn>(
+        s.normal[0], [&] { take_r(l, epoch); },
+        [&](int t) {
+          const int own = t / 2 * kTileRows + tile_row();
+          finish_in(window, l, own, epoch);
+          load(window, l, own + kTileRows);
+        });
   }
 
   // --- u -> x_dbl, v -> r ----------------------------------------------------------------------
 
   /// What others have published of u or v, as the right operand of a product.
-  __device__ __forceinline__ void take_operand(const Word* words, unsigned epoch) const {
-    bf16* const operand = b.template array<bf16>(b.at.operand);
-    const int row_pairs = p.channels / 4;
-    gather_pairs<kRows == 1 ? 2 : kRows>(
-        words, p.batch * row_pairs, epoch, [&](int i, std::uint32_t one, std::uint32_t two) {
-          const int n = kRows == 1 ? 0 : i / row_pairs;
-          *reinterpret_cast<uint2*>(operand + n * (p.channels + kPad) + (i - n * row_pairs) * 4) =
-              make_uint2(one, two);
-        });
-    b.sync();
+  __device__ __forceinline__ void take_operand(int offset, unsigned epoch) const {
+    constexpr int kPairs = Z::kChannels / 4;
+    constexpr int kPerThread = Z::ceil_div(kPairs, kThreads);
+    constexpr int kAhead = kRows == 1 ? kPerThread : 1;
+#pragma unroll
+    for (int first = 0; first < kPerThread; first += kAhead)
+      gather<kAhead * kRows>(
+          epoch,
+          [&](int j) -> const Word* {
+            const int pair = thread + (first + j / kRows) * kThreads;
+            const int n = j % kRows;
+            const bool exists = pair < kPairs && n < batch;
+            return exists ? p.words + offset + n * (Z::kChannels / 2) + 2 * pair : nullptr;
+          },
+          [&](int j, std::uint32_t one, std::uint32_t two) {
+            *reinterpret_cast<uint2*>(
+                &s.operand[j % kRows][4 * (thread + (first + j / kRows) * kThreads)]) =
+                make_uint2(one, two);
+          });
+    sync();
   }
-  __device__ __forceinline__ float* residual() const {
-    return b.template array<float>(b.at.residual);
+  __device__ __forceinline__ void x_proj(const Layer&, unsigned epoch) {
+    constexpr int kOwn = Z::own(kXDbl);
+    const int first = static_cast<int>(blockIdx.x) * kOwn;
+    if (first >= Z::kXDblRows) return;
+    products<kXDbl>(
+        s.operand[0], [&] { take_operand(To::u, epoch); },
+        [&](int t) {
+          const int own = (t + which()) * kTileRows + tile_row();
+          if (!finishes(own, kOwn)) return;
+          publish(p.words + To::x_dbl + sequence() * Z::kXDblRows + first + own,
+                  __float_as_uint(rounded(finished())), epoch);
+        });
   }
   /// r = x + residual: to the others, and as it is stored.
   __device__ __forceinline__ void add_residual(int own, int n, float x, float before,
                                                unsigned epoch) const {
     const float r = x + before;
-    b.publish(p.to.r + n * p.inputs + b.first_output + own, __float_as_uint(r), epoch);
-    residual()[own * p.batch + n] = p.narrow_residual ? rounded(r) : r;
+    publish(p.words + To::r + n * Z::kInputs + first_output + own, __float_as_uint(r), epoch);
+    s.residual[n][own] = p.narrow_residual ? rounded(r) : r;
   }
   __device__ __forceinline__ void enter() const {
-    for (int i = thread; i < p.batch * b.outputs; i += kThreads) {
-      const int n = i / b.outputs;
-      const int own = i - n * b.outputs;
-      const std::int64_t at = std::int64_t{n} * p.inputs + b.first_output + own;
+    for (int i = thread; i < batch * kOutputs; i += kThreads) {
+      const int n = i / kOutputs;
+      const int own = i % kOutputs;
+      const std::int64_t at = std::int64_t{n} * Z::kInputs + first_output + own;
       float before = 0.0F;
       if (p.residual != nullptr)
         before = p.narrow_residual ? to_float(static_cast<const bf16*>(p.residual)[at])
@@ -565,93 +588,48 @@ struct Computer {
     }
   }
   __device__ __forceinline__ void leave(int own, int n, float x) const {
-    const std::int64_t at = std::int64_t{n} * p.inputs + b.first_output + own;
-    const float before = residual()[own * p.batch + n];
+    const std::int64_t at = std::int64_t{n} * Z::kInputs + first_output + own;
     p.y[at] = from_float<bf16>(x);
     if (p.narrow_residual)
-      static_cast<bf16*>(p.residual_out)[at] = from_float<bf16>(before);
+      static_cast<bf16*>(p.residual_out)[at] = from_float<bf16>(s.residual[n][own]);
     else
-      static_cast<float*>(p.residual_out)[at] = before;
+      static_cast<float*>(p.residual_out)[at] = s.residual[n][own];
   }
-  __device__ __forceinline__ void finish_rows(const Product& q, int stage, int tile, bool last,
-                                              unsigned epoch) const {
-    const int own = (tile + thread / kTileValues) * kTileRows + tile_row();
-    const int n = sequence();
-    if (own >= q.rows || n >= p.batch) return;
-    const float v = rounded(finished());
-    if (stage == kXDbl)
-      b.publish(p.to.x_dbl + n * p.x_dbl() + q.first + own, __float_as_uint(v), epoch);
-    else if (last)
-      leave(own, n, v);
-    else
-      add_residual(own, n, v, residual()[own * p.batch + n], epoch + 1);
-  }
-
-  /// Products of a stage, two tiles at a time.
-  __device__ __forceinline__ void products(int stage, Window& window, const Layer& l, bool last,
-                                           unsigned epoch) {
-    const Product& q = b.product(stage);
-#pragma unroll 1
-    for (int t = 0; t < q.tiles; t += 2) {
-#pragma unroll 1
-      for (int which = 0; which < min(2, q.tiles - t); ++which) {
-        const int tile = stage == kIn ? t / 2 : t + which;
-        multiply(q, min(kTileRows, q.rows - tile * kTileRows), partials(which));
-      }
-      b.sync();
-      if (stage == kIn) {
-        finish_in(window, l, t / 2, epoch);
-        load(window, l, t / 2 + 1);
-      } else {
-        finish_rows(q, stage, t, last, epoch);
-      }
-      turn ^= 1;
-    }
+  __device__ __forceinline__ void out_proj(bool last, unsigned epoch) {
+    products<kOut>(
+        s.operand[0], [&] { take_operand(To::v, epoch); },
+        [&](int t) {
+          const int own = (t + which()) * kTileRows + tile_row();
+          if (!finishes(own, kOutputs)) return;
+          const float x = rounded(finished());
+          if (last)
+            leave(own, sequence(), x);
+          else
+            add_residual(own, sequence(), x, s.residual[sequence()][own], epoch + 1);
+        });
   }
 
   // --- x_dbl -> v ----------------------------------------------------------------------------
   // kLanes lanes have a channel of a sequence.
 
-  struct Item {
-    int own, n;
-  };
-  [[nodiscard]] __device__ __forceinline__ Item first_item() const {
-    const int n = thread / kLanes / b.channels;
-    return {thread / kLanes - n * b.channels, n};
-  }
-  __device__ __forceinline__ void next(Item& at) const {
-    at.own += kThreads / kLanes;
-    while (at.own >= b.channels) {
-      at.own -= b.channels;
-      ++at.n;
-    }
-  }
-  [[nodiscard]] __device__ __forceinline__ std::int64_t state_of(const Item& at) const {
-    return (at.n * std::int64_t{p.channels} + b.first_channel + at.own) * kDState +
+  static constexpr int kItems = kThreads / kLanes;  // at a time
+
+  /// The state of this lane of item i.
+  [[nodiscard]] __device__ __forceinline__ std::int64_t state_of(int i) const {
+    return (i / kChannels * std::int64_t{Z::kChannels} + first_channel + i % kChannels) * kDState +
            thread % kLanes * kStates;
   }
-  __device__ __forceinline__ const uint2* dt_weight(const Layer& l, int own) const {
-    return reinterpret_cast<const uint2*>(l.dt_weight +
-                                          (b.first_channel + own) * std::int64_t{p.rank}) +
-           thread % kLanes;
-  }
-  __device__ __forceinline__ void load(ScanLane& s, const Layer& l, const Item& at) const {
-    if (at.n >= p.batch) return;
-    const int c = b.first_channel + at.own;
-    s.h = *reinterpret_cast<const float4*>(l.lrnn_state + state_of(at));
-    s.A = reinterpret_cast<const float4*>(l.A_log)[c * kLanes + thread % kLanes];
-    const uint2* const w = dt_weight(l, at.own);
+  __device__ __forceinline__ void load(ScanLane<Z>& a, const Layer& l, int i) const {
+    if (i >= batch * kChannels) return;
+    const int c = first_channel + i % kChannels;
+    a.h = *reinterpret_cast<const float4*>(l.lrnn_state + state_of(i));
+    a.A = reinterpret_cast<const float4*>(l.A_log)[c * kLanes + thread % kLanes];
+    const auto* const w =
+        reinterpret_cast<const uint2*>(l.dt_weight + std::int64_t{c} * Z::kRank) + thread % kLanes;
 #pragma unroll
-    for (int i = 0; i < kHeldRank; ++i)
-      if (i * kLanes * 4 < p.rank) s.dt_weight[i] = w[i * kLanes];
-    s.dt_bias = l.dt_bias[c];
-    s.D = l.D[c];
-  }
-  __device__ __forceinline__ static float dot(uint2 w, float4 q, float sum) {
-    sum = fmaf(low(w.x), q.x, sum);
-    sum = fmaf(high(w.x), q.y, sum);
-    sum = fmaf(low(w.y), q.z, sum);
-    return fmaf(high(w.y), q.w, sum);
+    for (int k = 0; k < ScanLane<Z>::kGroups; ++k) a.dt_weight[k] = w[k * kLanes];
+    a.dt_bias = l.dt_bias[c];
+    a.D = l.D[c];
   }
   /// Over the lanes of a channel, in every one of them.
   __device__ __forceinline__ static float lane_sum(float v) {
@@ -660,43 +638,44 @@ struct Computer {
       v += __shfl_xor_sync(0xFFFFFFFFU, v, offset);
     return v;
   }
-  __device__ __forceinline__ float project_dt(const ScanLane& s, const Layer& l, int own,
-                                              const float* x_dbl) const {
+  __device__ __forceinline__ float project_dt(const ScanLane<Z>& a, const float* x_dbl) const {
     const float4* const q = reinterpret_cast<const float4*>(x_dbl) + thread % kLanes;
-    float sum = 0.0F;
+    float sums[2] = {};
 #pragma unroll
-    for (int i = 0; i < kHeldRank; ++i)
-      if (i * kLanes * 4 < p.rank) sum = dot(s.dt_weight[i], q[i * kLanes], sum);
-    const uint2* const w = dt_weight(l, own);
-#pragma unroll 1
-    for (int i = kHeldRank; i * kLanes * 4 < p.rank; ++i)
-      sum = dot(w[i * kLanes], q[i * kLanes], sum);
-    return rounded(lane_sum(sum));
+    for (int k = 0; k < ScanLane<Z>::kGroups; ++k) {
+      const float4 v = q[k * kLanes];
+      sums[0] = fmaf(low(a.dt_weight[k].x), v.x, sums[0]);
+      sums[1] = fmaf(high(a.dt_weight[k].x), v.y, sums[1]);
+      sums[0] = fmaf(low(a.dt_weight[k].y), v.z, sums[0]);
+      sums[1] = fmaf(high(a.dt_weight[k].y), v.w, sums[1]);
+    }
+    return rounded(lane_sum(sums[0] + sums[1]));
   }
   /// One state: h = exp(delta A) h + delta u B, and C h.
   __device__ __forceinline__ static float advance(float& h, float rate, float delta, float drive,
-                                                  float B, float C, float y) {
+                                                  float B, float C) {
     h = fmaf(exp2_approx(delta * rate), h, drive * B);
-    return fmaf(C, h, y);
+    return C * h;
   }
   /// Moves a channel on by its token; the gated output.
-  __device__ __forceinline__ float advance(ScanLane& s, const Layer& l, const Item& at) const {
-    const bool exists = at.n < p.batch;
-    const int n = exists ? at.n : 0;
-    const float* const x_dbl = b.template array<float>(b.at.x_dbl) + n * p.x_dbl();
-    const float u = b.template array<float>(b.at.u)[at.own * p.batch + n];
-    const float gate = b.template array<float>(b.at.gate)[at.own * p.batch + n];
-    const float4 B = *reinterpret_cast<const float4*>(x_dbl + p.rank + thread % kLanes * kStates);
-    const float4 C =
-        *reinterpret_cast<const float4*>(x_dbl + p.rank + kDState + thread % kLanes * kStates);
-    const float delta = selective::softplus(project_dt(s, l, at.own, x_dbl) + s.dt_bias);
+  __device__ __forceinline__ float advance(ScanLane<Z>& a, const Layer& l, int i) const {
+    const bool exists = i < batch * kChannels;
+    const int n = exists ? i / kChannels : 0;
+    const int own = i % kChannels;
+    const float* const x_dbl = s.x_dbl[n];
+    const float u = s.u[n][own];
+    const float gate = s.gate[n][own];
+    const float* const lane_x_dbl = x_dbl + thread % kLanes * kStates;
+    const float4 B = *reinterpret_cast<const float4*>(lane_x_dbl + Z::kRank);
+    const float4 C = *reinterpret_cast<const float4*>(lane_x_dbl + Z::kRank + kDState);
+    const float delta = selective::softplus(project_dt(a, x_dbl) + a.dt_bias);
     const float drive = delta * u;
-    float y = advance(s.h.x, s.A.x, delta, drive, B.x, C.x, 0.0F);
-    y = advance(s.h.y, s.A.y, delta, drive, B.y, C.y, y);
-    y = advance(s.h.z, s.A.z, delta, drive, B.z, C.z, y);
-    y = advance(s.h.w, s.A.w, delta, drive, B.w, C.w, y);
-    if (exists) *reinterpret_cast<float4*>(l.lrnn_state + state_of(at)) = s.h;
-    return rounded(fmaf(s.D, u, lane_sum(y)) * gate);
+    const float y = (advance(a.h.x, a.A.x, delta, drive, B.x, C.x) +
+                     advance(a.h.y, a.A.y, delta, drive, B.y, C.y)) +
+                    (advance(a.h.z, a.A.z, delta, drive, B.z, C.z) +
+                     advance(a.h.w, a.A.w, delta, drive, B.w, C.w));
+    if (exists) *reinterpret_cast<float4*>(l.lrnn_state + state_of(i)) = a.h;
+    return rounded(fmaf(a.D, u, lane_sum(y)) * gate);
   }
   /// A log2(e) from A_log.
   __device__ __forceinline__ static void rates(float4& A) {
@@ -705,66 +684,85 @@ struct Computer {
     A.z = -expf(A.z) * selective::kLog2e;
     A.w = -expf(A.w) * selective::kLog2e;
   }
-  /// `s` has been loaded for the first item.
-  __device__ __forceinline__ void scan(const Layer& l, ScanLane& s, Item at, unsigned epoch) const {
-    rates(s.A);
-    float* const x_dbl = b.template array<float>(b.at.x_dbl);
-    gather_pairs<1>(b.words(p.to.x_dbl), p.batch * p.x_dbl() / 2, epoch,
-                    [&](int i, std::uint32_t one, std::uint32_t two) {
-                      reinterpret_cast<uint2*>(x_dbl)[i] = make_uint2(one, two);
-                    });
-    b.sync();
+  __device__ __forceinline__ void take_x_dbl(unsigned epoch) const {
+    constexpr int kPairs = Z::kXDblRows / 2;
+    static_assert(kPairs <= kThreads);
+    gather<kRows>(
+        epoch,
+        [&](int n) -> const Word* {
+          const bool exists = thread < kPairs && n < batch;
+          return exists ? p.words + To::x_dbl + n * Z::kXDblRows + 2 * thread : nullptr;
+        },
+        [&](int n, std::uint32_t one, std::uint32_t two) {
+          *reinterpret_cast<uint2*>(&s.x_dbl[n][2 * thread]) = make_uint2(one, two);
+        });
+    sync();
+  }
+  /// `a` has been loaded for the first item.
+  __device__ __forceinline__ void scan(const Layer& l, ScanLane<Z>& a, unsigned epoch) const {
+    rates(a.A);
+    take_x_dbl(epoch);
+    const int items = batch * kChannels;
 #pragma unroll 1
-    while (__any_sync(0xFFFFFFFFU, at.n < p.batch)) {
-      const float v = advance(s, l, at);
-      const float following = __shfl_down_sync(0xFFFFFFFFU, v, kLanes);
-      if (at.n < p.batch && at.own % 2 == 0 && thread % kLanes == 0)
-        publish_pair(p.to.v, at.n, at.own, v, following, epoch);
-      next(at);
-      if (__all_sync(0xFFFFFFFFU, at.n >= p.batch)) break;
-      load(s, l, at);
-      rates(s.A);
+    for (int first = 0;; first += kItems) {
+      const int i = first + thread / kLanes;
+      if (first + warp * (32 / kLanes) >= items) break;
+      const float v = advance(a, l, i);
+      const float next = __shfl_down_sync(0xFFFFFFFFU, v, kLanes);
+      if (i < items && i % 2 == 0 && thread % kLanes == 0)
+        publish_pair(To::v, i / kChannels, i % kChannels, v, next, epoch);
+      if (first + kItems >= items) break;
+      load(a, l, i + kItems);
+      rates(a.A);
     }
   }
 
   __device__ __forceinline__ void run() {
-    const Item item = first_item();
     enter();
 #pragma unroll 1
     for (int i = 0; i < p.layer_count; ++i) {
-      const Layer& l = b.layer(i);
+      const Layer& l = s.layers[i];
       const unsigned epoch = p.epoch + static_cast<unsigned>(i);
-      Window window{};
-      ScanLane scan_lane{};
-#pragma unroll 1
-      for (int stage = 0; stage < kStages; ++stage) {
-        if (stage == kIn) {
-          load(window, l, 0);
-          take_r(l, epoch);
-        } else if (b.product(stage).rows > 0) {
-          take_operand(b.words(stage == kXDbl ? p.to.u : p.to.v), epoch);
-        }
-        products(stage, window, l, i + 1 == p.layer_count, epoch);
-        if (stage == kIn) load(scan_lane, l, item);
-        if (stage == kXDbl) scan(l, scan_lane, item, epoch);
-      }
+      in_proj(l, epoch);
+      ScanLane<Z> scan_lane{};
+      load(scan_lane, l, thread / kLanes);
+      x_proj(l, epoch);
+      scan(l, scan_lane, epoch);
+      out_proj(i + 1 == p.layer_count, epoch);
     }
   }
 };
 
+/// By all threads of a block: pointers and barriers.
+template <class Z, int kRows>
+__device__ __forceinline__ void prepare(const Args& p, Shared<Z, kRows>& s) {
+  constexpr int kWords = static_cast<int>(sizeof(p.layers) / sizeof(std::uint64_t));
+  const auto* const from = reinterpret_cast<const std::uint64_t*>(p.layers);
+  for (int i = static_cast<int>(threadIdx.x); i < kWords; i += static_cast<int>(blockDim.x))
+    reinterpret_cast<std::uint64_t*>(s.layers)[i] = from[i];
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < p.slots; ++i) {
+      barrier_init(shared_address(&s.full[i]), 1);
+      barrier_init(shared_address(&s.empty[i]), kWarps);
+    }
+    barrier_init_done();
+  }
+  __syncthreads();
+}
+
 #endif
 
-template <int kRows>
+template <class Z, int kRows>
 __global__ __launch_bounds__(kThreads + 32, 1) void stack_kernel(const __grid_constant__ Args p) {
 #if __CUDA_ARCH__ >= 900
   extern __shared__ __align__(128) char shared[];
-  const Block block(p, shared);
-  block.prepare();
-  __syncthreads();
+  auto& s = *reinterpret_cast<Shared<Z, kRows>*>(shared);
+  const char* const ring = shared + kRingOffset<Z, kRows>;
+  prepare(p, s);
   if (threadIdx.x >= kThreads)
-    Copier{block, static_cast<int>(threadIdx.x) % 32, {}}.run();
+    Copier<Z, kRows>{p, s, shared_address(ring), static_cast<int>(threadIdx.x) % 32, {}}.run();
   else
-    Computer<kRows>{block}.run();
+    Computer<Z, kRows>{p, s, ring}.run();
 #endif
 }
 
@@ -791,40 +789,13 @@ int multiprocessors() {
   return count;
 }
 
-constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
-
-/// `own` rows of a weight: as much of their depth as fits into a buffer.
-Share share_of(int own, int depth) {
-  const int rows = std::min(own, kTileRows);
-  const int part = (kSlotBytes / rows / 2 - kPad) / kUnit * kUnit;
-  return {own, depth, std::min(part, depth)};
-}
-
-int blocks_of(const Args& p) { return ceil_div(p.channels, p.shares[kIn].own); }
-
-/// Sizes and the shares of the blocks.
-Args sizes_of(const MambaStackStep& a) {
-  const MambaStackLayer& l = a.layers.front();
-  Args p{};
-  p.batch = static_cast<int>(a.x.dim(0));
-  p.inputs = static_cast<int>(a.x.dim(1));
-  p.channels = static_cast<int>(l.A_log.dim(0));
-  p.rank = static_cast<int>(l.dt_weight.dim(1));
-  p.shares[kIn] = share_of(2 * ceil_div(p.channels, 2 * multiprocessors()), p.inputs);
-  const int blocks = blocks_of(p);
-  p.shares[kXDbl] = share_of(ceil_div(p.x_dbl(), blocks), p.channels);
-  p.shares[kOut] = share_of(ceil_div(p.inputs, blocks), p.channels);
-  return p;
-}
-
-/// Whether the sizes are those of a usual Mamba in bfloat16 for few sequences.
+/// Whether the sizes are those of Sizes<d_model>, in bfloat16.
 bool usual(const MambaStackStep& a) {
   const MambaStackLayer& l = a.layers.front();
-  constexpr std::int64_t kMost = 1 << 15;
-  return a.x.dtype() == DType::bfloat16 && a.x.dim(0) <= kMaxRows && a.x.dim(1) <= kMost &&
-         l.A_log.dim(0) <= kMost && a.x.dim(1) % kUnit == 0 && l.A_log.dim(0) % kUnit == 0 &&
+  const std::int64_t inputs = a.x.dim(1);
+  return a.x.dtype() == DType::bfloat16 && l.A_log.dim(0) == 2 * inputs &&
          l.A_log.dim(1) == kDState && l.conv_weight.dim(1) == kWidth &&
-         l.dt_weight.dim(1) % (4 * kLanes) == 0;
+         16 * l.dt_weight.dim(1) == inputs;
 }
 /// Whether all operands may be read 16 bytes at a time.
 bool aligned(const MambaStackStep& a) {
@@ -837,67 +808,55 @@ bool aligned(const MambaStackStep& a) {
   });
 }
 
-template <int kRows>
-bool takes_cooperative() {
+/// Whether all blocks of the kernel run at the same time on the current device.
+template <class Kernel>
+bool fits(Kernel* kernel) {
   int device = 0;
   int allowed = 0;
   LRNN_CUDA_CHECK(cudaGetDevice(&device));
   LRNN_CUDA_CHECK(cudaDeviceGetAttribute(&allowed, cudaDevAttrCooperativeLaunch, device));
   cudaFuncAttributes attributes{};
-  LRNN_CUDA_CHECK(cudaFuncGetAttributes(&attributes, stack_kernel<kRows>));
-  return allowed != 0 && compute_capability() >= 90 && attributes.ptxVersion >= 90;
+  LRNN_CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel));
+  return allowed != 0 && multiprocessors() >= kBlocks && compute_capability() >= 90 &&
+         attributes.ptxVersion >= 90;
 }
 
-template <int kRows>
-void launch(cudaStream_t stream, Args p) {
-  const Layout layout(p);
-  LRNN_CUDA_CHECK(cudaFuncSetAttribute(
-      stack_kernel<kRows>, cudaFuncAttributeMaxDynamicSharedMemorySize, layout.bytes));
+template <class Kernel>
+void launch(cudaStream_t stream, Kernel* kernel, int shared, const Args& p) {
   cudaLaunchAttribute together{};
   together.id = cudaLaunchAttributeCooperative;
   together.val.cooperative = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = static_cast<unsigned>(blocks_of(p));
+  config.gridDim = kBlocks;
   config.blockDim = kThreads + 32;
-  config.dynamicSmemBytes = static_cast<std::size_t>(layout.bytes);
+  config.dynamicSmemBytes = static_cast<std::size_t>(shared);
   config.stream = stream;
   config.attrs = &together;
   config.numAttrs = 1;
-  LRNN_CUDA_CHECK(cudaLaunchKernelEx(&config, stack_kernel<kRows>, p));
+  LRNN_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, p));
 }
 
-/// Gives the ring what is left of shared memory; whether that is enough.
-bool size_ring(Args& p) {
-  p.slots = 0;
-  const int rest = shared_memory_per_block() - Layout(p).bytes;
-  p.slots = std::min(kMaxSlots, rest / (kSlotBytes + 16));
-  return p.slots >= kMinSlots;
-}
-
-/// Words of the exchange, cleared: no layer has number 0.
-Tensor exchange(Context& ctx, Args& p) {
-  p.to.u = p.batch * p.inputs;
-  p.to.v = p.to.u + p.batch * p.channels / 2;
-  p.to.x_dbl = p.to.v + p.batch * p.channels / 2;
-  p.to.size = (p.to.x_dbl + p.batch * p.x_dbl() + 15) / 16 * 16;
-  Tensor t = ctx.zeros({2 * std::int64_t{kReplicas} * p.to.size}, DType::float32);
-  p.to.words = reinterpret_cast<Word*>(t.view().data<float>());
-  return t;
-}
-
-template <int kRows>
+template <class Z, int kRows>
 bool step(Context& ctx, const MambaStackStep& a) {
-  if (!takes_cooperative<kRows>()) return false;
-  Args p = sizes_of(a);
+  const auto kernel = stack_kernel<Z, kRows>;
+  constexpr int kOffset = kRingOffset<Z, kRows>;
+  Args p{};
+  p.slots = std::min(Shared<Z, kRows>::kMaxSlots, (shared_memory_per_block() - kOffset) / kSlotBytes);
+  if (p.slots < kMinSlots || !fits(kernel)) return false;
+  const int shared = kOffset + p.slots * kSlotBytes;
+  LRNN_CUDA_CHECK(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
+  // Cleared: no layer has number 0.
+  constexpr std::int64_t kWords = Exchange<Z, kRows>::kWords;
+  Tensor words = ctx.zeros(Shape{2 * kWords}, DType::float32);
+  p.words = reinterpret_cast<Word*>(words.view().data<float>());
+  p.batch = static_cast<int>(a.x.dim(0));
   p.eps = static_cast<float>(a.eps);
-  p.per_input = 1.0F / static_cast<float>(p.inputs);
   p.narrow_residual = a.residual_out.dtype() == DType::bfloat16;
-  if (!size_ring(p)) return false;
-  const Tensor words = exchange(ctx, p);
-  const int count = static_cast<int>(a.layers.size());
-  const int launches = (count + kMaxLayers - 1) / kMaxLayers;
   p.y = a.y.data<bf16>();
   p.residual_out = a.residual_out.raw();
+  const int count = static_cast<int>(a.layers.size());
+  const int launches = (count + kMaxLayers - 1) / kMaxLayers;
   for (int i = 0; i < launches; ++i) {
     const int begin = count * i / launches;
     p.layer_count = count * (i + 1) / launches - begin;
@@ -906,17 +865,29 @@ bool step(Context& ctx, const MambaStackStep& a) {
       p.layers[j] = pointers(a.layers[static_cast<std::size_t>(begin + j)]);
     p.x = i == 0 ? a.x.data<bf16>() : p.y;
     p.residual = i > 0 ? p.residual_out : a.residual ? a.residual.raw() : nullptr;
-    launch<kRows>(ctx.stream().handle, p);
+    launch(ctx.stream().handle, kernel, shared, p);
   }
   return true;
 }
 
+template <class Z>
+bool step_rows(Context& ctx, const MambaStackStep& a) {
+  const std::int64_t batch = a.x.dim(0);
+  if (batch == 1) return step<Z, 1>(ctx, a);
+  if (batch <= 4) return step<Z, 4>(ctx, a);
+  return false;
+}
+
 bool step_together(Context& ctx, const MambaStackStep& a) {
   if (!usual(a) || !aligned(a)) return false;
-  const std::int64_t batch = a.x.dim(0);
-  if (batch == 1) return step<1>(ctx, a);
-  if (batch <= 4) return step<4>(ctx, a);
-  return step<kMaxRows>(ctx, a);
+  switch (a.x.dim(1)) {
+    case 768:
+      return step_rows<Sizes<768>>(ctx, a);
+    case 2048:
+      return step_rows<Sizes<2048>>(ctx, a);
+    default:
+      return false;
+  }
 }
 
 }  // namespace

@@ -110,14 +110,14 @@ OpCase mamba_stack_case(const Sizes& z) {
 std::vector<OpCase> cases() {
   std::vector<OpCase> all;
   for (const Sizes& z : {
-           Sizes{1, 1, 256, 512, 16, 16, 4},                         // one launch
-           Sizes{3, 2, 256, 512, 16, 16, 4, false, false, false},    // nothing before
-           Sizes{2, 3, 512, 1024, 16, 32, 4, true, true},            // rounded residual
-           Sizes{2, 5, 256, 768, 16, 160, 4},                        // E != 2 H, large rank
-           Sizes{2, 8, 768, 1536, 16, 48, 4},                        // of a small Mamba
-           Sizes{26, 1, 256, 256, 16, 16, 4},                        // two launches
+           Sizes{1, 1, 768, 1536, 16, 48, 4},                        // one launch
+           Sizes{3, 2, 768, 1536, 16, 48, 4, false, false, false},   // nothing before
+           Sizes{2, 3, 768, 1536, 16, 48, 4, true, true},            // rounded residual
+           Sizes{2, 4, 768, 1536, 16, 48, 4},                        // most sequences
+           Sizes{25, 1, 768, 1536, 16, 48, 4},                       // two launches
+           Sizes{1, 1, 2048, 4096, 16, 128, 4},                      // weights in many parts
            Sizes{2, 9, 256, 512, 16, 16, 4},                         // by parts: sequences
-           Sizes{2, 1, 6, 9, 3, 2, 3, true, true},                    // by parts: sizes
+           Sizes{2, 1, 6, 9, 3, 2, 3, true, true},                   // by parts: sizes
        })
     all.push_back(mamba_stack_case(z));
   return all;
