@@ -16,6 +16,7 @@
 
 #include "common/capability.cuh"
 #include "common/causal_conv1d.cuh"
+#include "common/cluster.cuh"
 #include "common/reduce.cuh"
 #include "common/selective_scan.cuh"
 #include "common/wgmma.cuh"
@@ -34,6 +35,7 @@ constexpr int kUnit = kStep * kWarps;
 constexpr int kPad = 32;          // elements behind a row, so that two rows fill the banks
 constexpr int kSlotBytes = kTileRows * (3 * kUnit + kPad) * 2;
 constexpr int kMinSlots = 3;
+constexpr int kMostAhead = 8;     // pairs of words that a thread asks for at a time
 constexpr int kHeldSteps = 6;     // of a stage, whose weights wait in registers
 constexpr int kStates = 4;        // of a lane
 constexpr int kLanes = 4;         // of a channel
@@ -46,10 +48,12 @@ constexpr int kComputers = 1;     // barrier of the warps that compute
 /// Products of a layer, in their order.
 enum Stage { kIn, kXDbl, kOut, kStages };
 
-/// Sizes of a model of d_model kInputs with the usual options.
-template <int kInputs_>
+/// Sizes of a model of d_model kInputs with the usual options. kCluster > 1: every cluster of so many
+/// blocks makes all of x_dbl for itself, which takes the place of an exchange among all blocks.
+template <int kInputs_, int kCluster_>
 struct Sizes {
   static constexpr int kInputs = kInputs_;
+  static constexpr int kCluster = kCluster_;
   static constexpr int kChannels = 2 * kInputs;
   static constexpr int kRank = kInputs / 16;
   static constexpr int kXDblRows = kRank + 2 * kDState;
@@ -60,7 +64,13 @@ struct Sizes {
   }
   __host__ __device__ static constexpr int lesser(int a, int b) { return a < b ? a : b; }
   /// Rows of a block.
-  __host__ __device__ static constexpr int own(int stage) { return ceil_div(all(stage), kBlocks); }
+  __host__ __device__ static constexpr int own(int stage) {
+    return ceil_div(all(stage), stage == kXDbl && kCluster > 1 ? kCluster : kBlocks);
+  }
+  /// The first of them of block `block`.
+  __host__ __device__ static constexpr int first(int stage, int block) {
+    return own(stage) * (stage == kXDbl && kCluster > 1 ? block % kCluster : block);
+  }
   __host__ __device__ static constexpr int depth(int stage) { return stage == kIn ? kInputs : kChannels; }
   __host__ __device__ static constexpr int steps(int stage) { return depth(stage) / kUnit; }
   /// Tiles of rows; in kIn those of u and z take turns.
@@ -139,6 +149,7 @@ struct Shared {
   float residual[kRows][Z::own(kOut)];
   float squares[kRows][kWarps];
   Layer layers[kMaxLayers];
+  Mailbox mailbox;  // of x_dbl, from the blocks of the cluster
   std::uint64_t full[kMaxSlots];
   std::uint64_t empty[kMaxSlots];
 };
@@ -164,24 +175,29 @@ __device__ __forceinline__ void load_words(const Word* from, Word& first, Word& 
 template <int kCount, class At, class Use>
 __device__ __forceinline__ void gather(unsigned epoch, At at, Use use) {
   const Word* from[kCount];
-  Word v[kCount][2];
+  Word v[kCount][2] = {};
 #pragma unroll
   for (int j = 0; j < kCount; ++j) from[j] = at(j);
-  bool missing = true;
+  const auto missing = [&](int j) {
+    return from[j] != nullptr && (static_cast<unsigned>(v[j][0] >> 32) != epoch ||
+                                  static_cast<unsigned>(v[j][1] >> 32) != epoch);
+  };
+#pragma unroll
+  for (int j = 0; j < kCount; ++j)
+    if (from[j] != nullptr) load_words(from[j], v[j][0], v[j][1]);
 #ifdef LRNN_SPIN_LIMIT
   const long long start = clock64();
 #endif
+  bool any = true;
 #pragma unroll 1
-  while (missing) {
-    missing = false;
+  while (any) {
+    any = false;
 #pragma unroll
     for (int j = 0; j < kCount; ++j)
-      if (from[j] != nullptr) load_words(from[j], v[j][0], v[j][1]);
-#pragma unroll
-    for (int j = 0; j < kCount; ++j)
-      if (from[j] != nullptr)
-        missing |= static_cast<unsigned>(v[j][0] >> 32) != epoch ||
-                   static_cast<unsigned>(v[j][1] >> 32) != epoch;
+      if (missing(j)) {
+        any = true;
+        load_words(from[j], v[j][0], v[j][1]);
+      }
 #ifdef LRNN_SPIN_LIMIT
     if (clock64() - start > 400000000LL) __trap();
 #endif
@@ -236,7 +252,7 @@ struct Copier {
   }
   template <int kStage>
   __device__ __forceinline__ void copy(const Layer& l) {
-    const int first = static_cast<int>(blockIdx.x) * Z::own(kStage);
+    const int first = Z::first(kStage, static_cast<int>(blockIdx.x));
     if (first >= Z::all(kStage)) return;
 #pragma unroll 1
     for (int t = 0; t < Z::tiles(kStage); ++t) {
@@ -441,7 +457,7 @@ struct Computer {
 #pragma unroll
     for (int i = 0; i < kPerThread; ++i)
       if (thread + i * kThreads < kPairs) weights[i] = norm_weight[thread + i * kThreads];
-    constexpr int kAhead = kRows == 1 ? kPerThread : 1;  // pairs of every sequence at a time
+    constexpr int kAhead = Z::lesser(kPerThread, Z::ceil_div(kMostAhead, kRows));
 #pragma unroll
     for (int first = 0; first < kPerThread; first += kAhead)
       gather<kAhead * kRows>(
@@ -537,7 +553,7 @@ struct Computer {
   __device__ __forceinline__ void take_operand(int offset, unsigned epoch) const {
     constexpr int kPairs = Z::kChannels / 4;
     constexpr int kPerThread = Z::ceil_div(kPairs, kThreads);
-    constexpr int kAhead = kRows == 1 ? kPerThread : 1;
+    constexpr int kAhead = Z::lesser(kPerThread, Z::ceil_div(kMostAhead, kRows));
 #pragma unroll
     for (int first = 0; first < kPerThread; first += kAhead)
       gather<kAhead * kRows>(
@@ -557,15 +573,23 @@ struct Computer {
   }
   __device__ __forceinline__ void x_proj(const Layer&, unsigned epoch) {
     constexpr int kOwn = Z::own(kXDbl);
-    const int first = static_cast<int>(blockIdx.x) * kOwn;
+    const int first = Z::first(kXDbl, static_cast<int>(blockIdx.x));
     if (first >= Z::kXDblRows) return;
+    if (Z::kCluster > 1 && thread == 0) s.mailbox.expect(batch * Z::kXDblRows * 4);
     products<kXDbl>(
         s.operand[0], [&] { take_operand(To::u, epoch); },
         [&](int t) {
           const int own = (t + which()) * kTileRows + tile_row();
           if (!finishes(own, kOwn)) return;
-          publish(p.words + To::x_dbl + sequence() * Z::kXDblRows + first + own,
-                  __float_as_uint(rounded(finished())), epoch);
+          const float v = rounded(finished());
+          if constexpr (Z::kCluster > 1) {
+#pragma unroll
+            for (int rank = 0; rank < Z::kCluster; ++rank)
+              send(&s.x_dbl[sequence()][first + own], s.mailbox, rank, v);
+          } else {
+            publish(p.words + To::x_dbl + sequence() * Z::kXDblRows + first + own,
+                    __float_as_uint(v), epoch);
+          }
         });
   }
   /// r = x + residual: to the others, and as it is stored.
@@ -701,7 +725,10 @@ struct Computer {
   /// `a` has been loaded for the first item.
   __device__ __forceinline__ void scan(const Layer& l, ScanLane<Z>& a, unsigned epoch) const {
     rates(a.A);
-    take_x_dbl(epoch);
+    if constexpr (Z::kCluster > 1)
+      s.mailbox.wait(static_cast<int>(epoch - p.epoch) % 2);
+    else
+      take_x_dbl(epoch);
     const int items = batch * kChannels;
 #pragma unroll 1
     for (int first = 0;; first += kItems) {
@@ -746,8 +773,12 @@ __device__ __forceinline__ void prepare(const Args& p, Shared<Z, kRows>& s) {
       barrier_init(shared_address(&s.empty[i]), kWarps);
     }
     barrier_init_done();
+    if constexpr (Z::kCluster > 1) s.mailbox.init();
   }
-  __syncthreads();
+  if constexpr (Z::kCluster > 1)
+    cluster_sync();
+  else
+    __syncthreads();
 }
 
 #endif
@@ -808,32 +839,43 @@ bool aligned(const MambaStackStep& a) {
   });
 }
 
+/// How the kernel is launched: all blocks at the same time, in clusters if there are any.
+struct Launch {
+  cudaLaunchAttribute attributes[2] = {};
+  cudaLaunchConfig_t config = {};
+
+  Launch(int cluster, int shared, cudaStream_t stream) {
+    attributes[0].id = cudaLaunchAttributeCooperative;
+    attributes[0].val.cooperative = 1;
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+    config.gridDim = kBlocks;
+    config.blockDim = kThreads + 32;
+    config.dynamicSmemBytes = static_cast<std::size_t>(shared);
+    config.stream = stream;
+    config.attrs = attributes;
+    config.numAttrs = cluster > 1 ? 2 : 1;
+  }
+  Launch(const Launch&) = delete;
+  Launch& operator=(const Launch&) = delete;
+};
+
 /// Whether all blocks of the kernel run at the same time on the current device.
 template <class Kernel>
-bool fits(Kernel* kernel) {
+bool fits(Kernel* kernel, int cluster, const Launch& launch) {
   int device = 0;
   int allowed = 0;
   LRNN_CUDA_CHECK(cudaGetDevice(&device));
   LRNN_CUDA_CHECK(cudaDeviceGetAttribute(&allowed, cudaDevAttrCooperativeLaunch, device));
   cudaFuncAttributes attributes{};
   LRNN_CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel));
-  return allowed != 0 && multiprocessors() >= kBlocks && compute_capability() >= 90 &&
-         attributes.ptxVersion >= 90;
-}
-
-template <class Kernel>
-void launch(cudaStream_t stream, Kernel* kernel, int shared, const Args& p) {
-  cudaLaunchAttribute together{};
-  together.id = cudaLaunchAttributeCooperative;
-  together.val.cooperative = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = kBlocks;
-  config.blockDim = kThreads + 32;
-  config.dynamicSmemBytes = static_cast<std::size_t>(shared);
-  config.stream = stream;
-  config.attrs = &together;
-  config.numAttrs = 1;
-  LRNN_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, p));
+  if (allowed == 0 || multiprocessors() < kBlocks || compute_capability() < 90 ||
+      attributes.ptxVersion < 90)
+    return false;
+  if (cluster == 1) return true;
+  int clusters = 0;
+  LRNN_CUDA_CHECK(cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch.config));
+  return clusters * cluster >= kBlocks;
 }
 
 template <class Z, int kRows>
@@ -842,10 +884,12 @@ bool step(Context& ctx, const MambaStackStep& a) {
   constexpr int kOffset = kRingOffset<Z, kRows>;
   Args p{};
   p.slots = std::min(Shared<Z, kRows>::kMaxSlots, (shared_memory_per_block() - kOffset) / kSlotBytes);
-  if (p.slots < kMinSlots || !fits(kernel)) return false;
+  if (p.slots < kMinSlots) return false;
   const int shared = kOffset + p.slots * kSlotBytes;
   LRNN_CUDA_CHECK(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
+  const Launch launch(Z::kCluster, shared, ctx.stream().handle);
+  if (!fits(kernel, Z::kCluster, launch)) return false;
   // Cleared: no layer has number 0.
   constexpr std::int64_t kWords = Exchange<Z, kRows>::kWords;
   Tensor words = ctx.zeros(Shape{2 * kWords}, DType::float32);
@@ -865,7 +909,7 @@ bool step(Context& ctx, const MambaStackStep& a) {
       p.layers[j] = pointers(a.layers[static_cast<std::size_t>(begin + j)]);
     p.x = i == 0 ? a.x.data<bf16>() : p.y;
     p.residual = i > 0 ? p.residual_out : a.residual ? a.residual.raw() : nullptr;
-    launch(ctx.stream().handle, kernel, shared, p);
+    LRNN_CUDA_CHECK(cudaLaunchKernelEx(&launch.config, kernel, p));
   }
   return true;
 }
@@ -878,13 +922,18 @@ bool step_rows(Context& ctx, const MambaStackStep& a) {
   return false;
 }
 
+#ifndef LRNN_CLUSTER
+#define LRNN_CLUSTER 8
+#endif
 bool step_together(Context& ctx, const MambaStackStep& a) {
   if (!usual(a) || !aligned(a)) return false;
   switch (a.x.dim(1)) {
+    case 256:
+      return step_rows<Sizes<256, LRNN_CLUSTER>>(ctx, a);
     case 768:
-      return step_rows<Sizes<768>>(ctx, a);
+      return step_rows<Sizes<768, LRNN_CLUSTER>>(ctx, a);
     case 2048:
-      return step_rows<Sizes<2048>>(ctx, a);
+      return step_rows<Sizes<2048, LRNN_CLUSTER>>(ctx, a);
     default:
       return false;
   }
