@@ -16,7 +16,6 @@
 
 #include "common/capability.cuh"
 #include "common/causal_conv1d.cuh"
-#include "common/cluster.cuh"
 #include "common/reduce.cuh"
 #include "common/selective_scan.cuh"
 #include "common/wgmma.cuh"
@@ -33,7 +32,6 @@ constexpr int kTileRows = 16;     // of a weight, in a product
 constexpr int kStep = 32;         // depth of a step of a warp: two products
 constexpr int kUnit = kStep * kWarps;
 constexpr int kPad = 32;          // elements behind a row, so that two rows fill the banks
-constexpr int kSlotBytes = kTileRows * (3 * kUnit + kPad) * 2;
 constexpr int kMinSlots = 3;
 constexpr int kMostAhead = 8;     // pairs of words that a thread asks for at a time
 constexpr int kHeldSteps = 6;     // of a stage, whose weights wait in registers
@@ -48,12 +46,12 @@ constexpr int kComputers = 1;     // barrier of the warps that compute
 /// Products of a layer, in their order.
 enum Stage { kIn, kXDbl, kOut, kStages };
 
-/// Sizes of a model of d_model kInputs with the usual options. kCluster > 1: every cluster of so many
-/// blocks makes all of x_dbl for itself, which takes the place of an exchange among all blocks.
-template <int kInputs_, int kCluster_>
+/// Sizes of a model of d_model kInputs with the usual options. A buffer of the ring takes kSlotSteps
+/// steps of a tile.
+template <int kInputs_, int kSlotSteps>
 struct Sizes {
   static constexpr int kInputs = kInputs_;
-  static constexpr int kCluster = kCluster_;
+  static constexpr int kSlotBytes = kTileRows * (kSlotSteps * kUnit + kPad) * 2;
   static constexpr int kChannels = 2 * kInputs;
   static constexpr int kRank = kInputs / 16;
   static constexpr int kXDblRows = kRank + 2 * kDState;
@@ -64,13 +62,7 @@ struct Sizes {
   }
   __host__ __device__ static constexpr int lesser(int a, int b) { return a < b ? a : b; }
   /// Rows of a block.
-  __host__ __device__ static constexpr int own(int stage) {
-    return ceil_div(all(stage), stage == kXDbl && kCluster > 1 ? kCluster : kBlocks);
-  }
-  /// The first of them of block `block`.
-  __host__ __device__ static constexpr int first(int stage, int block) {
-    return own(stage) * (stage == kXDbl && kCluster > 1 ? block % kCluster : block);
-  }
+  __host__ __device__ static constexpr int own(int stage) { return ceil_div(all(stage), kBlocks); }
   __host__ __device__ static constexpr int depth(int stage) { return stage == kIn ? kInputs : kChannels; }
   __host__ __device__ static constexpr int steps(int stage) { return depth(stage) / kUnit; }
   /// Tiles of rows; in kIn those of u and z take turns.
@@ -147,9 +139,8 @@ struct Shared {
   float u[kRows][Z::own(kIn)];
   float gate[kRows][Z::own(kIn)];
   float residual[kRows][Z::own(kOut)];
-  float squares[kRows][kWarps];
+  alignas(16) float squares[kRows][kWarps];
   Layer layers[kMaxLayers];
-  Mailbox mailbox;  // of x_dbl, from the blocks of the cluster
   std::uint64_t full[kMaxSlots];
   std::uint64_t empty[kMaxSlots];
 };
@@ -163,11 +154,15 @@ __device__ __forceinline__ void publish(Word* to, std::uint32_t value, unsigned 
                "l"(static_cast<Word>(epoch) << 32 | value)
                : "memory");
 }
-__device__ __forceinline__ void load_words(const Word* from, Word& first, Word& second) {
-  asm volatile("ld.relaxed.gpu.global.v2.b64 {%0, %1}, [%2];"
-               : "=l"(first), "=l"(second)
-               : "l"(from)
-               : "memory");
+/// Two words, if `wanted`, without a branch that would split the loads around it.
+__device__ __forceinline__ void load_words(bool wanted, const Word* from, Word& first,
+                                           Word& second) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.s32 p, %3, 0;\n"
+      "@p ld.relaxed.gpu.global.v2.b64 {%0, %1}, [%2];\n}"
+      : "+l"(first), "+l"(second)
+      : "l"(from), "r"(static_cast<int>(wanted))
+      : "memory");
 }
 
 /// Calls use(j, first value, second value) for the pairs of words at(j), j < kCount, null ones left
@@ -178,26 +173,37 @@ __device__ __forceinline__ void gather(unsigned epoch, At at, Use use) {
   Word v[kCount][2] = {};
 #pragma unroll
   for (int j = 0; j < kCount; ++j) from[j] = at(j);
-  const auto missing = [&](int j) {
-    return from[j] != nullptr && (static_cast<unsigned>(v[j][0] >> 32) != epoch ||
-                                  static_cast<unsigned>(v[j][1] >> 32) != epoch);
-  };
-#pragma unroll
-  for (int j = 0; j < kCount; ++j)
-    if (from[j] != nullptr) load_words(from[j], v[j][0], v[j][1]);
 #ifdef LRNN_SPIN_LIMIT
   const long long start = clock64();
 #endif
-  bool any = true;
+#if LRNN_GATHER == 1
+  bool wanted[kCount];
+#pragma unroll
+  for (int j = 0; j < kCount; ++j) wanted[j] = from[j] != nullptr;
+  bool missing = true;
 #pragma unroll 1
-  while (any) {
-    any = false;
+  while (missing) {
+    missing = false;
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) load_words(wanted[j], from[j], v[j][0], v[j][1]);
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+      wanted[j] = wanted[j] && (static_cast<unsigned>(v[j][0] >> 32) != epoch ||
+                                static_cast<unsigned>(v[j][1] >> 32) != epoch);
+      missing |= wanted[j];
+    }
+#else
+  bool missing = true;
+#pragma unroll 1
+  while (missing) {
+    missing = false;
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) load_words(from[j] != nullptr, from[j], v[j][0], v[j][1]);
 #pragma unroll
     for (int j = 0; j < kCount; ++j)
-      if (missing(j)) {
-        any = true;
-        load_words(from[j], v[j][0], v[j][1]);
-      }
+      missing |= from[j] != nullptr && (static_cast<unsigned>(v[j][0] >> 32) != epoch ||
+                                        static_cast<unsigned>(v[j][1] >> 32) != epoch);
+#endif
 #ifdef LRNN_SPIN_LIMIT
     if (clock64() - start > 400000000LL) __trap();
 #endif
@@ -244,7 +250,7 @@ struct Copier {
       if (lane == 0) barrier_expect(full, rows * columns * 2);
       __syncwarp();
       if (lane < rows)
-        copy_bytes(ring + static_cast<std::uint32_t>(place.slot * kSlotBytes +
+        copy_bytes(ring + static_cast<std::uint32_t>(place.slot * Z::kSlotBytes +
                                                      lane * Z::pitch(kStage) * 2),
                    weight + k, columns * 2, full);
       place.next(p.slots);
@@ -252,7 +258,7 @@ struct Copier {
   }
   template <int kStage>
   __device__ __forceinline__ void copy(const Layer& l) {
-    const int first = Z::first(kStage, static_cast<int>(blockIdx.x));
+    const int first = static_cast<int>(blockIdx.x) * Z::own(kStage);
     if (first >= Z::all(kStage)) return;
 #pragma unroll 1
     for (int t = 0; t < Z::tiles(kStage); ++t) {
@@ -359,7 +365,7 @@ struct Computer {
     const int step = unit % kSteps;
     if (step % kPart == 0) barrier_wait(shared_address(&s.full[place.slot]), place.turn);
     const int row = lane / 4;
-    const char* const from = ring + place.slot * kSlotBytes + row * Z::pitch(kStage) * 2 +
+    const char* const from = ring + place.slot * Z::kSlotBytes + row * Z::pitch(kStage) * 2 +
                              lane % 4 * 16 + warp * kStep * 2 + step % kPart * kUnit * 2;
     w = {};
     if (row < rows) w.upper = *reinterpret_cast<const uint4*>(from);
@@ -396,10 +402,15 @@ struct Computer {
   }
   [[nodiscard]] __device__ __forceinline__ int which() const { return thread / (kThreads / 2); }
   __device__ __forceinline__ float finished() const {
-    float sum = s.partials[turn][which()][0][sequence()][tile_row()];
+    float parts[kWarps];
 #pragma unroll
-    for (int w = 1; w < kWarps; ++w) sum += s.partials[turn][which()][w][sequence()][tile_row()];
-    return sum;
+    for (int w = 0; w < kWarps; ++w)
+      parts[w] = s.partials[turn][which()][w][sequence()][tile_row()];
+    return sum_of(parts);
+  }
+  /// In pairs, which is a shorter chain than one after the other.
+  __device__ __forceinline__ static float sum_of(const float (&v)[kWarps]) {
+    return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
   }
 
   template <int kStage>
@@ -486,10 +497,10 @@ struct Computer {
   }
   /// 1 / rms of this thread's sequence.
   __device__ __forceinline__ float rstd() const {
-    float sum = s.squares[sequence()][0];
-#pragma unroll
-    for (int w = 1; w < kWarps; ++w) sum += s.squares[sequence()][w];
-    return rsqrtf(fmaf(sum, 1.0F / Z::kInputs, p.eps));
+    float parts[kWarps];
+    load_vec<float, 4>(s.squares[sequence()], *reinterpret_cast<float(*)[4]>(parts));
+    load_vec<float, 4>(s.squares[sequence()] + 4, *reinterpret_cast<float(*)[4]>(parts + 4));
+    return rsqrtf(fmaf(sum_of(parts), 1.0F / Z::kInputs, p.eps));
   }
   [[nodiscard]] __device__ __forceinline__ std::int64_t window_of(int own) const {
     return (sequence() * std::int64_t{Z::kChannels} + first_channel + own) * kWidth;
@@ -504,13 +515,13 @@ struct Computer {
     w.taps = reinterpret_cast<const uint2*>(l.conv_weight)[c];
     w.bias = l.conv_bias != nullptr ? l.conv_bias[c] : from_float<bf16>(0.0F);
   }
-  __device__ __forceinline__ float convolve(const Window& w, float* state, float newest) const {
-    const float4 next = make_float4(w.values.y, w.values.z, w.values.w, newest);
-    float sum = fmaf(low(w.taps.x), next.x, to_float(w.bias));
-    sum = fmaf(high(w.taps.x), next.y, sum);
-    sum = fmaf(low(w.taps.y), next.z, sum);
-    sum = fmaf(high(w.taps.y), next.w, sum);
-    *reinterpret_cast<float4*>(state) = next;
+  /// Moves the window on.
+  __device__ __forceinline__ static float convolve(Window& w, float newest) {
+    w.values = make_float4(w.values.y, w.values.z, w.values.w, newest);
+    float sum = fmaf(low(w.taps.x), w.values.x, to_float(w.bias));
+    sum = fmaf(high(w.taps.x), w.values.y, sum);
+    sum = fmaf(low(w.taps.y), w.values.z, sum);
+    sum = fmaf(high(w.taps.y), newest, sum);
     return rounded(sum * conv::gate(sum));
   }
   /// Channels `own` and the next one of a sequence.
@@ -519,7 +530,7 @@ struct Computer {
     publish(p.words + to + (n * Z::kChannels + first_channel + own) / 2, pack_bf16(mine, next),
             epoch);
   }
-  __device__ __forceinline__ void finish_in(const Window& w, const Layer& l, int own,
+  __device__ __forceinline__ void finish_in(Window& w, const Layer& l, int own,
                                             unsigned epoch) const {
     if (sequence() >= kRows) return;  // whole warps, or half of one for one sequence
     const bool exists = finishes(own, kChannels);
@@ -529,11 +540,12 @@ struct Computer {
       return;
     }
     float u = 0.0F;
-    if (exists) u = convolve(w, l.conv_state + window_of(own), v);
+    if (exists) u = convolve(w, v);
     const float next = __shfl_down_sync(kRows == 1 ? 0xFFFFU : 0xFFFFFFFFU, u, 1);
     if (!exists) return;
     if (own % 2 == 0) publish_pair(To::u, sequence(), own, u, next, epoch);
     s.u[sequence()][own] = u;
+    *reinterpret_cast<float4*>(l.conv_state + window_of(own)) = w.values;
   }
   __device__ __forceinline__ void in_proj(const Layer& l, unsigned epoch) {
     Window window{};
@@ -573,23 +585,15 @@ struct Computer {
   }
   __device__ __forceinline__ void x_proj(const Layer&, unsigned epoch) {
     constexpr int kOwn = Z::own(kXDbl);
-    const int first = Z::first(kXDbl, static_cast<int>(blockIdx.x));
+    const int first = static_cast<int>(blockIdx.x) * kOwn;
     if (first >= Z::kXDblRows) return;
-    if (Z::kCluster > 1 && thread == 0) s.mailbox.expect(batch * Z::kXDblRows * 4);
     products<kXDbl>(
         s.operand[0], [&] { take_operand(To::u, epoch); },
         [&](int t) {
           const int own = (t + which()) * kTileRows + tile_row();
           if (!finishes(own, kOwn)) return;
-          const float v = rounded(finished());
-          if constexpr (Z::kCluster > 1) {
-#pragma unroll
-            for (int rank = 0; rank < Z::kCluster; ++rank)
-              send(&s.x_dbl[sequence()][first + own], s.mailbox, rank, v);
-          } else {
-            publish(p.words + To::x_dbl + sequence() * Z::kXDblRows + first + own,
-                    __float_as_uint(v), epoch);
-          }
+          publish(p.words + To::x_dbl + sequence() * Z::kXDblRows + first + own,
+                  __float_as_uint(rounded(finished())), epoch);
         });
   }
   /// r = x + residual: to the others, and as it is stored.
@@ -682,9 +686,8 @@ struct Computer {
     return C * h;
   }
   /// Moves a channel on by its token; the gated output.
-  __device__ __forceinline__ float advance(ScanLane<Z>& a, const Layer& l, int i) const {
-    const bool exists = i < batch * kChannels;
-    const int n = exists ? i / kChannels : 0;
+  __device__ __forceinline__ float advance(ScanLane<Z>& a, int i) const {
+    const int n = i < batch * kChannels ? i / kChannels : 0;
     const int own = i % kChannels;
     const float* const x_dbl = s.x_dbl[n];
     const float u = s.u[n][own];
@@ -698,7 +701,6 @@ struct Computer {
                      advance(a.h.y, a.A.y, delta, drive, B.y, C.y)) +
                     (advance(a.h.z, a.A.z, delta, drive, B.z, C.z) +
                      advance(a.h.w, a.A.w, delta, drive, B.w, C.w));
-    if (exists) *reinterpret_cast<float4*>(l.lrnn_state + state_of(i)) = a.h;
     return rounded(fmaf(a.D, u, lane_sum(y)) * gate);
   }
   /// A log2(e) from A_log.
@@ -725,19 +727,17 @@ struct Computer {
   /// `a` has been loaded for the first item.
   __device__ __forceinline__ void scan(const Layer& l, ScanLane<Z>& a, unsigned epoch) const {
     rates(a.A);
-    if constexpr (Z::kCluster > 1)
-      s.mailbox.wait(static_cast<int>(epoch - p.epoch) % 2);
-    else
-      take_x_dbl(epoch);
+    take_x_dbl(epoch);
     const int items = batch * kChannels;
 #pragma unroll 1
     for (int first = 0;; first += kItems) {
       const int i = first + thread / kLanes;
       if (first + warp * (32 / kLanes) >= items) break;
-      const float v = advance(a, l, i);
+      const float v = advance(a, i);
       const float next = __shfl_down_sync(0xFFFFFFFFU, v, kLanes);
       if (i < items && i % 2 == 0 && thread % kLanes == 0)
         publish_pair(To::v, i / kChannels, i % kChannels, v, next, epoch);
+      if (i < items) *reinterpret_cast<float4*>(l.lrnn_state + state_of(i)) = a.h;
       if (first + kItems >= items) break;
       load(a, l, i + kItems);
       rates(a.A);
@@ -773,12 +773,8 @@ __device__ __forceinline__ void prepare(const Args& p, Shared<Z, kRows>& s) {
       barrier_init(shared_address(&s.empty[i]), kWarps);
     }
     barrier_init_done();
-    if constexpr (Z::kCluster > 1) s.mailbox.init();
   }
-  if constexpr (Z::kCluster > 1)
-    cluster_sync();
-  else
-    __syncthreads();
+  __syncthreads();
 }
 
 #endif
@@ -839,43 +835,32 @@ bool aligned(const MambaStackStep& a) {
   });
 }
 
-/// How the kernel is launched: all blocks at the same time, in clusters if there are any.
-struct Launch {
-  cudaLaunchAttribute attributes[2] = {};
-  cudaLaunchConfig_t config = {};
-
-  Launch(int cluster, int shared, cudaStream_t stream) {
-    attributes[0].id = cudaLaunchAttributeCooperative;
-    attributes[0].val.cooperative = 1;
-    attributes[1].id = cudaLaunchAttributeClusterDimension;
-    attributes[1].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
-    config.gridDim = kBlocks;
-    config.blockDim = kThreads + 32;
-    config.dynamicSmemBytes = static_cast<std::size_t>(shared);
-    config.stream = stream;
-    config.attrs = attributes;
-    config.numAttrs = cluster > 1 ? 2 : 1;
-  }
-  Launch(const Launch&) = delete;
-  Launch& operator=(const Launch&) = delete;
-};
-
 /// Whether all blocks of the kernel run at the same time on the current device.
 template <class Kernel>
-bool fits(Kernel* kernel, int cluster, const Launch& launch) {
+bool fits(Kernel* kernel) {
   int device = 0;
   int allowed = 0;
   LRNN_CUDA_CHECK(cudaGetDevice(&device));
   LRNN_CUDA_CHECK(cudaDeviceGetAttribute(&allowed, cudaDevAttrCooperativeLaunch, device));
   cudaFuncAttributes attributes{};
   LRNN_CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel));
-  if (allowed == 0 || multiprocessors() < kBlocks || compute_capability() < 90 ||
-      attributes.ptxVersion < 90)
-    return false;
-  if (cluster == 1) return true;
-  int clusters = 0;
-  LRNN_CUDA_CHECK(cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch.config));
-  return clusters * cluster >= kBlocks;
+  return allowed != 0 && multiprocessors() >= kBlocks && compute_capability() >= 90 &&
+         attributes.ptxVersion >= 90;
+}
+
+template <class Kernel>
+void launch(cudaStream_t stream, Kernel* kernel, int shared, const Args& p) {
+  cudaLaunchAttribute together{};
+  together.id = cudaLaunchAttributeCooperative;
+  together.val.cooperative = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = kBlocks;
+  config.blockDim = kThreads + 32;
+  config.dynamicSmemBytes = static_cast<std::size_t>(shared);
+  config.stream = stream;
+  config.attrs = &together;
+  config.numAttrs = 1;
+  LRNN_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, p));
 }
 
 template <class Z, int kRows>
@@ -883,13 +868,11 @@ bool step(Context& ctx, const MambaStackStep& a) {
   const auto kernel = stack_kernel<Z, kRows>;
   constexpr int kOffset = kRingOffset<Z, kRows>;
   Args p{};
-  p.slots = std::min(Shared<Z, kRows>::kMaxSlots, (shared_memory_per_block() - kOffset) / kSlotBytes);
-  if (p.slots < kMinSlots) return false;
-  const int shared = kOffset + p.slots * kSlotBytes;
+  p.slots = std::min(Shared<Z, kRows>::kMaxSlots, (shared_memory_per_block() - kOffset) / Z::kSlotBytes);
+  if (p.slots < kMinSlots || !fits(kernel)) return false;
+  const int shared = kOffset + p.slots * Z::kSlotBytes;
   LRNN_CUDA_CHECK(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
-  const Launch launch(Z::kCluster, shared, ctx.stream().handle);
-  if (!fits(kernel, Z::kCluster, launch)) return false;
   // Cleared: no layer has number 0.
   constexpr std::int64_t kWords = Exchange<Z, kRows>::kWords;
   Tensor words = ctx.zeros(Shape{2 * kWords}, DType::float32);
@@ -909,7 +892,7 @@ bool step(Context& ctx, const MambaStackStep& a) {
       p.layers[j] = pointers(a.layers[static_cast<std::size_t>(begin + j)]);
     p.x = i == 0 ? a.x.data<bf16>() : p.y;
     p.residual = i > 0 ? p.residual_out : a.residual ? a.residual.raw() : nullptr;
-    LRNN_CUDA_CHECK(cudaLaunchKernelEx(&launch.config, kernel, p));
+    launch(ctx.stream().handle, kernel, shared, p);
   }
   return true;
 }
@@ -918,22 +901,23 @@ template <class Z>
 bool step_rows(Context& ctx, const MambaStackStep& a) {
   const std::int64_t batch = a.x.dim(0);
   if (batch == 1) return step<Z, 1>(ctx, a);
+  if (batch == 2) return step<Z, 2>(ctx, a);
   if (batch <= 4) return step<Z, 4>(ctx, a);
   return false;
 }
 
-#ifndef LRNN_CLUSTER
-#define LRNN_CLUSTER 8
+#ifndef LRNN_SLOT
+#define LRNN_SLOT 4
 #endif
 bool step_together(Context& ctx, const MambaStackStep& a) {
   if (!usual(a) || !aligned(a)) return false;
   switch (a.x.dim(1)) {
     case 256:
-      return step_rows<Sizes<256, LRNN_CLUSTER>>(ctx, a);
+      return step_rows<Sizes<256, 3>>(ctx, a);
     case 768:
-      return step_rows<Sizes<768, LRNN_CLUSTER>>(ctx, a);
+      return step_rows<Sizes<768, 3>>(ctx, a);
     case 2048:
-      return step_rows<Sizes<2048, LRNN_CLUSTER>>(ctx, a);
+      return step_rows<Sizes<2048, LRNN_SLOT>>(ctx, a);
     default:
       return false;
   }

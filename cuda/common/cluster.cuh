@@ -53,30 +53,19 @@ struct Mailbox {
   }
 };
 
-/// The address of `p` in the shared memory of block `rank` of the cluster.
-__device__ __forceinline__ std::uint32_t address_in(const void* p, int rank) {
-  std::uint32_t there = 0;
-#if __CUDA_ARCH__ >= 900
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(p)), "r"(rank));
-#endif
-  return there;
-}
 /// Stores where block `rank` of the cluster has `to`, and counts there in `mailbox`.
 __device__ __forceinline__ void send(float2* to, Mailbox& mailbox, int rank, float2 v) {
 #if __CUDA_ARCH__ >= 900
+  std::uint32_t there;
+  std::uint32_t counter;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(to)), "r"(rank));
+  asm("mapa.shared::cluster.u32 %0, %1, %2;"
+      : "=r"(counter)
+      : "r"(shared_address(&mailbox)), "r"(rank));
   asm volatile(
       "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(
-          address_in(to, rank)),
-      "f"(v.x), "f"(v.y), "r"(address_in(&mailbox, rank))
-      : "memory");
-#endif
-}
-__device__ __forceinline__ void send(float* to, Mailbox& mailbox, int rank, float v) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile(
-      "st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(
-          address_in(to, rank)),
-      "f"(v), "r"(address_in(&mailbox, rank))
+          there),
+      "f"(v.x), "f"(v.y), "r"(counter)
       : "memory");
 #endif
 }
