@@ -1,17 +1,18 @@
 // A stack of Mamba blocks, one token of a few sequences, in one cooperative launch.
 //
-// A block owns 1 / kBlocks of the channels of E (their rows of in_proj, convolution, scan) and of the
-// rows of x_proj and out_proj, the same in every layer. A layer has four stages, between which every
-// block needs what all the others have made: r (the residual sum), u, [q | B | C] and v. There is no
-// barrier: every value goes to L2 beside the number of its layer, in one store, and whoever needs it
-// asks for it until it has that number. One warp of a block does nothing but copy the weights, which
-// it reads through a ring of buffers, as far ahead of the others as the ring reaches. The other
-// kWarps multiply on tensor cores, weights as the left operand and the sequences as its few columns,
-// each a part of the depth; they take the first weights of a stage before they ask for its input.
+// A block owns 1 / kBlocks of the channels of E (their rows of in_proj, convolution, scan) and of
+// the rows of x_proj and out_proj, the same in every layer. A layer has four stages, between which
+// every block needs what all the others have made: r (the residual sum), u, [q | B | C] and v.
+// There is no barrier: every value goes to L2 beside the number of its layer, in one store, and
+// whoever needs it asks for it until it has that number. One warp of a block does nothing but copy
+// the weights, which it reads through a ring of buffers, as far ahead of the others as the ring
+// reaches. The other kWarps multiply on tensor cores, weights as the left operand and the sequences
+// as its few columns, each a part of the depth; they take the first weights of a stage before they
+// ask for its input.
 //
-// A sum is cut by its depth alone: 32 of every 256 go to each warp. So the bits depend neither on the
-// device nor on the number of sequences.
-// Bound by the latency of the exchanges and of the stages for small layers, by HBM for large ones.
+// A sum is cut by its depth alone: 32 of every 256 go to each warp. So the bits depend neither on
+// the device nor on the number of sequences. Bound by the latency of the exchanges and of the
+// stages for small layers, by HBM for large ones.
 #include <algorithm>
 
 #include "common/capability.cuh"
@@ -28,30 +29,29 @@ namespace {
 constexpr int kBlocks = 128;
 constexpr int kWarps = 8;  // that compute; one more copies
 constexpr int kThreads = 32 * kWarps;
-constexpr int kTileRows = 16;     // of a weight, in a product
-constexpr int kStep = 32;         // depth of a step of a warp: two products
+constexpr int kTileRows = 16;  // of a weight, in a product
+constexpr int kStep = 32;      // depth of a step of a warp: two products
 constexpr int kUnit = kStep * kWarps;
-constexpr int kPad = 32;          // elements behind a row, so that two rows fill the banks
+constexpr int kPad = 32;  // elements behind a row, so that two rows fill the banks
+constexpr int kSlotBytes = kTileRows * (3 * kUnit + kPad) * 2;  // of the ring: 3 steps of a tile
 constexpr int kMinSlots = 3;
-constexpr int kMostAhead = 8;     // pairs of words that a thread asks for at a time
-constexpr int kHeldSteps = 6;     // of a stage, whose weights wait in registers
-constexpr int kStates = 4;        // of a lane
-constexpr int kLanes = 4;         // of a channel
+constexpr int kMostAhead = 8;  // pairs of words that a thread asks for at a time
+constexpr int kHeldSteps = 6;  // of a stage, whose weights wait in registers
+constexpr int kStates = 4;     // of a lane
+constexpr int kLanes = 4;      // of a channel
 constexpr int kDState = kStates * kLanes;
-constexpr int kWidth = 4;         // of the convolution
+constexpr int kWidth = 4;               // of the convolution
 constexpr int kRankGroup = 4 * kLanes;  // weights of dt that the lanes of a channel read at a time
-constexpr int kMaxLayers = 24;    // whose pointers are arguments
-constexpr int kComputers = 1;     // barrier of the warps that compute
+constexpr int kMaxLayers = 24;          // whose pointers are arguments
+constexpr int kComputers = 1;           // barrier of the warps that compute
 
 /// Products of a layer, in their order.
 enum Stage { kIn, kXDbl, kOut, kStages };
 
-/// Sizes of a model of d_model kInputs with the usual options. A buffer of the ring takes kSlotSteps
-/// steps of a tile.
-template <int kInputs_, int kSlotSteps>
+/// Sizes of a model of d_model kInputs with the usual options.
+template <int kInputs_>
 struct Sizes {
   static constexpr int kInputs = kInputs_;
-  static constexpr int kSlotBytes = kTileRows * (kSlotSteps * kUnit + kPad) * 2;
   static constexpr int kChannels = 2 * kInputs;
   static constexpr int kRank = kInputs / 16;
   static constexpr int kXDblRows = kRank + 2 * kDState;
@@ -63,7 +63,9 @@ struct Sizes {
   __host__ __device__ static constexpr int lesser(int a, int b) { return a < b ? a : b; }
   /// Rows of a block.
   __host__ __device__ static constexpr int own(int stage) { return ceil_div(all(stage), kBlocks); }
-  __host__ __device__ static constexpr int depth(int stage) { return stage == kIn ? kInputs : kChannels; }
+  __host__ __device__ static constexpr int depth(int stage) {
+    return stage == kIn ? kInputs : kChannels;
+  }
   __host__ __device__ static constexpr int steps(int stage) { return depth(stage) / kUnit; }
   /// Tiles of rows; in kIn those of u and z take turns.
   __host__ __device__ static constexpr int tiles(int stage) {
@@ -120,9 +122,9 @@ struct Args {
 /// What blocks exchange: words of kRows sequences.
 template <class Z, int kRows>
 struct Exchange {
-  static constexpr int r = 0;                              // [B, H], float32
-  static constexpr int u = r + kRows * Z::kInputs;         // [B, E / 2], pairs
-  static constexpr int v = u + kRows * Z::kChannels / 2;   // [B, E / 2], pairs
+  static constexpr int r = 0;                                 // [B, H], float32
+  static constexpr int u = r + kRows * Z::kInputs;            // [B, E / 2], pairs
+  static constexpr int v = u + kRows * Z::kChannels / 2;      // [B, E / 2], pairs
   static constexpr int x_dbl = v + kRows * Z::kChannels / 2;  // [B, R + 2 N], float32
   static constexpr int kWords = x_dbl + kRows * Z::kXDblRows;
 };
@@ -173,10 +175,7 @@ __device__ __forceinline__ void gather(unsigned epoch, At at, Use use) {
   Word v[kCount][2] = {};
 #pragma unroll
   for (int j = 0; j < kCount; ++j) from[j] = at(j);
-#ifdef LRNN_SPIN_LIMIT
-  const long long start = clock64();
-#endif
-#if LRNN_GATHER == 1
+  // What is there is not asked for again: waiting must not slow down the weights on their way.
   bool wanted[kCount];
 #pragma unroll
   for (int j = 0; j < kCount; ++j) wanted[j] = from[j] != nullptr;
@@ -192,21 +191,6 @@ __device__ __forceinline__ void gather(unsigned epoch, At at, Use use) {
                                 static_cast<unsigned>(v[j][1] >> 32) != epoch);
       missing |= wanted[j];
     }
-#else
-  bool missing = true;
-#pragma unroll 1
-  while (missing) {
-    missing = false;
-#pragma unroll
-    for (int j = 0; j < kCount; ++j) load_words(from[j] != nullptr, from[j], v[j][0], v[j][1]);
-#pragma unroll
-    for (int j = 0; j < kCount; ++j)
-      missing |= from[j] != nullptr && (static_cast<unsigned>(v[j][0] >> 32) != epoch ||
-                                        static_cast<unsigned>(v[j][1] >> 32) != epoch);
-#endif
-#ifdef LRNN_SPIN_LIMIT
-    if (clock64() - start > 400000000LL) __trap();
-#endif
   }
 #pragma unroll
   for (int j = 0; j < kCount; ++j)
@@ -250,7 +234,7 @@ struct Copier {
       if (lane == 0) barrier_expect(full, rows * columns * 2);
       __syncwarp();
       if (lane < rows)
-        copy_bytes(ring + static_cast<std::uint32_t>(place.slot * Z::kSlotBytes +
+        copy_bytes(ring + static_cast<std::uint32_t>(place.slot * kSlotBytes +
                                                      lane * Z::pitch(kStage) * 2),
                    weight + k, columns * 2, full);
       place.next(p.slots);
@@ -262,7 +246,8 @@ struct Copier {
     if (first >= Z::all(kStage)) return;
 #pragma unroll 1
     for (int t = 0; t < Z::tiles(kStage); ++t) {
-      const int row = first + Z::first_row(kStage, t) + (kStage == kIn && t % 2 != 0 ? Z::kChannels : 0);
+      const int row =
+          first + Z::first_row(kStage, t) + (kStage == kIn && t % 2 != 0 ? Z::kChannels : 0);
       copy<kStage>(l.weights[kStage] + static_cast<std::int64_t>(row) * Z::depth(kStage),
                    Z::rows(kStage, t));
     }
@@ -350,8 +335,8 @@ struct Computer {
   __device__ __forceinline__ static void sync() { group_wait(kComputers, kThreads); }
 
   // --- products ------------------------------------------------------------------------------
-  // A step of a warp is two products of depth 16. Lane 4 g + c has 8 neighbours in depth, 8 c on, of
-  // rows g and g + 8 of the weight and of sequence g: the order within a step is free.
+  // A step of a warp is two products of depth 16. Lane 4 g + c has 8 neighbours in depth, 8 c on,
+  // of rows g and g + 8 of the weight and of sequence g: the order within a step is free.
 
   struct Weights {
     uint4 upper, lower;
@@ -365,7 +350,7 @@ struct Computer {
     const int step = unit % kSteps;
     if (step % kPart == 0) barrier_wait(shared_address(&s.full[place.slot]), place.turn);
     const int row = lane / 4;
-    const char* const from = ring + place.slot * Z::kSlotBytes + row * Z::pitch(kStage) * 2 +
+    const char* const from = ring + place.slot * kSlotBytes + row * Z::pitch(kStage) * 2 +
                              lane % 4 * 16 + warp * kStep * 2 + step % kPart * kUnit * 2;
     w = {};
     if (row < rows) w.upper = *reinterpret_cast<const uint4*>(from);
@@ -384,7 +369,7 @@ struct Computer {
   }
   /// Sums of this warp's part of a tile, to shared memory.
   __device__ __forceinline__ void store(const float (&c)[2][4], int which) {
-    float(&to)[kRows][kTileRows] = s.partials[turn][which][warp];
+    float (&to)[kRows][kTileRows] = s.partials[turn][which][warp];
     const int row = lane / 4;
     const int column = lane % 4 * 2;
 #pragma unroll
@@ -394,8 +379,8 @@ struct Computer {
         to[column + j][row + 8] = c[0][j + 2] + c[1][j + 2];
       }
   }
-  /// Row of a tile and sequence whose sum this thread finishes: the first half of the threads in the
-  /// first of two tiles.
+  /// Row of a tile and sequence whose sum this thread finishes: the first half of the threads in
+  /// the first of two tiles.
   [[nodiscard]] __device__ __forceinline__ int tile_row() const { return thread % kTileRows; }
   [[nodiscard]] __device__ __forceinline__ int sequence() const {
     return thread / kTileRows % (kThreads / 2 / kTileRows);
@@ -418,8 +403,8 @@ struct Computer {
   template <int kStage>
   static constexpr int kHeld = Z::lesser(kHeldSteps, kUnits<kStage>);
 
-  /// All products of a stage. take() brings their operand, of rows `pitch` elements apart; finish(t)
-  /// gets tiles t and t + 1.
+  /// All products of a stage. take() brings their operand, of rows `pitch` elements apart;
+  /// finish(t) gets tiles t and t + 1.
   template <int kStage, class Take, class Finish>
   __device__ __forceinline__ void products(const bf16* operand, Take take, Finish finish) {
     constexpr int kSteps = Z::steps(kStage);
@@ -498,8 +483,8 @@ struct Computer {
   /// 1 / rms of this thread's sequence.
   __device__ __forceinline__ float rstd() const {
     float parts[kWarps];
-    load_vec<float, 4>(s.squares[sequence()], *reinterpret_cast<float(*)[4]>(parts));
-    load_vec<float, 4>(s.squares[sequence()] + 4, *reinterpret_cast<float(*)[4]>(parts + 4));
+    load_vec<float, 4>(s.squares[sequence()], *reinterpret_cast<float (*)[4]>(parts));
+    load_vec<float, 4>(s.squares[sequence()] + 4, *reinterpret_cast<float (*)[4]>(parts + 4));
     return rsqrtf(fmaf(sum_of(parts), 1.0F / Z::kInputs, p.eps));
   }
   [[nodiscard]] __device__ __forceinline__ std::int64_t window_of(int own) const {
@@ -868,9 +853,10 @@ bool step(Context& ctx, const MambaStackStep& a) {
   const auto kernel = stack_kernel<Z, kRows>;
   constexpr int kOffset = kRingOffset<Z, kRows>;
   Args p{};
-  p.slots = std::min(Shared<Z, kRows>::kMaxSlots, (shared_memory_per_block() - kOffset) / Z::kSlotBytes);
+  p.slots =
+      std::min(Shared<Z, kRows>::kMaxSlots, (shared_memory_per_block() - kOffset) / kSlotBytes);
   if (p.slots < kMinSlots || !fits(kernel)) return false;
-  const int shared = kOffset + p.slots * Z::kSlotBytes;
+  const int shared = kOffset + p.slots * kSlotBytes;
   LRNN_CUDA_CHECK(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
   // Cleared: no layer has number 0.
@@ -899,25 +885,29 @@ bool step(Context& ctx, const MambaStackStep& a) {
 
 template <class Z>
 bool step_rows(Context& ctx, const MambaStackStep& a) {
-  const std::int64_t batch = a.x.dim(0);
-  if (batch == 1) return step<Z, 1>(ctx, a);
-  if (batch == 2) return step<Z, 2>(ctx, a);
-  if (batch <= 4) return step<Z, 4>(ctx, a);
-  return false;
+  switch (a.x.dim(0)) {
+    case 1:
+      return step<Z, 1>(ctx, a);
+    case 2:
+      return step<Z, 2>(ctx, a);
+    default:
+      return false;  // for more the exchanges cost more than the launches
+  }
 }
 
-#ifndef LRNN_SLOT
-#define LRNN_SLOT 4
-#endif
 bool step_together(Context& ctx, const MambaStackStep& a) {
   if (!usual(a) || !aligned(a)) return false;
   switch (a.x.dim(1)) {
     case 256:
-      return step_rows<Sizes<256, 3>>(ctx, a);
+      return step_rows<Sizes<256>>(ctx, a);
     case 768:
-      return step_rows<Sizes<768, 3>>(ctx, a);
+      return step_rows<Sizes<768>>(ctx, a);
+    case 1024:
+      return step_rows<Sizes<1024>>(ctx, a);
+    case 1536:
+      return step_rows<Sizes<1536>>(ctx, a);
     case 2048:
-      return step_rows<Sizes<2048, LRNN_SLOT>>(ctx, a);
+      return step_rows<Sizes<2048>>(ctx, a);
     default:
       return false;
   }

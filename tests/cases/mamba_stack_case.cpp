@@ -1,6 +1,6 @@
-#include "lrnn/ops/mamba_stack.hpp"
-
 #include <cmath>
+
+#include "lrnn/ops/mamba_stack.hpp"
 
 #include "support/op_case.hpp"
 
@@ -110,14 +110,15 @@ OpCase mamba_stack_case(const Sizes& z) {
 std::vector<OpCase> cases() {
   std::vector<OpCase> all;
   for (const Sizes& z : {
-           Sizes{1, 1, 768, 1536, 16, 48, 4},                        // one launch
-           Sizes{3, 2, 256, 512, 16, 16, 4, false, false, false},    // nothing before
-           Sizes{2, 3, 768, 1536, 16, 48, 4, true, true},            // rounded residual
-           Sizes{2, 4, 768, 1536, 16, 48, 4},                        // most sequences
-           Sizes{25, 1, 256, 512, 16, 16, 4},                        // two launches
-           Sizes{1, 1, 2048, 4096, 16, 128, 4},                      // weights in many parts
-           Sizes{2, 9, 256, 512, 16, 16, 4},                         // by parts: sequences
-           Sizes{2, 1, 6, 9, 3, 2, 3, true, true},                   // by parts: sizes
+           Sizes{2, 1, 768, 1536, 16, 48, 4},                      // one launch
+           Sizes{3, 2, 256, 512, 16, 16, 4, false, false, false},  // nothing before
+           Sizes{2, 2, 768, 1536, 16, 48, 4, true, true},          // rounded residual
+           Sizes{25, 1, 256, 512, 16, 16, 4},                      // two launches
+           Sizes{1, 2, 1024, 2048, 16, 64, 4},                     // tiles of all rows
+           Sizes{1, 1, 1536, 3072, 16, 96, 4},                     // and of half of them
+           Sizes{1, 1, 2048, 4096, 16, 128, 4},                    // weights in many parts
+           Sizes{2, 9, 256, 512, 16, 16, 4},                       // by parts: sequences
+           Sizes{2, 1, 6, 9, 3, 2, 3, true, true},                 // by parts: sizes
        })
     all.push_back(mamba_stack_case(z));
   return all;
