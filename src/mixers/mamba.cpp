@@ -263,6 +263,25 @@ void Mamba::do_backward(Context& ctx, MixerSaved& base, const MixerBackward& arg
   in_proj_.backward(ctx, dxz, saved.x, args.dx);
 }
 
+std::optional<MambaStackLayer> Mamba::stack_layer(MixerState& base) const {
+  const bool plain = discretization_ == SelectiveDiscretization::Mamba && !in_proj_.bias_value() &&
+                     !out_proj_.bias_value();
+  if (!plain) return {};
+  State& state = state_as<State>(base);
+  return MambaStackLayer{.norm_weight = {},
+                         .in_proj = in_proj_.weight_value(),
+                         .conv_weight = conv_weight(),
+                         .conv_bias = conv_bias(),
+                         .x_proj = x_proj_.weight_value(),
+                         .dt_weight = dt_weight_.value,
+                         .dt_bias = dt_bias_.value,
+                         .A_log = A_log_.value,
+                         .D = D_.value,
+                         .out_proj = out_proj_.weight_value(),
+                         .conv_state = state.conv_state,
+                         .lrnn_state = state.lrnn_state};
+}
+
 void Mamba::do_step(Context& ctx, const MixerStep& args) const {
   const std::int64_t batch = args.x.dim(0);
   const DType dtype = args.x.dtype();

@@ -110,6 +110,11 @@ Tensor last_valid_positions(Context& ctx, TensorView x, const std::vector<std::i
   return out;
 }
 
+bool same_sizes(const MambaStackLayer& a, const MambaStackLayer& b) {
+  return a.A_log.shape() == b.A_log.shape() && a.dt_weight.shape() == b.dt_weight.shape() &&
+         a.conv_weight.shape() == b.conv_weight.shape();
+}
+
 // Sums of the residual stream after the layers that were asked for.
 class LayerOutputs {
  public:
@@ -406,6 +411,34 @@ EncoderOutput LRNNLMHeadModel::encode(Context& ctx, TensorView input_ids,
   return out;
 }
 
+std::vector<MambaStackLayer> LRNNLMHeadModel::stack_from(std::size_t begin,
+                                                         const InferenceCache& cache) const {
+  std::vector<MambaStackLayer> run;
+  for (std::size_t i = begin; i < blocks_.size(); ++i) {
+    const auto layer = blocks_[i].stack_layer(cache.state(i));
+    if (!layer || (!run.empty() && !same_sizes(*layer, run.front()))) break;
+    run.push_back(*layer);
+  }
+  return run;
+}
+
+Tensor LRNNLMHeadModel::step_stack(Context& ctx, std::span<const MambaStackLayer> layers,
+                                   TensorView hidden, TensorView residual,
+                                   BlockSaved& saved) const {
+  const Shape rows = {hidden.dim(0), config_.d_model};
+  const auto flat = [&](auto t) { return t ? t.reshape(rows) : t; };
+  Tensor y = ctx.empty(hidden.shape(), hidden.dtype());
+  saved.norm.residual = ctx.empty(
+      hidden.shape(), config_.residual_in_fp32 ? accumulate_dtype(dtype()) : activation_dtype_);
+  mamba_stack_step(ctx, {.layers = layers,
+                         .eps = config_.norm_epsilon,
+                         .x = flat(hidden),
+                         .residual = flat(residual),
+                         .y = flat(y.view()),
+                         .residual_out = flat(saved.norm.residual.view())});
+  return y;
+}
+
 CausalLMOutput LRNNLMHeadModel::step(Context& ctx, TensorView input_ids, InferenceCache& cache,
                                      const StepOptions& options) const {
   constexpr const char* op = "LRNNLMHeadModel::step";
@@ -423,13 +456,20 @@ CausalLMOutput LRNNLMHeadModel::step(Context& ctx, TensorView input_ids, Inferen
   BlockInputs block_inputs{.integration_timesteps = inputs.tau, .position_ids = inputs.positions};
   LayerOutputs layer_outputs(options.layer_outputs);
   BlockSaved last;
-  for (std::size_t i = 0; i < blocks_.size(); ++i) {
+  const bool whole_runs = options.layer_outputs.empty() && !inputs.tau;
+  for (std::size_t i = 0; i < blocks_.size();) {
     BlockSaved block;
-    block_inputs.state = &cache.state(i);
-    hidden = blocks_[i].step(ctx, std::move(hidden), block_inputs, block);
+    const auto run = whole_runs ? stack_from(i, cache) : std::vector<MambaStackLayer>();
+    if (!run.empty()) {
+      hidden = step_stack(ctx, run, hidden, block_inputs.residual, block);
+    } else {
+      block_inputs.state = &cache.state(i);
+      hidden = blocks_[i].step(ctx, std::move(hidden), block_inputs, block);
+    }
     block_inputs.residual = block.residual();
     layer_outputs.collect(ctx, i, hidden, block_inputs.residual);
     last = std::move(block);
+    i += std::max<std::size_t>(1, run.size());
   }
   cache.advance(1);
   return {head(ctx, norm_f_->normalize(ctx, hidden, block_inputs.residual)), layer_outputs.take()};

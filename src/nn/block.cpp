@@ -1,5 +1,7 @@
 #include "lrnn/nn/block.hpp"
 
+#include "lrnn/mixers/mamba.hpp"
+
 namespace lrnn {
 
 Tensor BlockSaved::keep_first_norm() {
@@ -60,6 +62,15 @@ Tensor Block::step(Context& ctx, Tensor hidden, const BlockInputs& inputs,
                      .y = mixed,
                      .state = *inputs.state});
   return feed_forward(ctx, std::move(mixed), saved, false);
+}
+
+std::optional<MambaStackLayer> Block::stack_layer(MixerState& state) const {
+  const auto* const mamba = dynamic_cast<const Mamba*>(mixer_.get());
+  const AddNorm::Options& norm = norm_.options();
+  if (mamba == nullptr || mlp_ || norm.kind != NormKind::Rms || !norm.fused) return {};
+  std::optional<MambaStackLayer> layer = mamba->stack_layer(state);
+  if (layer) layer->norm_weight = norm_.weight_value();
+  return layer;
 }
 
 Tensor Block::feed_forward(Context& ctx, Tensor hidden, BlockSaved& saved,

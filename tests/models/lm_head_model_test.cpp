@@ -6,6 +6,7 @@
 
 #include <gtest/gtest.h>
 
+#include "lrnn/core/graph.hpp"
 #include "lrnn/core/random.hpp"
 
 namespace lrnn {
@@ -247,6 +248,70 @@ TEST_F(Model, ChunkedPrefillAndStepsEqualForward) {
                 (void)model.step(ctx_, columns(input, 0, 1), cache);
               }).find("max_seqlen = 9"),
               std::string::npos);
+  }
+}
+
+// Runs of plain Mamba blocks, which a step takes together.
+LRNNLMHeadConfig stacked_config(std::int64_t d_model, std::vector<MixerType> types) {
+  LRNNLMHeadConfig config = small_config(std::move(types));
+  config.d_model = d_model;
+  config.d_state = 16;
+  config.d_intermediate = 0;
+  return config;
+}
+
+// Logits of steps through `input`, behind each other.
+Doubles stepped(Context& ctx, const LRNNLMHeadModel& model, TensorView input, bool recorded) {
+  const std::int64_t batch = input.dim(0);
+  const auto tokens = ctx.to_host<std::int32_t>(input);
+  auto cache = model.allocate_inference_cache(ctx, {.batch_size = batch, .max_seqlen = 64});
+  Tensor token = ctx.zeros({batch, 1}, DType::int32);
+  ArenaResource arena(ctx.memory(), std::size_t{1} << 24, ctx.stream());
+  const Context::MemoryScope scope(ctx, arena);
+  Tensor out;
+  const auto step = [&] { out = model.step(ctx, token, cache, {.validate = false}).logits; };
+  step();
+  std::optional<Graph> graph;
+  if (recorded) graph = Graph::capture(ctx, step);
+  cache.reset(ctx);
+  Doubles all(static_cast<std::size_t>(input.numel() * 19));
+  for (std::int64_t t = 0; t < input.dim(1); ++t) {
+    std::vector<double> column;
+    for (std::int64_t b = 0; b < batch; ++b)
+      column.push_back(tokens[static_cast<std::size_t>(b * input.dim(1) + t)]);
+    ctx.write_from_host(token, column);
+    if (graph)
+      graph->launch();
+    else
+      step();
+    const Doubles logits = ctx.to_host_as_double(out);
+    for (std::int64_t b = 0; b < batch; ++b)
+      std::copy_n(logits.begin() + b * 19, 19, all.begin() + (b * input.dim(1) + t) * 19);
+  }
+  return all;
+}
+
+TEST_F(Model, RunsOfMambaBlocksStepAsTheyGoForward) {
+  const auto model = make(stacked_config(8, {Mamba, Mamba, LRU, Mamba}));
+  const Tensor input = ids(3, 5);
+  EXPECT_LT(max_difference(stepped(ctx_, model, input, false), logits(model, input)), 1e-13);
+}
+
+TEST_F(Model, CudaRunsOfMambaBlocksStepAsTheyGoForward) {
+  if (Context::cuda_device_count() == 0) GTEST_SKIP() << "no CUDA device";
+  ctx_ = Context::cuda();
+  const auto model = make(stacked_config(256, {Mamba, Mamba, LRU, Mamba}), DType::bfloat16);
+  const Tensor input = ids(2, 5);
+  const Doubles steps = stepped(ctx_, model, input, false);
+  const Doubles whole = logits(model, input);
+  double largest = 0;
+  for (const double v : whole) largest = std::max(largest, std::abs(v));
+  EXPECT_LT(max_difference(steps, whole), 0.03 * largest);  // values are rounded on the way
+  EXPECT_EQ(stepped(ctx_, model, input, true), steps);
+  for (std::int64_t b = 0; b < 2; ++b) {
+    const Tensor row = ctx_.clone(input.view().slice(0, b, 1));
+    const auto begin = steps.begin() + b * 5 * 19;
+    EXPECT_EQ(stepped(ctx_, model, row, false), Doubles(begin, begin + 5 * 19)) << "row " << b;
   }
 }
 

@@ -169,6 +169,12 @@ class LRNNLMHeadModel {
                                             const ForwardOptions& options) const;
   /// From the gradients of norm_f's operands to that of the embedding. Frees what `saved` holds.
   void backward_blocks(Context& ctx, Saved& saved, AddNormGradients gradients);
+  /// Blocks from `begin` on that mamba_stack_step() takes together.
+  [[nodiscard]] std::vector<MambaStackLayer> stack_from(std::size_t begin,
+                                                        const InferenceCache& cache) const;
+  /// Block::step of all of them.
+  [[nodiscard]] Tensor step_stack(Context& ctx, std::span<const MambaStackLayer> layers,
+                                  TensorView hidden, TensorView residual, BlockSaved& saved) const;
   [[nodiscard]] Tensor head(Context& ctx, TensorView x) const;
   /// Logits [T, V] of x [T, H] by products of aligned width.
   void aligned_head(Context& ctx, TensorView x, MutableTensorView logits) const;

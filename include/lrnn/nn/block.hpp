@@ -11,6 +11,7 @@
 #include "lrnn/mixers/registry.hpp"
 #include "lrnn/nn/mlp.hpp"
 #include "lrnn/nn/norm.hpp"
+#include "lrnn/ops/mamba_stack.hpp"
 
 namespace lrnn {
 
@@ -62,6 +63,8 @@ class Block {
   /// The same for one token, hidden [B, 1, H], with the state updated in place. Recordable.
   [[nodiscard]] Tensor step(Context& ctx, Tensor hidden, const BlockInputs& inputs,
                             BlockSaved& saved) const;
+  /// What mamba_stack_step() needs to do this step, if it can.
+  [[nodiscard]] std::optional<MambaStackLayer> stack_layer(MixerState& state) const;
   /// `dhidden` and `dresidual` are the gradients of the output and of saved.residual(). Frees what
   /// `saved` holds as it goes.
   [[nodiscard]] AddNormGradients backward(Context& ctx, BlockSaved saved, TensorView dhidden,
