@@ -1,13 +1,16 @@
 /// One token through a stack of residual Mamba blocks, as one step of decoding.
 ///
-///   for every layer:  r = x + r,   n = rms_norm(r) weight                (ops/add_norm.hpp)
-///                     [u0 | z] = n in_proj^T,   u = silu(conv1d(u0)) (ops/projected_conv1d.hpp) [q
-///                     | B | C] = u x_proj^T,   dt = q dt_weight^T v = selective_scan_step(u, dt,
-///                     A_log, B, C, D, z)  (ops/selective_scan.hpp) x = v out_proj^T
+///   for every layer:
+///     r = x + r,   n = rms_norm(r) weight                  (ops/add_norm.hpp)
+///     [u0 | z] = n in_proj^T,   u = silu(conv1d(u0))       (ops/projected_conv1d.hpp)
+///     [q | B | C] = u x_proj^T,   dt = q dt_weight^T
+///     v = selective_scan_step(u, dt, A_log, B, C, D, z)    (ops/selective_scan.hpp)
+///     x = v out_proj^T
 ///
 /// x and r are what the last layer leaves to its successor. Every value is rounded to the dtype of
 /// x where those ops round it, so the result is theirs but for the order of sums, which depends on
 /// the sizes of a layer alone. For few sequences in bfloat16 CUDA does it in one launch.
+/// Paper: Gu and Dao, "Mamba", arXiv:2312.00752.
 #pragma once
 
 #include <span>
