@@ -1,8 +1,13 @@
 // One token of the selective scan: the states of every sequence read, moved on and written.
 //
 // Two kernels. The general one takes anything; its block owns some channels of one or two
-// sequences. The tiled one takes many sequences of 16 states: a block owns 64 channels of up to 16
-// sequences, whose dt it projects on tensor cores, so that a weight is read once per block.
+// sequences, one or several lanes a channel. The tiled one takes eight and more sequences of 16
+// states: a block owns 64 channels of up to 16 sequences, four lanes a channel, and projects dt on
+// tensor cores, so that the weight is read once for all of them. It moves four sequences on at a
+// time, while the states of the next four are on their way; each lane prepares and finishes one.
+//
+// Few sequences are bound by latency, many by HBM, the states in and out: within a recorded step of
+// 128 sequences on an H200, 4096 channels (67 MB) take about 21 us, 1536 channels (25 MB) about 7.
 #include "common/capability.cuh"
 #include "common/mma.cuh"
 #include "common/selective_scan.cuh"
