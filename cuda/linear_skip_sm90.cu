@@ -29,7 +29,7 @@ struct Tile {
   static constexpr int kPanels = kPanels_;
   static constexpr int kPasses = kPasses_;
   static constexpr int kGroups = kSums_ || kPasses > 1 ? 2 : 3;  // as registers allow
-  static constexpr bool kAcross = kAcross_;       // whether W is [depth, columns]
+  static constexpr bool kAcross = kAcross_;                      // whether W is [depth, columns]
   static constexpr bool kSums = kSums_;
   static constexpr int kColumns = 8 * kTiles;
   static constexpr int kQuads = kColumns / 16;  // groups of four neighbouring columns of a thread
@@ -198,6 +198,38 @@ __device__ __forceinline__ void multiply(float (&c)[Z::kTiles][4],
   pin(c);
 }
 
+/// c = scale o skip; `scale` is that of the thread's first column.
+template <int kTiles, int kQuads, class T>
+__device__ __forceinline__ void start_from(float (&c)[kTiles][4],
+                                           const Packed<T, 4> (&skip)[kQuads][2],
+                                           const float* scale) {
+#pragma unroll
+  for (int q = 0; q < kQuads; ++q) {
+    const float4 s = *reinterpret_cast<const float4*>(scale + 16 * q);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      c[2 * q][2 * half] = skip[q][half].get(0) * s.x;
+      c[2 * q][2 * half + 1] = skip[q][half].get(1) * s.y;
+      c[2 * q + 1][2 * half] = skip[q][half].get(2) * s.z;
+      c[2 * q + 1][2 * half + 1] = skip[q][half].get(3) * s.w;
+    }
+  }
+}
+
+template <class Z, class T>
+__device__ __forceinline__ void store_tile(const float (&c)[Z::kTiles][4], const Args<T>& a,
+                                           const Seat& at) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    T* const y = a.y.row(at.row[half]) + at.column;
+#pragma unroll
+    for (int q = 0; q < Z::kQuads; ++q)
+      if (at.exists[half] && at.column + 16 * q < a.columns)
+        store_packed(y + 16 * q, {c[2 * q][2 * half], c[2 * q][2 * half + 1],
+                                  c[2 * q + 1][2 * half], c[2 * q + 1][2 * half + 1]});
+  }
+}
+
 /// Column sums of a thread's rows, added over the rows of the block into its row of `partial`.
 template <class Z>
 __device__ __forceinline__ void store_sums(float (&sums)[Z::kQuads][4], float* shared,
@@ -258,17 +290,7 @@ __global__ __launch_bounds__(Z::kThreads, 1) void linear_skip_kernel(Args<T> a) 
     }
     if constexpr (!Z::kSums) load_fragments<Z>(x, a, at, 0);
     float c[Z::kTiles][4];
-#pragma unroll
-    for (int q = 0; q < Z::kQuads; ++q) {
-      const float4 s = *reinterpret_cast<const float4*>(scale + 16 * q + at.first);
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        c[2 * q][2 * half] = skip[q][half].get(0) * s.x;
-        c[2 * q][2 * half + 1] = skip[q][half].get(1) * s.y;
-        c[2 * q + 1][2 * half] = skip[q][half].get(2) * s.z;
-        c[2 * q + 1][2 * half + 1] = skip[q][half].get(3) * s.w;
-      }
-    }
+    start_from(c, skip, scale + at.first);
 #pragma unroll
     for (int pass = 0; pass < Z::kPasses; ++pass) {
       const int panel = pass * Z::kPanels;
@@ -276,15 +298,7 @@ __global__ __launch_bounds__(Z::kThreads, 1) void linear_skip_kernel(Args<T> a) 
       multiply<Z>(c, x,
                   shared_address(packed) + static_cast<std::uint32_t>(panel * Z::kPanelBytes));
     }
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      T* const y = a.y.row(at.row[half]) + at.column;
-#pragma unroll
-      for (int q = 0; q < Z::kQuads; ++q)
-        if (at.exists[half] && at.column + 16 * q < a.columns)
-          store_packed(y + 16 * q, {c[2 * q][2 * half], c[2 * q][2 * half + 1],
-                                    c[2 * q + 1][2 * half], c[2 * q + 1][2 * half + 1]});
-    }
+    store_tile<Z>(c, a, at);
   }
   if constexpr (Z::kSums) store_sums<Z>(sums, scale + Z::kColumns, a.partial, first, a.columns);
 }
