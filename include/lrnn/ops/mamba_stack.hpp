@@ -7,9 +7,10 @@
 ///     v = selective_scan_step(u, dt, A_log, B, C, D, z)    (ops/selective_scan.hpp)
 ///     x = v out_proj^T
 ///
-/// x and r are what the last layer leaves to its successor. Every value is rounded to the dtype of
-/// x where those ops round it, so the result is theirs but for the order of sums, which depends on
-/// the sizes of a layer alone. For few sequences in bfloat16 CUDA does it in one launch.
+/// x and r are what the last layer leaves to its successor. By parts the result is that of those
+/// ops. For one or two sequences in bfloat16 CUDA does it in one launch: every value is rounded
+/// where those ops round it, but for n, which is rounded before its factor 1 / rms is applied, and
+/// the order of sums differs, which depends on the sizes of a layer alone.
 /// Paper: Gu and Dao, "Mamba", arXiv:2312.00752.
 #pragma once
 
