@@ -71,7 +71,7 @@ struct Sizes {
   }
   /// Cuts time into about `wanted` segments. Two would only double the work.
   void cut(std::int64_t wanted) {
-    constexpr std::int64_t kShortest = 4;  // chunks of a segment
+    constexpr std::int64_t kShortest = 256 / kChunk;  // chunks of a segment
     const auto most = static_cast<int>(std::min<std::int64_t>(wanted, chunks / kShortest));
     const int per_segment = most < 3 ? chunks : (chunks + most - 1) / most;
     segments = (chunks + per_segment - 1) / per_segment;
