@@ -1032,8 +1032,8 @@ void launch_kernel(Context& ctx, const BackwardArgs<T>& p, unsigned blocks) {
 }
 
 /// How many launches the blocks are spread over, one after the other: so many that the partial sums
-/// of one are not the largest thing in memory, so few that each fills a GPU. A unit is a segment of
-/// a sequence.
+/// of one are not the largest thing in memory, so few that each fills a GPU. One where time is not
+/// cut: launches of whole sequences end raggedly. A unit is a segment of a sequence.
 struct Launches {
   std::int64_t units;
   std::int64_t count;
@@ -1041,12 +1041,12 @@ struct Launches {
   static std::int64_t wanted(const Sizes& z, int sums) {
     constexpr std::int64_t kMostBytes = std::int64_t{320} << 20;
     const std::int64_t bytes = std::int64_t{z.tiles} * z.batch * z.seqlen * sums * 4;
-    return (bytes + kMostBytes - 1) / kMostBytes;
+    return std::max<std::int64_t>(1, (bytes + kMostBytes - 1) / kMostBytes);
   }
   Launches(const Sizes& z, int sums) : units(std::int64_t{z.batch} * z.segments) {
     constexpr std::int64_t kFull = 384;  // blocks
-    count = std::clamp<std::int64_t>(units * z.tiles / kFull, 1,
-                                     std::max<std::int64_t>(1, std::min(units, wanted(z, sums))));
+    const std::int64_t most = z.segments == 1 ? 1 : std::min(units, units * z.tiles / kFull);
+    count = std::clamp<std::int64_t>(most, 1, wanted(z, sums));
   }
   [[nodiscard]] std::int64_t first_unit(std::int64_t launch) const {
     return units * launch / count;
