@@ -4,6 +4,7 @@
 ///   scale/<mixer>/<sizes>/train/bfloat16
 ///   layer/<mixer>/<sizes>/step/bfloat16
 ///   lm/<model>/{train,optimizer,prefill,decode}/<sizes>/bfloat16
+///   lm/<model>/train/recompute:<blocks that run again>/<sizes>/bfloat16
 ///   lm_head/<sizes>/bfloat16
 ///   lm/mamba-130m/decode/B:1/{float32,bfloat16}/cpu
 ///
@@ -277,7 +278,7 @@ void report_tokens(benchmark::State& state, const std::vector<double>& ms, std::
 
 // One recorded step, replayed, as the Trainer replays its passes: zeroed gradients, forward and
 // backward pass, optimizer.
-void train_step(benchmark::State& state, const LanguageModel& m) {
+void train_step(benchmark::State& state, const LanguageModel& m, std::int64_t recompute_blocks) {
   Loaded& l = loaded(m);
   Context& ctx = l.ctx;
   const Tensor ids = random_ids(ctx, {m.batch, m.seqlen}, m.config.vocab_size);
@@ -287,7 +288,8 @@ void train_step(benchmark::State& state, const LanguageModel& m) {
   const auto work = [&] {
     const Context::MemoryScope scope(ctx, memory);
     l.model.parameters().zero_grad(ctx);
-    static_cast<void>(l.model.loss_and_backward(ctx, ids, targets, {.validate = false}));
+    static_cast<void>(l.model.loss_and_backward(
+        ctx, ids, targets, {.recompute_blocks = recompute_blocks, .validate = false}));
     l.optimizer.step(ctx);
   };
   work();  // leaves in the pool the blocks that the recording needs
@@ -455,11 +457,18 @@ void register_models(const std::vector<LanguageModel>& models) {
   for (const LanguageModel& m : models) {
     const std::string prefix = detail::concat("lm/", m.name);
     const std::string sizes = detail::concat("/B:", m.batch, "/L:", m.seqlen, "/bfloat16");
-    benchmark::RegisterBenchmark((prefix + "/train" + sizes).c_str(),
-                                 [&m](benchmark::State& s) { train_step(s, m); })
-        ->UseManualTime()
-        ->Iterations(8)
-        ->Unit(benchmark::kMillisecond);
+    const auto register_training = [&](const std::string& name, std::int64_t recompute_blocks) {
+      benchmark::RegisterBenchmark(
+          (prefix + name + sizes).c_str(),
+          [&m, recompute_blocks](benchmark::State& s) { train_step(s, m, recompute_blocks); })
+          ->UseManualTime()
+          ->Iterations(8)
+          ->Unit(benchmark::kMillisecond);
+    };
+    register_training("/train", 0);
+    if (m.config.n_layer >= 48)  // where memory matters
+      for (const std::int64_t blocks : {m.config.n_layer * 5 / 8, m.config.n_layer})
+        register_training(detail::concat("/train/recompute:", blocks), blocks);
     benchmark::RegisterBenchmark((prefix + "/optimizer/bfloat16").c_str(),
                                  [&m](benchmark::State& s) { optimizer_step(s, m); })
         ->UseManualTime()

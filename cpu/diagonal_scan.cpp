@@ -1,12 +1,15 @@
 // Everything is computed in double, also for float operands: the sum of the two parts of a
-// multiplier needs it, and a slow lane would add up the rounding of thousands of steps.
+// multiplier needs it, and a slow lane would add up the rounding of thousands of steps. Float
+// operands have kernels of their own: diagonal_scan_float.hpp.
 #include "lrnn/ops/diagonal_scan.hpp"
 
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "common/eigen.hpp"
 #include "common/exponential.hpp"
+#include "diagonal_scan_float.hpp"
 
 namespace lrnn::cpu {
 namespace {
@@ -424,33 +427,104 @@ void write_dtau(const MutableTensorView& out, const TensorView& partial) {
   as_row_vector<T>(out) = sum.template cast<T>();
 }
 
+template <class View>
+auto* floats(const View& view) {
+  return view ? view.template data<float>() : nullptr;
+}
+FloatDiagonalScan float_scan(const Problem<float>& p) {
+  return {.a = p.multiplier.a,
+          .a_low = p.multiplier.a_low,
+          .z = p.multiplier.z,
+          .tau = p.multiplier.tau,
+          .bilinear = p.multiplier.bilinear,
+          .complex = p.drive.complex,
+          .v = p.drive.v,
+          .gamma = p.gamma,
+          .lengths = p.lengths,
+          .batch = p.batch,
+          .seqlen = p.seqlen,
+          .lanes = p.lanes,
+          .chunks = p.chunks};
+}
+
+template <class T>
+void forward(const Problem<T>& problem, const DiagonalScanForward& args) {
+#pragma omp parallel for
+  for (std::int64_t item = 0; item < problem.batch * problem.blocks; ++item)
+    forward_block(problem, args, item / problem.blocks, item % problem.blocks * kLanes);
+}
+template <>
+void forward(const Problem<float>& problem, const DiagonalScanForward& args) {
+  run_float_diagonal({.in = float_scan(problem),
+                      .state_in = floats(args.state_in),
+                      .x = floats(args.x),
+                      .state_out = floats(args.state_out),
+                      .chunk_states = floats(args.chunk_states)});
+}
+
+// The sums of each block of lanes of each sequence; dtau, if not null, is [parts, B L].
+template <class T>
+std::vector<Sums> backward(const Problem<T>& problem, const DiagonalScanBackward& args,
+                           double* dtau) {
+  std::vector<Sums> sums(static_cast<std::size_t>(problem.batch * problem.blocks));
+#pragma omp parallel for
+  for (std::int64_t item = 0; item < problem.batch * problem.blocks; ++item) {
+    const std::int64_t block = item % problem.blocks;
+    double* const part = dtau == nullptr ? nullptr : dtau + block * problem.batch * problem.seqlen;
+    sums[static_cast<std::size_t>(item)] =
+        BackwardBlock<T>(problem, args, item / problem.blocks, block * kLanes, part).run();
+  }
+  return sums;
+}
+template <>
+std::vector<Sums> backward(const Problem<float>& problem, const DiagonalScanBackward& args,
+                           double* dtau) {
+  const std::int64_t n = problem.lanes;
+  std::vector<double> multiplier(static_cast<std::size_t>(problem.batch * 2 * n));
+  std::vector<double> gamma(multiplier.size());
+  run_float_diagonal_backward({.in = float_scan(problem),
+                               .dx = floats(args.dx),
+                               .chunk_states = floats(args.chunk_states),
+                               .dstate_out = floats(args.dstate_out),
+                               .dv = floats(args.dv),
+                               .x = floats(args.x),
+                               .dstate_in = floats(args.dstate_in),
+                               .multiplier = multiplier.data(),
+                               .gamma = gamma.data(),
+                               .dtau = dtau});
+  std::vector<Sums> sums;
+  for (std::int64_t b = 0; b < problem.batch; ++b)
+    for (std::int64_t first = 0; first < n; first += kLanes) {
+      const std::int64_t at = b * 2 * n + first;
+      const std::int64_t count = std::min(kLanes, n - first);
+      sums.push_back({.multiplier = load(multiplier.data() + at, n, count),
+                      .gamma = load(gamma.data() + at, n, count)});
+    }
+  return sums;
+}
+// The parts of dtau.
+template <class T>
+std::int64_t parts_of(const Problem<T>& problem) {
+  return std::is_same_v<T, float> ? (problem.lanes + kDiagonalLanes - 1) / kDiagonalLanes
+                                  : problem.blocks;
+}
+
 }  // namespace
 
 void diagonal_scan_forward(Context&, const DiagonalScanForward& args) {
   visit_float("diagonal_scan_forward", args.v.dtype(), [&]<class T>() {
-    const Problem<T> problem(args.multiplier, args.v, args.lengths, args.gamma);
-#pragma omp parallel for
-    for (std::int64_t item = 0; item < problem.batch * problem.blocks; ++item)
-      forward_block(problem, args, item / problem.blocks, item % problem.blocks * kLanes);
+    forward(Problem<T>(args.multiplier, args.v, args.lengths, args.gamma), args);
   });
 }
 
 void diagonal_scan_backward(Context& ctx, const DiagonalScanBackward& args) {
   visit_float("diagonal_scan_backward", args.v.dtype(), [&]<class T>() {
     const Problem<T> problem(args.multiplier, args.v, args.lengths, args.gamma);
-    const std::int64_t tokens = problem.batch * problem.seqlen;
     Tensor partial;
-    if (args.dtau) partial = ctx.empty({problem.blocks, tokens}, DType::float64);
-    double* const dtau = args.dtau ? partial.view().data<double>() : nullptr;
-    std::vector<Sums> sums(static_cast<std::size_t>(problem.batch * problem.blocks));
-#pragma omp parallel for
-    for (std::int64_t item = 0; item < problem.batch * problem.blocks; ++item) {
-      const std::int64_t block = item % problem.blocks;
-      double* const part = dtau == nullptr ? nullptr : dtau + block * tokens;
-      sums[static_cast<std::size_t>(item)] =
-          BackwardBlock<T>(problem, args, item / problem.blocks, block * kLanes, part).run();
-    }
-    add_sums(problem, args, sums);
+    if (args.dtau)
+      partial = ctx.empty({parts_of(problem), problem.batch * problem.seqlen}, DType::float64);
+    add_sums(problem, args,
+             backward(problem, args, args.dtau ? partial.view().data<double>() : nullptr));
     if (args.dtau) write_dtau<T>(args.dtau, partial);
   });
 }

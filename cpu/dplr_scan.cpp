@@ -1,5 +1,6 @@
 // Heads are taken in blocks, which the compiler vectorises over: the sums over the states of a head
-// are sums of vectors. Sums over the tokens of a chunk are in T, across chunks in double.
+// are sums of vectors. Sums over the tokens of a chunk are in T, across chunks in double. Chunks in
+// float have kernels of their own: dplr_scan_float.hpp.
 #include "ops/dplr_scan.hpp"
 
 #include <algorithm>
@@ -7,6 +8,7 @@
 #include <vector>
 
 #include "common/eigen.hpp"
+#include "dplr_scan_float.hpp"
 
 namespace lrnn::cpu {
 namespace {
@@ -14,10 +16,11 @@ namespace {
 constexpr std::int64_t kChunk = kDplrScanChunk;
 // Heads of one block: a constant, so that sums do not depend on the number of threads. Unused lanes
 // of the last block hold zeros.
-constexpr std::int64_t kLanes = 16;
+constexpr std::int64_t kLanes = kFloatHeads;
 
+// In cache lines, so that no vector lies across two.
 template <class T>
-using Lanes = std::array<T, kLanes>;
+struct alignas(64) Lanes : std::array<T, kLanes> {};
 
 template <class T>
 struct Pair {
@@ -54,6 +57,13 @@ void add_scaled_conj(Pairs<T>& q, const Lanes<T>& factor, const Pairs<T>& p) {
       q[n].re[i] += factor[i] * p[n].re[i];
       q[n].im[i] -= factor[i] * p[n].im[i];
     }
+}
+template <class T>
+void add(Pair<double>& sum, const Pair<T>& value) {
+  for (std::size_t i = 0; i < kLanes; ++i) {
+    sum.re[i] += static_cast<double>(value.re[i]);
+    sum.im[i] += static_cast<double>(value.im[i]);
+  }
 }
 template <class T>
 Lanes<T> scaled(T factor, const Lanes<T>& v) {
@@ -198,13 +208,13 @@ struct Model {
       }
     }
   }
-  [[nodiscard]] Lanes<T> read(std::size_t c, const Pairs<T>& x, const Lanes<T>& u) const {
+  // Without the skip.
+  [[nodiscard]] Lanes<T> read(std::size_t c, const Pairs<T>& x) const {
     Lanes<T> sum{};
     for (std::size_t n = 0; n < x.size(); ++n)
       for (std::size_t i = 0; i < kLanes; ++i)
         sum[i] += C[c][n].re[i] * x[n].re[i] - C[c][n].im[i] * x[n].im[i];
-    for (std::size_t i = 0; i < kLanes; ++i) sum[i] = 2 * sum[i] + D[c][i] * u[i];
-    return sum;
+    return scaled(T(2), sum);
   }
   // q becomes M^* q; r[j] = <w_j, q>.
   void retreat(Pairs<T>& q, Lanes<T>* r) const {
@@ -224,6 +234,142 @@ struct Model {
   }
 };
 
+// As numbers in a row, for the kernels in float; null if there are none.
+inline const float* numbers(const Pairs<float>& v) {
+  static_assert(sizeof(Pair<float>) == 2 * kLanes * sizeof(float));
+  return v.empty() ? nullptr : v.front().re.data();
+}
+inline float* numbers(Pairs<float>& v) {
+  return v.empty() ? nullptr : v.front().re.data();
+}
+
+/// Chunks of one block of heads, token by token.
+template <class T>
+class Chunks {
+ public:
+  Chunks(const Model<T>& model, const Problem<T>& problem)
+      : model_(model),
+        states_(static_cast<std::size_t>(kChunk + 1),
+                Pairs<T>(static_cast<std::size_t>(problem.states))),
+        s_(static_cast<std::size_t>(kChunk * problem.rank)),
+        r_(static_cast<std::size_t>(problem.rank)),
+        fields_(static_cast<std::size_t>(problem.fields())) {}
+
+  // Overwrites y, [C, chunk], without the skip.
+  void forward(std::int64_t steps, const std::vector<Lanes<T>>& u, Pairs<T>& x,
+               std::vector<Lanes<T>>& y) {
+    for (std::size_t j = 0; j < static_cast<std::size_t>(steps); ++j) {
+      model_.advance(x, u[j], s_.data(), x);
+      for (std::size_t c = 0; c < model_.C.size(); ++c) y[c * kChunk + j] = model_.read(c, x);
+    }
+  }
+  // Overwrites du without the skip, and the gradients of e, b, w, k, C; x is before the chunk.
+  void backward(std::int64_t steps, const std::vector<Lanes<T>>& u, const Pairs<T>& x,
+                const std::vector<Lanes<T>>& dy, Pairs<T>& carry, std::vector<Lanes<T>>& du,
+                Pairs<T>& fields) {
+    const std::size_t rank = r_.size();
+    states_[0] = x;
+    for (std::size_t j = 0; j < static_cast<std::size_t>(steps); ++j)
+      model_.advance(states_[j], u[j], &s_[j * rank], states_[j + 1]);
+    for (auto& field : fields_) field.assign(x.size(), {});
+    for (auto j = static_cast<std::size_t>(steps); j-- > 0;) du[j] = retrace(j, u[j], dy, carry);
+    for (std::size_t f = 0; f < fields_.size(); ++f)
+      std::copy(fields_[f].begin(), fields_[f].end(),
+                fields.begin() + static_cast<std::ptrdiff_t>(f * x.size()));
+  }
+
+ private:
+  // Token j of the chunk; returns what goes to u through the state.
+  Lanes<T> retrace(std::size_t j, const Lanes<T>& u, const std::vector<Lanes<T>>& dy,
+                   Pairs<T>& carry) {
+    const std::size_t rank = r_.size();
+    for (std::size_t c = 0; c < model_.C.size(); ++c) {
+      const Lanes<T> twice = scaled(T(2), dy[c * kChunk + j]);
+      add_scaled_conj(carry, twice, model_.C[c]);
+      add_scaled_conj(fields_[2 + 2 * rank + c], twice, states_[j + 1]);
+    }
+    const Lanes<T> through = scaled(T(0.5), inner_product(model_.b, carry));
+    add_products(fields_[0], carry, states_[j]);
+    add_scaled(fields_[1], u, carry);
+    for (std::size_t r = 0; r < rank; ++r)
+      add_scaled(fields_[2 + r], scaled(T(-1), s_[j * rank + r]), carry);
+    model_.retreat(carry, r_.data());
+    for (std::size_t r = 0; r < rank; ++r)
+      add_scaled(fields_[2 + rank + r], scaled(T(-1), r_[r]), states_[j]);
+    return through;
+  }
+  // sum += q conj(x)
+  static void add_products(Pairs<T>& sum, const Pairs<T>& q, const Pairs<T>& x) {
+    for (std::size_t n = 0; n < sum.size(); ++n)
+      for (std::size_t i = 0; i < kLanes; ++i) {
+        sum[n].re[i] += q[n].re[i] * x[n].re[i] + q[n].im[i] * x[n].im[i];
+        sum[n].im[i] += q[n].im[i] * x[n].re[i] - q[n].re[i] * x[n].im[i];
+      }
+  }
+
+  const Model<T>& model_;
+  std::vector<Pairs<T>> states_;  // of the chunk
+  std::vector<Lanes<T>> s_;       // of the chunk, [chunk, R]
+  std::vector<Lanes<T>> r_;
+  std::vector<Pairs<T>> fields_;  // gradients of the chunk
+};
+
+/// In float, by the kernels.
+template <>
+class Chunks<float> {
+ public:
+  Chunks(const Model<float>& model, const Problem<float>& problem)
+      : w_(pointers(model.w)),
+        k_(pointers(model.k)),
+        C_(pointers(model.C)),
+        scratch_(
+            static_cast<std::size_t>(float_dplr_scratch(problem.states, problem.rank) / kLanes)),
+        model_{.states = problem.states,
+               .rank = problem.rank,
+               .channels = problem.channels,
+               .e = numbers(model.e),
+               .e_low = numbers(model.e_low),
+               .b = numbers(model.b),
+               .w = w_.data(),
+               .k = k_.data(),
+               .C = C_.data()} {}
+
+  void forward(std::int64_t steps, const std::vector<Lanes<float>>& u, Pairs<float>& x,
+               std::vector<Lanes<float>>& y) {
+    run_float_dplr({.model = model_,
+                    .steps = steps,
+                    .u = u.front().data(),
+                    .x = numbers(x),
+                    .y = y.front().data(),
+                    .scratch = scratch()});
+  }
+  void backward(std::int64_t steps, const std::vector<Lanes<float>>& u, const Pairs<float>& x,
+                const std::vector<Lanes<float>>& dy, Pairs<float>& carry,
+                std::vector<Lanes<float>>& du, Pairs<float>& fields) {
+    run_float_dplr_backward({.model = model_,
+                             .steps = steps,
+                             .u = u.front().data(),
+                             .x = numbers(x),
+                             .dy = dy.front().data(),
+                             .carry = numbers(carry),
+                             .du = du.front().data(),
+                             .fields = numbers(fields),
+                             .scratch = scratch()});
+  }
+
+ private:
+  static std::vector<const float*> pointers(const std::vector<Pairs<float>>& from) {
+    std::vector<const float*> to;
+    for (const auto& pairs : from) to.push_back(numbers(pairs));
+    return to;
+  }
+  float* scratch() { return scratch_.front().data(); }
+
+  std::vector<const float*> w_, k_, C_;
+  std::vector<Lanes<float>> scratch_;
+  FloatDplrModel model_;
+};
+
 template <class T>
 void forward_block(const Problem<T>& problem, const DplrScanForward& args, std::int64_t batch,
                    const Block& block) {
@@ -232,22 +378,29 @@ void forward_block(const Problem<T>& problem, const DplrScanForward& args, std::
   const std::int64_t size = 2 * problem.plane();
   const std::int64_t length = problem.length(batch);
   Pairs<T> x = problem.load_planes(row_of<T>(args.state_in, batch, size), block);
-  std::vector<Lanes<T>> s(model.k.size());
-  for (std::int64_t t = 0; t < problem.seqlen; ++t) {
-    if (t % kChunk == 0)
-      problem.store_planes(row_of<T>(args.chunk_states, batch * problem.chunks + t / kChunk, size),
-                           block, x);
-    const std::int64_t token = batch * problem.seqlen + t;
-    T* const y = args.y.data<T>() + token * problem.channels * problem.heads;
-    const bool valid = t < length;
-    Lanes<T> u{};
-    if (valid) {
-      u = load(problem.u + token * problem.heads, block);
-      model.advance(x, u, s.data(), x);
-    }
-    for (std::size_t c = 0; c < model.C.size(); ++c)
-      store(y + static_cast<std::int64_t>(c) * problem.heads, block,
-            valid ? model.read(c, x, u) : Lanes<T>{});
+  std::vector<Lanes<T>> u(kChunk);
+  std::vector<Lanes<T>> y(model.C.size() * kChunk);
+  Chunks<T> chunks(model, problem);
+  for (std::int64_t chunk = 0; chunk < problem.chunks; ++chunk) {
+    const std::int64_t begin = chunk * kChunk;
+    const std::int64_t steps = std::clamp(length - begin, std::int64_t{0}, kChunk);
+    problem.store_planes(row_of<T>(args.chunk_states, batch * problem.chunks + chunk, size), block,
+                         x);
+    for (std::int64_t j = 0; j < steps; ++j)
+      u[static_cast<std::size_t>(j)] =
+          load(problem.u + (batch * problem.seqlen + begin + j) * problem.heads, block);
+    if (steps > 0) chunks.forward(steps, u, x, y);
+    for (std::int64_t t = begin; t < std::min(begin + kChunk, problem.seqlen); ++t)
+      for (std::size_t c = 0; c < model.C.size(); ++c) {
+        const auto j = static_cast<std::size_t>(t - begin);
+        T* const out = args.y.data<T>() + ((batch * problem.seqlen + t) * problem.channels +
+                                           static_cast<std::int64_t>(c)) *
+                                              problem.heads;
+        Lanes<T> value{};
+        for (std::size_t i = 0; i < kLanes && t < length; ++i)
+          value[i] = y[c * kChunk + j][i] + model.D[c][i] * u[j][i];
+        store(out, block, value);
+      }
   }
   problem.store_planes(row_of<T>(args.state_out, batch, size), block, x);
 }
@@ -272,11 +425,12 @@ class BackwardBlock {
         block_(block),
         partial_(partial),
         model_(problem, block),
-        states_(static_cast<std::size_t>(kChunk + 1),
-                Pairs<T>(static_cast<std::size_t>(problem.states))),
-        s_(static_cast<std::size_t>(kChunk) * model_.w.size()),
-        r_(model_.w.size()),
-        fields_(static_cast<std::size_t>(problem.fields())) {}
+        chunks_(model_, problem),
+        u_(kChunk),
+        du_(kChunk),
+        dy_(static_cast<std::size_t>(problem.channels * kChunk)),
+        fields_(static_cast<std::size_t>(problem.fields() * problem.states)),
+        sums_(fields_.size()) {}
 
   void run() {
     const std::int64_t size = 2 * problem_.plane();
@@ -287,9 +441,10 @@ class BackwardBlock {
       const std::int64_t steps = std::clamp(length - begin, std::int64_t{0}, kChunk);
       const std::int64_t end = std::min(begin + kChunk, problem_.seqlen);
       for (std::int64_t t = begin + steps; t < end; ++t) store(du(t), block_, Lanes<T>{});
-      if (steps > 0) walk_chunk(chunk, begin, static_cast<std::size_t>(steps));
+      if (steps > 0) walk_chunk(chunk, begin, steps);
     }
     problem_.store_planes(row_of<T>(args_.dstate_in, batch_, size), block_, carry_);
+    for (std::int64_t f = 0; f < problem_.fields(); ++f) write_partial(f);
   }
 
  private:
@@ -297,69 +452,44 @@ class BackwardBlock {
   [[nodiscard]] T* du(std::int64_t t) const {
     return args_.du.data<T>() + token(t) * problem_.heads;
   }
-  [[nodiscard]] Lanes<T> drive(std::int64_t t) const {
-    return load(problem_.u + token(t) * problem_.heads, block_);
+  void walk_chunk(std::int64_t chunk, std::int64_t begin, std::int64_t steps) {
+    const T* const states =
+        row_of<T>(args_.chunk_states, batch_ * problem_.chunks + chunk, 2 * problem_.plane());
+    for (std::int64_t j = 0; j < steps; ++j) {
+      const std::int64_t row = token(begin + j);
+      u_[static_cast<std::size_t>(j)] = load(problem_.u + row * problem_.heads, block_);
+      for (std::int64_t c = 0; c < problem_.channels; ++c)
+        dy_[static_cast<std::size_t>(c * kChunk + j)] =
+            load(args_.dy.data<T>() + (row * problem_.channels + c) * problem_.heads, block_);
+    }
+    chunks_.backward(steps, u_, problem_.load_planes(states, block_), dy_, carry_, du_, fields_);
+    for (std::int64_t j = 0; j < steps; ++j) {
+      add_skip(static_cast<std::size_t>(j));
+      store(du(begin + j), block_, du_[static_cast<std::size_t>(j)]);
+    }
+    for (std::size_t i = 0; i < fields_.size(); ++i) add(sums_[i], fields_[i]);
   }
 
-  void walk_chunk(std::int64_t chunk, std::int64_t begin, std::size_t steps) {
-    states_[0] = problem_.load_planes(
-        row_of<T>(args_.chunk_states, batch_ * problem_.chunks + chunk, 2 * problem_.plane()),
-        block_);
-    const std::size_t rank = model_.w.size();
-    for (std::size_t j = 0; j < steps; ++j)
-      model_.advance(states_[j], drive(begin + static_cast<std::int64_t>(j)), &s_[j * rank],
-                     states_[j + 1]);
-    for (auto& field : fields_) field.assign(static_cast<std::size_t>(problem_.states), {});
-    for (std::size_t j = steps; j-- > 0;) walk_token(begin + static_cast<std::int64_t>(j), j);
-    for (std::size_t f = 0; f < fields_.size(); ++f) add_partial(f);
-  }
-
-  void walk_token(std::int64_t t, std::size_t j) {
-    const std::size_t rank = model_.w.size();
-    const Lanes<T> u = drive(t);
-    const T* const dy = args_.dy.data<T>() + token(t) * problem_.channels * problem_.heads;
-    Lanes<T> direct{};
+  // What goes through D at token j of the chunk.
+  void add_skip(std::size_t j) {
     for (std::size_t c = 0; c < model_.C.size(); ++c) {
-      const Lanes<T> g = load(dy + static_cast<std::int64_t>(c) * problem_.heads, block_);
-      const Lanes<T> twice = scaled(T(2), g);
-      add_scaled_conj(carry_, twice, model_.C[c]);
-      add_scaled_conj(fields_[2 + 2 * rank + c], twice, states_[j + 1]);
+      const Lanes<T>& g = dy_[c * kChunk + j];
       double* const skip =
           partial_.skip.data() + static_cast<std::int64_t>(c) * problem_.heads + block_.head;
-      for (std::size_t i = 0; i < kLanes; ++i) direct[i] += model_.D[c][i] * g[i];
+      for (std::size_t i = 0; i < kLanes; ++i) du_[j][i] += model_.D[c][i] * g[i];
       for (std::size_t i = 0; i < static_cast<std::size_t>(block_.count); ++i)
-        skip[i] += static_cast<double>(g[i]) * static_cast<double>(u[i]);
+        skip[i] += static_cast<double>(g[i]) * static_cast<double>(u_[j][i]);
     }
-    const Lanes<T> through = inner_product(model_.b, carry_);
-    for (std::size_t i = 0; i < kLanes; ++i) direct[i] += through[i] / 2;
-    store(du(t), block_, direct);
-    add_products(fields_[0], carry_, states_[j]);
-    add_scaled(fields_[1], u, carry_);
-    for (std::size_t r = 0; r < rank; ++r)
-      add_scaled(fields_[2 + r], scaled(T(-1), s_[j * rank + r]), carry_);
-    model_.retreat(carry_, r_.data());
-    for (std::size_t r = 0; r < rank; ++r)
-      add_scaled(fields_[2 + rank + r], scaled(T(-1), r_[r]), states_[j]);
   }
 
-  // sum += q conj(x)
-  static void add_products(Pairs<T>& sum, const Pairs<T>& q, const Pairs<T>& x) {
-    for (std::size_t n = 0; n < sum.size(); ++n)
-      for (std::size_t i = 0; i < kLanes; ++i) {
-        sum[n].re[i] += q[n].re[i] * x[n].re[i] + q[n].im[i] * x[n].im[i];
-        sum[n].im[i] += q[n].im[i] * x[n].re[i] - q[n].re[i] * x[n].im[i];
-      }
-  }
-
-  void add_partial(std::size_t field) {
-    double* const planes =
-        partial_.planes.data() + static_cast<std::int64_t>(field) * 2 * problem_.plane();
+  void write_partial(std::int64_t field) const {
+    double* const planes = partial_.planes.data() + field * 2 * problem_.plane();
     for (std::int64_t i = 0; i < block_.count; ++i)
       for (std::int64_t n = 0; n < problem_.states; ++n) {
-        const Pair<T>& pair = fields_[field][static_cast<std::size_t>(n)];
+        const Pair<double>& sum = sums_[static_cast<std::size_t>(field * problem_.states + n)];
         double* const at = planes + (block_.head + i) * problem_.states + n;
-        at[0] += static_cast<double>(pair.re[static_cast<std::size_t>(i)]);
-        at[problem_.plane()] += static_cast<double>(pair.im[static_cast<std::size_t>(i)]);
+        at[0] = sum.re[static_cast<std::size_t>(i)];
+        at[problem_.plane()] = sum.im[static_cast<std::size_t>(i)];
       }
   }
 
@@ -369,18 +499,20 @@ class BackwardBlock {
   Block block_;
   Partial& partial_;
   Model<T> model_;
+  Chunks<T> chunks_;
   Pairs<T> carry_;
-  std::vector<Pairs<T>> states_;  // of the chunk
-  std::vector<Lanes<T>> s_;       // of the chunk, [chunk, R]
-  std::vector<Lanes<T>> r_;
-  std::vector<Pairs<T>> fields_;  // gradients of the chunk
+  std::vector<Lanes<T>> u_;   // of the chunk
+  std::vector<Lanes<T>> du_;  // of the chunk
+  std::vector<Lanes<T>> dy_;  // of the chunk, [C, chunk]
+  Pairs<T> fields_;           // gradients of the chunk, [fields, N]
+  Pairs<double> sums_;        // those of all chunks
 };
 
 // out += the sums over the sequences of `count` partial sums, in order. Element i of out is
 // element `place(i)` of each.
 template <class T, class Place>
 void add_sums(const MutableTensorView& out, const std::vector<Partial>& partials,
-              std::vector<double> Partial::*member, Place&& place) {
+              std::vector<double> Partial::* member, Place&& place) {
   if (!out) return;
   T* const target = out.data<T>();
   const std::int64_t count = out.numel();

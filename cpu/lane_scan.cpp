@@ -1,13 +1,16 @@
 // Lanes are taken in blocks, which the compiler vectorises over, and time in chunks. Inside a chunk
 // the sub-states come one after another, each with all its time steps, so that its state and
-// multiplier stay in registers. Sums within a chunk are in T, across chunks in double.
+// multiplier stay in registers. Sums within a chunk are in T, across chunks in double. Chunks in
+// float have kernels of their own: lane_scan_float.hpp.
 #include "ops/lane_scan.hpp"
 
 #include <algorithm>
 #include <array>
+#include <type_traits>
 #include <vector>
 
 #include "common/eigen.hpp"
+#include "lane_scan_float.hpp"
 
 namespace lrnn::cpu {
 namespace {
@@ -15,10 +18,11 @@ namespace {
 constexpr std::int64_t kChunk = kLaneScanChunk;
 // Lanes of one block: a constant, so that sums do not depend on the number of threads. Unused lanes
 // of the last block hold zeros.
-constexpr std::int64_t kLanes = 16;
+constexpr std::int64_t kLanes = kFloatLanes;
 
+// In cache lines, so that no vector lies across two.
 template <class T>
-using Lanes = std::array<T, kLanes>;
+struct alignas(64) Lanes : std::array<T, kLanes> {};
 
 template <class T>
 struct Pair {
@@ -137,6 +141,54 @@ struct Problem : detail::LaneScanSizes {
   [[nodiscard]] std::int64_t blocks() const { return (inputs + kLanes - 1) / kLanes; }
 };
 
+// What all chunks of one block of lanes share.
+template <class T>
+struct Model {
+  std::vector<Pair<T>> a;        // [M]
+  std::vector<Pair<T>> weights;  // [C, M]
+  std::vector<Pair<T>> gaps;     // [M], for as many steps
+  std::int64_t gap_steps = 0;
+
+  Model(const Problem<T>& problem, const Block& block)
+      : gaps(problem.a_low == nullptr ? 0 : static_cast<std::size_t>(problem.substates)) {
+    for (std::int64_t m = 0; m < problem.substates; ++m)
+      a.push_back(problem.load_pair(problem.a, block, m));
+    for (std::int64_t c = 0; c < problem.channels; ++c)
+      for (std::int64_t m = 0; m < problem.substates; ++m)
+        weights.push_back(problem.weight(c, block, m));
+  }
+  [[nodiscard]] const Pair<T>& weight(std::size_t c, std::size_t m) const {
+    return weights[c * a.size() + m];
+  }
+  // Most chunks have as many steps as the one before them.
+  void prepare_gaps(const Problem<T>& problem, const Block& block, std::int64_t steps) {
+    if (steps == gap_steps) return;
+    gap_steps = steps;
+    for (std::size_t m = 0; m < gaps.size(); ++m)
+      gaps[m] = problem.gap(a[m], block, static_cast<std::int64_t>(m), steps);
+  }
+};
+
+// As numbers in a row, for the kernels in float.
+inline const float* numbers(const std::vector<Pair<float>>& v) {
+  static_assert(sizeof(Pair<float>) == 2 * kLanes * sizeof(float));
+  return v.front().re.data();
+}
+inline float* numbers(std::vector<Pair<float>>& v) {
+  return v.front().re.data();
+}
+template <std::size_t size>
+FloatLaneChunk float_chunk(const Model<float>& model, const std::array<Lanes<float>, size>& v,
+                           std::size_t steps) {
+  const std::size_t substates = model.a.size();
+  return {.v = v.front().data(),
+          .a = numbers(model.a),
+          .weights = numbers(model.weights),
+          .steps = static_cast<std::int64_t>(steps),
+          .substates = static_cast<std::int64_t>(substates),
+          .channels = static_cast<std::int64_t>(model.weights.size() / substates)};
+}
+
 // States of one block of lanes, [M].
 template <class T>
 std::vector<Pair<T>> load_states(const Problem<T>& problem, const TensorView& states,
@@ -157,6 +209,32 @@ void store_states(const Problem<T>& problem, const MutableTensorView& states, st
     problem.store_pair(planes, block, m, values[static_cast<std::size_t>(m)]);
 }
 
+// A chunk of `steps` tokens, without gaps: advances the states and overwrites w, [C, chunk].
+template <class T>
+void advance_chunk(const Model<T>& model, const std::array<Lanes<T>, kChunk>& v, std::size_t steps,
+                   std::vector<Pair<T>>& states, std::vector<Lanes<T>>& w) {
+  if constexpr (std::is_same_v<T, float>) {
+    run_float_lanes(
+        {.in = float_chunk(model, v, steps), .states = numbers(states), .w = w.front().data()});
+    return;
+  }
+  std::fill(w.begin(), w.end(), Lanes<T>{});
+  for (std::size_t m = 0; m < states.size(); ++m) {
+    Pair<T> x = states[m];
+    for (std::size_t j = 0; j < steps; ++j) {
+      x = times(model.a[m], x);
+      for (std::size_t i = 0; i < kLanes; ++i) x.re[i] += v[j][i];
+      for (std::size_t c = 0; c < w.size() / kChunk; ++c) {
+        Lanes<T>& sum = w[c * kChunk + j];
+        const Pair<T>& weight = model.weight(c, m);
+        for (std::size_t i = 0; i < kLanes; ++i)
+          sum[i] += weight.re[i] * x.re[i] - weight.im[i] * x.im[i];
+      }
+    }
+    states[m] = x;
+  }
+}
+
 // One sequence and one block of lanes, forward. Calls emit(t, c, w) with the read-out of channel c
 // at every valid position.
 template <class T, class Emit>
@@ -164,36 +242,23 @@ void forward_block(const Problem<T>& problem, const LaneScanForward& args, std::
                    const Block& block, Emit&& emit) {
   const std::int64_t length = problem.length(b);
   const auto channels = static_cast<std::size_t>(problem.channels);
+  Model<T> model(problem, block);
   std::vector<Pair<T>> states = load_states(problem, args.state_in, b, block);
-  std::vector<Pair<T>> weights(channels);
+  std::vector<Pair<T>> entering;
   std::vector<Lanes<T>> w(channels * kChunk);
   std::array<Lanes<T>, kChunk> v;
   for (std::int64_t chunk = 0; chunk < problem.chunks; ++chunk) {
     const std::int64_t begin = chunk * kChunk;
     const std::int64_t steps = std::clamp(length - begin, std::int64_t{0}, kChunk);
     store_states(problem, args.chunk_states, b * problem.chunks + chunk, block, states);
+    if (steps == 0) continue;
     for (std::int64_t j = 0; j < steps; ++j)
       v[static_cast<std::size_t>(j)] = problem.drive(b * problem.seqlen + begin + j, block);
-    std::fill(w.begin(), w.end(), Lanes<T>{});
-    for (std::int64_t m = 0; m < problem.substates && steps > 0; ++m) {
-      const Pair<T> a = problem.load_pair(problem.a, block, m);
-      for (std::size_t c = 0; c < channels; ++c)
-        weights[c] = problem.weight(static_cast<std::int64_t>(c), block, m);
-      Pair<T>& state = states[static_cast<std::size_t>(m)];
-      Pair<T> x = state;
-      for (std::size_t j = 0; j < static_cast<std::size_t>(steps); ++j) {
-        x = times(a, x);
-        for (std::size_t i = 0; i < kLanes; ++i) x.re[i] += v[j][i];
-        for (std::size_t c = 0; c < channels; ++c) {
-          Lanes<T>& sum = w[c * kChunk + j];
-          const Pair<T>& weight = weights[c];
-          for (std::size_t i = 0; i < kLanes; ++i)
-            sum[i] += weight.re[i] * x.re[i] - weight.im[i] * x.im[i];
-        }
-      }
-      if (problem.a_low != nullptr) add(x, times(problem.gap(a, block, m, steps), state));
-      state = x;
-    }
+    model.prepare_gaps(problem, block, steps);
+    if (problem.a_low != nullptr) entering = states;
+    advance_chunk(model, v, static_cast<std::size_t>(steps), states, w);
+    for (std::size_t m = 0; m < model.gaps.size(); ++m)
+      add(states[m], times(model.gaps[m], entering[m]));
     for (std::size_t c = 0; c < channels; ++c)
       for (std::size_t j = 0; j < static_cast<std::size_t>(steps); ++j)
         emit(begin + static_cast<std::int64_t>(j), static_cast<std::int64_t>(c), w[c * kChunk + j],
@@ -261,9 +326,11 @@ class BackwardBlock {
         block_(block),
         partial_(partial),
         channels_(static_cast<std::size_t>(problem.channels)),
+        model_(problem, block),
         dy_(channels_ * kChunk),
-        weights_(channels_),
-        dW_(channels_),
+        da_(model_.a.size()),
+        dW_(model_.weights.size()),
+        sums_(da_.size() + dW_.size()),
         skip_(channels_),
         dskip_(channels_) {
     for (std::size_t c = 0; c < channels_ && problem.skip != nullptr; ++c)
@@ -279,15 +346,11 @@ class BackwardBlock {
       const std::int64_t begin = chunk * kChunk;
       steps_ = static_cast<std::size_t>(std::clamp(length - begin, std::int64_t{0}, kChunk));
       load_chunk(begin);
-      if (steps_ > 0) {
-        const auto before =
-            load_states(problem_, args_.chunk_states, b_ * problem_.chunks + chunk, block_);
-        for (std::int64_t m = 0; m < problem_.substates; ++m)
-          substate(m, before[static_cast<std::size_t>(m)], carries[static_cast<std::size_t>(m)]);
-      }
+      if (steps_ > 0) walk_chunk(chunk, carries);
       store_chunk(begin, first);
     }
     store_states(problem_, args_.dstate_in, b_, block_, carries);
+    write_partial();
     for (std::size_t c = 0; c < channels_ && problem_.groups == 1; ++c)
       store(partial_.skip.data() + static_cast<std::int64_t>(c) * problem_.lanes + block_.lane, 1,
             block_.count, dskip_[c]);
@@ -316,55 +379,75 @@ class BackwardBlock {
     }
   }
 
-  void substate(std::int64_t m, Pair<T> x, Pair<T>& carry) {
-    const Pair<T> a = problem_.load_pair(problem_.a, block_, m);
-    for (std::size_t c = 0; c < channels_; ++c) {
-      weights_[c] = problem_.weight(static_cast<std::int64_t>(c), block_, m);
-      dW_[c] = {};
-    }
+  void walk_chunk(std::int64_t chunk, std::vector<Pair<T>>& carries) {
+    const auto before =
+        load_states(problem_, args_.chunk_states, b_ * problem_.chunks + chunk, block_);
+    model_.prepare_gaps(problem_, block_, static_cast<std::int64_t>(steps_));
+    std::vector<Pair<T>> entering;
+    if (problem_.a_low != nullptr) entering = carries;
+    if constexpr (std::is_same_v<T, float>)
+      run_float_lanes_backward({.in = float_chunk(model_, v_, steps_),
+                                .states = numbers(before),
+                                .dy = dy_.front().data(),
+                                .carries = numbers(carries),
+                                .dv = dv_.front().data(),
+                                .da = numbers(da_),
+                                .dW = numbers(dW_)});
+    else
+      for (std::size_t m = 0; m < carries.size(); ++m) substate(m, before[m], carries[m]);
+    for (std::size_t m = 0; m < model_.gaps.size(); ++m)
+      add(carries[m], times_conj(entering[m], model_.gaps[m]));
+    for (std::size_t i = 0; i < da_.size(); ++i) add(sums_[i], da_[i]);
+    for (std::size_t i = 0; i < dW_.size(); ++i) add(sums_[da_.size() + i], dW_[i]);
+  }
+
+  void substate(std::size_t m, Pair<T> x, Pair<T>& carry) {
+    const Pair<T>& a = model_.a[m];
+    Pair<T>& da = da_[m];
+    da = {};
+    for (std::size_t c = 0; c < channels_; ++c) dW_[c * da_.size() + m] = {};
     for (std::size_t j = 0; j < steps_; ++j) {
       states_[j] = x;
       x = times(a, x);
       for (std::size_t i = 0; i < kLanes; ++i) x.re[i] += v_[j][i];
     }
     states_[steps_] = x;
-    const Pair<T> entering = carry;
-    Pair<T> da;
     for (std::size_t j = steps_; j-- > 0;) {
       Pair<T> p = carry;
       for (std::size_t c = 0; c < channels_; ++c) {
         const Lanes<T>& g = dy_[c * kChunk + j];
-        const Pair<T>& weight = weights_[c];
+        const Pair<T>& weight = model_.weight(c, m);
         for (std::size_t i = 0; i < kLanes; ++i) {
           p.re[i] += g[i] * weight.re[i];
           p.im[i] -= g[i] * weight.im[i];
         }
         const Pair<T>& after = states_[j + 1];
+        Pair<T>& dW = dW_[c * da_.size() + m];
         for (std::size_t i = 0; i < kLanes; ++i) {
-          dW_[c].re[i] += g[i] * after.re[i];
-          dW_[c].im[i] -= g[i] * after.im[i];
+          dW.re[i] += g[i] * after.re[i];
+          dW.im[i] -= g[i] * after.im[i];
         }
       }
       for (std::size_t i = 0; i < kLanes; ++i) dv_[j][i] += p.re[i];
       add(da, times_conj(p, states_[j]));
       carry = times_conj(p, a);
     }
-    if (problem_.a_low != nullptr)
-      add(carry,
-          times_conj(entering, problem_.gap(a, block_, m, static_cast<std::int64_t>(steps_))));
-    add_partial(0, m, da);
-    for (std::size_t c = 0; c < channels_; ++c)
-      add_partial(2 + 2 * static_cast<std::int64_t>(c), m, dW_[c]);
   }
 
-  void add_partial(std::int64_t row, std::int64_t m, const Pair<T>& value) const {
-    double* const out =
-        partial_.planes.data() + row * problem_.plane() + block_.lane * problem_.substates + m;
-    for (std::int64_t i = 0; i < block_.count; ++i) {
-      const auto k = static_cast<std::size_t>(i);
-      out[i * problem_.substates] += static_cast<double>(value.re[k]);
-      out[problem_.plane() + i * problem_.substates] += static_cast<double>(value.im[k]);
-    }
+  // Those of a are row 0 of the planes, those of the weights of channel c row 2 + 2 c.
+  void write_partial() const {
+    for (std::size_t row = 0; row <= channels_; ++row)
+      for (std::size_t m = 0; m < da_.size(); ++m) {
+        const Pair<double>& sum = sums_[row * da_.size() + m];
+        double* const out = partial_.planes.data() +
+                            (2 * static_cast<std::int64_t>(row) * problem_.lanes + block_.lane) *
+                                problem_.substates +
+                            static_cast<std::int64_t>(m);
+        for (std::int64_t i = 0; i < block_.count; ++i) {
+          out[i * problem_.substates] = sum.re[static_cast<std::size_t>(i)];
+          out[problem_.plane() + i * problem_.substates] = sum.im[static_cast<std::size_t>(i)];
+        }
+      }
   }
 
   void store_chunk(std::int64_t begin, bool first) {
@@ -396,13 +479,15 @@ class BackwardBlock {
   Block block_;
   Partial& partial_;
   std::size_t channels_;
+  Model<T> model_;
   std::size_t steps_ = 0;           // valid positions of the chunk
   std::array<Lanes<T>, kChunk> v_;  // of the chunk
   std::array<Lanes<T>, kChunk> dv_;
-  std::vector<Lanes<T>> dy_;      // [C, chunk]
-  std::vector<Pair<T>> weights_;  // of the sub-state, [C]
-  std::vector<Pair<T>> dW_;
-  std::array<Pair<T>, kChunk + 1> states_;
+  std::vector<Lanes<T>> dy_;                // [C, chunk]
+  std::vector<Pair<T>> da_;                 // of the chunk, [M]
+  std::vector<Pair<T>> dW_;                 // of the chunk, [C, M]
+  std::vector<Pair<double>> sums_;          // of all chunks, [1 + C, M]
+  std::array<Pair<T>, kChunk + 1> states_;  // of a sub-state
   std::vector<Lanes<T>> skip_;
   std::vector<Lanes<double>> dskip_;
 };
@@ -410,7 +495,7 @@ class BackwardBlock {
 // out[r, i] += the sum over the sequences of row `row` + r of their partial sums, in order.
 template <class T>
 void add_rows(const MutableTensorView& out, const std::vector<Partial>& partials,
-              std::vector<double> Partial::*member, std::int64_t first, T* target,
+              std::vector<double> Partial::* member, std::int64_t first, T* target,
               std::int64_t count) {
   if (!out) return;
 #pragma omp parallel for

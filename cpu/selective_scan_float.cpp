@@ -12,13 +12,14 @@ namespace {
 
 // Whose state and rate stay in the second cache: rows are read in pieces as long as can be.
 constexpr std::int64_t kMostStates = std::int64_t{1} << 16;
-constexpr int kFloatChannels = 16;  // of a work item: a cache line
+constexpr int kFloatChannels = 16;  // of a group: a cache line
+constexpr int kFloatTile = 16;      // tokens in scratch
 
 // Between buffers that are read and one that is written at the same time: loads wait for a store
 // whose address is a multiple of 4 KiB away.
 constexpr std::int64_t kFloatSkew = 192;
 constexpr std::int64_t kFloatParts = 16;  // of dB and dC of a few tokens and a state
-// Of rows of a group in scratch: neighbours lie in different sets of the first cache.
+// Of rows of kFloatGroup channels in scratch: neighbours lie in different sets of the first cache.
 constexpr std::int64_t kRowStride = kFloatGroup + kFloatChannels;
 // Floats of a group in the backward pass; see Work.
 std::int64_t group_scratch(std::int64_t dstate) {
@@ -51,7 +52,8 @@ void run_float_scan(const FloatScan& p) {
 #pragma omp parallel
   {
     const FlushDenormals flush;
-    const auto scratch = lines_of(groups * 2 * kFloatChannels * (p.dstate + 1));
+    const auto scratch =
+        lines_of(groups * 2 * kFloatChannels * (p.dstate + 1) + 3 * kFloatTile * kRowStride);
 #pragma omp for collapse(2) schedule(dynamic)
     for (std::int64_t b = 0; b < p.batch; ++b)
       for (std::int64_t g = 0; g < all; g += groups)

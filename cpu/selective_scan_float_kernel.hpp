@@ -2,10 +2,9 @@
 // common/isa.hpp.
 namespace LRNN_ISA {
 
-constexpr int kVectors = kFloatChannels / kLanes;
-constexpr int kTokens = kMost;      // pass through a state while it is in a register
-constexpr int kTile = 4 * kTokens;  // go through all channels before the next ones
-static_assert(kSelectiveScanChunk % kTile == 0);
+constexpr int kTokens = kMost;     // pass through a state while it is in a register
+constexpr int kTile = kFloatTile;  // go through all channels before the next ones
+static_assert(kSelectiveScanChunk % kTile == 0 && kTile % kTokens == 0);
 
 // A_log becomes A times log2(e).
 inline void rates(float* A, std::int64_t size) {
@@ -56,62 +55,102 @@ LRNN_INLINE void advance(const FloatScan& p, std::int64_t row, const int count, 
     advance_states(p, row, count, A, h, delta, drive, y, false);
 }
 
-// A vector of channels. A, times log2(e) and with the least of all N after them, and h are
-// [N + 1, kFloatChannels] and begin with these.
-struct Channels {
-  std::int64_t first, count;
-  const float* A;
-  float* h;
-};
-// What the tokens of a tile bring, and what they leave.
+// The tokens of a tile in scratch, [kTile, kRowStride] each: some channels of their rows.
 struct Tile {
-  Vec delta[kTile], drive[kTile], y[kTile];
+  float *delta, *drive, *y;
 };
-enum class Stage { Read, Advance, Write };
 
-LRNN_INLINE void read_tokens(const FloatScan& p, const Channels& c, std::int64_t row, Vec* delta,
-                             Vec* drive, Vec* y, const int count) {
-  const Vec bias = load_some(p.dt_bias + c.first, c.count);
-  const Vec D = p.D == nullptr ? Vec{} : load_some(p.D + c.first, c.count);
-  Vec v[kTokens];
-  LRNN_EACH v[j] = load_some(p.dt + (row + j) * p.dt_stride + c.first, c.count) + bias;
-  softplus(v, count);
+// Neighbouring vectors of channels of a row, `channels` of them left.
+struct Place {
+  std::int64_t row, first, channels;
+  std::int64_t at;  // in the tile
+};
+// A single vector may be the last of a row, with fewer channels than it has room for.
+LRNN_INLINE void load_vectors(const float* from, const Place& at, Vec* v, const int count) {
+  LRNN_EACH v[j] = count == 1 ? load_some(from, at.channels) : load(from + j * kLanes);
+}
+LRNN_INLINE void store_vectors(float* to, const Place& at, const Vec* v, const int count) {
+  if (count == 1) return store_some(to, v[0], at.channels);
+  LRNN_EACH store(to + j * kLanes, v[j]);
+}
+
+LRNN_INLINE void read_vectors(const FloatScan& p, const Tile& tile, const Place& at,
+                              const int count) {
+  Vec delta[kMost];
+  Vec bias[kMost];
+  Vec u[kMost];
+  Vec D[kMost] = {};
+  load_vectors(p.dt + at.row * p.dt_stride + at.first, at, delta, count);
+  load_vectors(p.dt_bias + at.first, at, bias, count);
+  LRNN_EACH delta[j] += bias[j];
+  softplus(delta, count);
+  load_vectors(p.u + at.row * p.u_stride + at.first, at, u, count);
+  if (p.D != nullptr) load_vectors(p.D + at.first, at, D, count);
   LRNN_EACH {
-    const Vec u = load_some(p.u + (row + j) * p.u_stride + c.first, c.count);
-    delta[j] = v[j];
-    drive[j] = v[j] * u;
-    y[j] = D * u;
+    store(tile.delta + at.at + j * kLanes, delta[j]);
+    store(tile.drive + at.at + j * kLanes, delta[j] * u[j]);
+    store(tile.y + at.at + j * kLanes, D[j] * u[j]);
   }
 }
-LRNN_INLINE void write_tokens(const FloatScan& p, const Channels& c, std::int64_t row, Vec* y,
-                              const int count) {
+LRNN_INLINE void write_vectors(const FloatScan& p, const Tile& tile, const Place& at,
+                               const int count) {
+  Vec y[kMost];
+  LRNN_EACH y[j] = load(tile.y + at.at + j * kLanes);
   if (p.z != nullptr) {
-    Vec z[kTokens];
-    Vec gate[kTokens];
-    LRNN_EACH gate[j] = z[j] = load_some(p.z + (row + j) * p.z_stride + c.first, c.count);
+    Vec z[kMost];
+    Vec gate[kMost];
+    load_vectors(p.z + at.row * p.z_stride + at.first, at, z, count);
+    LRNN_EACH gate[j] = z[j];
     sigmoid(gate, count);
     LRNN_EACH y[j] *= z[j] * gate[j];
   }
-  LRNN_EACH store_some(p.y + (row + j) * p.y_stride + c.first, y[j], c.count);
+  store_vectors(p.y + at.row * p.y_stride + at.first, at, y, count);
 }
-LRNN_INLINE void run_stage(Stage stage, const FloatScan& p, const Channels& c, std::int64_t row,
-                           Tile& tile, int i, const int count) {
-  if (stage == Stage::Read)
-    read_tokens(p, c, row, tile.delta + i, tile.drive + i, tile.y + i, count);
-  else if (stage == Stage::Advance)
-    advance(p, row, count, c.A, c.h, tile.delta + i, tile.drive + i, tile.y + i);
-  else
-    write_tokens(p, c, row, tile.y + i, count);
-}
-// `tokens` <= kTile of them from row `row` on. The stages go one after the other through all of
-// them: each waits for long chains of its own, which those of other tokens hide.
-inline void run_tile(const FloatScan& p, const Channels& c, std::int64_t row, int tokens) {
-  Tile tile;
-  for (const Stage stage : {Stage::Read, Stage::Advance, Stage::Write}) {
-    int i = 0;
-    for (; i + kTokens <= tokens; i += kTokens) run_stage(stage, p, c, row + i, tile, i, kTokens);
-    for (; i < tokens; ++i) run_stage(stage, p, c, row + i, tile, i, 1);
+// Reads into the tile or writes from it along `tokens` rows from `row` on, for `channels` channels
+// from `first` on. Inlined, so that `reading` is a constant.
+LRNN_INLINE void walk_rows(const FloatScan& p, const Tile& tile, const bool reading,
+                           std::int64_t row, int tokens, std::int64_t first,
+                           std::int64_t channels) {
+  for (int i = 0; i < tokens; ++i) {
+    Place at = {row + i, first, channels, i * kRowStride};
+    while (at.channels > 0) {
+      const int count = at.channels >= kMost * kLanes ? kMost : 1;
+      if (reading && count > 1)
+        read_vectors(p, tile, at, kMost);
+      else if (reading)
+        read_vectors(p, tile, at, 1);
+      else if (count > 1)
+        write_vectors(p, tile, at, kMost);
+      else
+        write_vectors(p, tile, at, 1);
+      at.first += count * kLanes;
+      at.channels -= count * kLanes;
+      at.at += count * kLanes;
+    }
   }
+}
+
+LRNN_INLINE void advance_tokens(const FloatScan& p, std::int64_t row, const float* A, float* h,
+                                const Tile& tile, std::int64_t at, const int count) {
+  Vec delta[kTokens];
+  Vec drive[kTokens];
+  Vec y[kTokens];
+  LRNN_EACH {
+    delta[j] = load(tile.delta + at + j * kRowStride);
+    drive[j] = load(tile.drive + at + j * kRowStride);
+    y[j] = load(tile.y + at + j * kRowStride);
+  }
+  advance(p, row, count, A, h, delta, drive, y);
+  LRNN_EACH store(tile.y + at + j * kRowStride, y[j]);
+}
+// Takes a vector of channels, at `at` in the tile, through `tokens` tokens. A, times log2(e) and
+// with the least of all N after them, and h are [N + 1, kFloatChannels] and begin with these.
+inline void advance_vector(const FloatScan& p, std::int64_t row, int tokens, const float* A,
+                           float* h, const Tile& tile, std::int64_t at) {
+  int i = 0;
+  for (; i + kTokens <= tokens; i += kTokens)
+    advance_tokens(p, row + i, A, h, tile, at + i * kRowStride, kTokens);
+  for (; i < tokens; ++i) advance_tokens(p, row + i, A, h, tile, at + i * kRowStride, 1);
 }
 
 // States of `channels` channels, to [E, N].
@@ -147,21 +186,15 @@ inline void begin_group(const FloatScan& p, std::int64_t b, std::int64_t first, 
   }
 }
 
-inline void prefetch_tile(const FloatScan& p, std::int64_t row, std::int64_t first,
-                          std::int64_t tokens) {
-  const auto ahead = [&](const float* rows, std::int64_t stride) {
-    if (rows != nullptr) prefetch_rows(rows + row * stride + first, stride, tokens);
-  };
-  ahead(p.u, p.u_stride);
-  ahead(p.dt, p.dt_stride);
-  ahead(p.z, p.z_stride);
-  ahead(p.y, p.y_stride);
+// A, then h, of group g, of kFloatChannels channels.
+inline float* states_of(const FloatScan& p, float* states, std::int64_t g) {
+  return states + 2 * g * (p.dstate + 1) * kFloatChannels;
 }
 
-// The tile that begins at token t of sequence b, for the channels from `first` on.
-inline void run_group(const FloatScan& p, std::int64_t b, std::int64_t first, std::int64_t t,
-                      const float* A, float* h) {
-  const std::int64_t channels = channels_of(p, first);
+// The tile that begins at token t of sequence b, for `channels` channels from `first` on, whose
+// states are given.
+inline void run_piece(const FloatScan& p, std::int64_t b, std::int64_t first, std::int64_t channels,
+                      std::int64_t t, float* states, const Tile& tile) {
   const std::int64_t row = b * p.seqlen + t;
   const auto tokens_before = [&](std::int64_t end) {
     const std::int64_t left = end - t;
@@ -169,38 +202,49 @@ inline void run_group(const FloatScan& p, std::int64_t b, std::int64_t first, st
   };
   const int tokens = tokens_before(p.seqlen);
   const int valid = tokens_before(p.lengths != nullptr ? p.lengths[b] : p.seqlen);
-  const int next = tokens_before(p.seqlen - kTile);
-  if (p.chunk_states != nullptr && t % kSelectiveScanChunk == 0)
-    write_states(p, h, channels,
-                 p.chunk_states +
-                     ((b * p.chunks + t / kSelectiveScanChunk) * p.channels + first) * p.dstate);
-  prefetch_tile(p, row + kTile, first, next);
-  for (int v = 0; v < kVectors && v * kLanes < channels; ++v) {
-    const int at = v * kLanes;
-    run_tile(p, {first + at, channels - at, A + at, h + at}, row, valid);
+  walk_rows(p, tile, true, row, valid, first, channels);
+  for (std::int64_t e = 0; e < channels; e += kFloatChannels) {
+    float* const A = states_of(p, states, e / kFloatChannels);
+    float* const h = A + (p.dstate + 1) * kFloatChannels;
+    if (p.chunk_states != nullptr && t % kSelectiveScanChunk == 0)
+      write_states(
+          p, h, channels_of(p, first + e),
+          p.chunk_states +
+              ((b * p.chunks + t / kSelectiveScanChunk) * p.channels + first + e) * p.dstate);
+    for (std::int64_t v = 0; v < kFloatChannels && e + v < channels; v += kLanes)
+      advance_vector(p, row, valid, A + v, h + v, tile, e + v);
   }
+  walk_rows(p, tile, false, row, valid, first, channels);
   for (int i = valid; i < tokens; ++i)
     for (std::int64_t e = first; e < first + channels; ++e) p.y[(row + i) * p.y_stride + e] = 0.0F;
 }
 
 // Sequence b, `groups` times kFloatChannels channels from `first` on. Tokens lie kilobytes apart,
 // so that each operand of each token is on a page of its own: a tile of tokens goes through all
-// groups before the next one, and the pages stay known. `scratch` has room for two times N
-// kFloatChannels per group.
+// pieces before the next one, and the pages stay known. More tokens in a tile have more pages than
+// the processor knows. `scratch` has room for a tile, and two times N + 1 kFloatChannels per group.
 void run(const FloatScan& p, std::int64_t b, std::int64_t first, std::int64_t groups,
          float* scratch) {
+  const Tile tile = {scratch, scratch + kTile * kRowStride, scratch + 2 * kTile * kRowStride};
+  float* const states = scratch + 3 * kTile * kRowStride;
   const std::int64_t size = (p.dstate + 1) * kFloatChannels;
-  const auto A = [&](std::int64_t g) { return scratch + 2 * g * size; };
-  const auto h = [&](std::int64_t g) { return A(g) + size; };
-  for (std::int64_t g = 0; g < groups; ++g)
-    begin_group(p, b, first + g * kFloatChannels, A(g), h(g));
+  for (std::int64_t g = 0; g < groups; ++g) {
+    float* const A = states_of(p, states, g);
+    begin_group(p, b, first + g * kFloatChannels, A, A + size);
+  }
+  constexpr std::int64_t kPiece = kFloatGroup / kFloatChannels;
   for (std::int64_t t = 0; t < p.seqlen; t += kTile)
-    for (std::int64_t g = 0; g < groups; ++g)
-      run_group(p, b, first + g * kFloatChannels, t, A(g), h(g));
+    for (std::int64_t g = 0; g < groups; g += kPiece) {
+      const std::int64_t from = first + g * kFloatChannels;
+      const std::int64_t left = p.channels - from;
+      const std::int64_t room = (groups - g < kPiece ? groups - g : kPiece) * kFloatChannels;
+      run_piece(p, b, from, left < room ? left : room, t, states_of(p, states, g), tile);
+    }
   if (p.state_out == nullptr) return;
   for (std::int64_t g = 0; g < groups; ++g) {
     const std::int64_t from = first + g * kFloatChannels;
-    write_states(p, h(g), channels_of(p, from), p.state_out + (b * p.channels + from) * p.dstate);
+    write_states(p, states_of(p, states, g) + size, channels_of(p, from),
+                 p.state_out + (b * p.channels + from) * p.dstate);
   }
 }
 

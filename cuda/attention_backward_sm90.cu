@@ -418,10 +418,11 @@ void launch_pass(Context& ctx, Args args) {
   const CUtensorMap q = map(in.q, false, kQueryBox);
   const CUtensorMap d_o = map(in.d_o, false, kQueryBox);
   const Maps maps = Z::kKeys ? Maps{{k, v}, {q, d_o}} : Maps{{q, d_o}, {k, v}};
-  const int heads = Z::kKeys ? z.heads_kv : z.heads;
+  const std::int64_t heads = std::int64_t{z.batch} * (Z::kKeys ? z.heads_kv : z.heads);
+  const std::int64_t rows = Z::kKeys ? std::int64_t{z.seqlen} * z.group() : z.slots / z.group();
   args.tiles = tiles_of(Z::kKeys ? z.slots : z.seqlen, Z::kRows);
-  args.section = std::min(z.batch * heads, std::max(1, heads_in_l2(z) / (z.heads / heads)));
-  const std::int64_t items = std::int64_t{z.batch} * heads * args.tiles;
+  args.section = heads_of_section(heads, 4 * rows * z.head_dim);
+  const std::int64_t items = heads * args.tiles;
   LRNN_CHECK(items <= INT_MAX / 2, InvalidArgument, "attention: too many tiles: ", items);
   const auto kernel = attention_backward_sm90_kernel<Z>;
   LRNN_CUDA_CHECK(

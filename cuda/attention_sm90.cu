@@ -43,7 +43,7 @@ struct Args {
   DeviceRows<bf16> o;
   float* lse;
   int tiles;    // of queries per head
-  int section;  // heads whose keys and values stay in the L2 cache together
+  int section;  // heads that are taken together
 };
 
 /// Shared addresses of the tiles and barriers of a block.
@@ -346,7 +346,9 @@ void launch_forward(Context& ctx, const ForwardArgs<bf16>& f) {
   const HeadRows v{batch, f.z.slots, f.z.heads_kv, f.z.head_dim, f.v.stride};
   const Maps maps{head_map(f.q.data, q, Z::kRows), head_map(f.k.data, k, Z::kCols),
                   head_map(f.v.data, v, Z::kCols)};
-  const Args args{f.z, f.o, f.lse, tiles_of(f.z.seqlen, Z::kRows), heads_in_l2(f.z)};
+  const std::int64_t streamed = std::int64_t{4} * f.z.slots * f.z.head_dim / f.z.group();
+  const Args args{f.z, f.o, f.lse, tiles_of(f.z.seqlen, Z::kRows),
+                  heads_of_section(batch * f.z.heads, streamed)};
   const std::int64_t items = batch * f.z.heads * args.tiles;
   LRNN_CHECK(items <= INT_MAX / 2, InvalidArgument, "attention: too many tiles: ", items);
   const auto kernel = attention_forward_sm90_kernel<Z>;

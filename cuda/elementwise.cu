@@ -17,15 +17,6 @@ struct CastVector {
   }
 };
 
-template <class From, class To>
-struct TransposeElement {
-  DeviceRows<const From> src;
-  DeviceRows<To> dst;
-  __device__ void operator()(std::int64_t r, std::int64_t c) const {
-    dst.row(r)[c] = from_float<To>(to_float(src.row(c)[r]));
-  }
-};
-
 template <class From, class To, int N>
 struct AddVector {
   DeviceRows<const From> src;
@@ -146,6 +137,35 @@ __global__ __launch_bounds__(kSumThreads) void fold_partials_kernel(const float*
   float sum = 0.0F;
   for (std::int64_t r = first; r < last; ++r) sum += in[r * width + c];
   out[static_cast<std::int64_t>(blockIdx.y) * width + c] = sum;
+}
+
+constexpr int kTransposeTile = 32;
+
+// A block owns a tile of every gridDim.y-th row of tiles of dst, read and written along rows.
+template <class From, class To>
+__global__ __launch_bounds__(kElementThreads) void transpose_kernel(DeviceRows<const From> src,
+                                                                    DeviceRows<To> dst,
+                                                                    std::int64_t rows,
+                                                                    std::int64_t columns) {
+  constexpr int kStep = kElementThreads / kTransposeTile;
+  __shared__ float tile[kTransposeTile][kTransposeTile + 1];
+  wait_for_previous_kernel();
+  const int lane = static_cast<int>(threadIdx.x) % kTransposeTile;
+  const int first = static_cast<int>(threadIdx.x) / kTransposeTile;
+  const std::int64_t c0 = static_cast<std::int64_t>(blockIdx.x) * kTransposeTile;
+  for (std::int64_t r0 = static_cast<std::int64_t>(blockIdx.y) * kTransposeTile; r0 < rows;
+       r0 += static_cast<std::int64_t>(gridDim.y) * kTransposeTile) {
+#pragma unroll
+    for (int i = first; i < kTransposeTile; i += kStep)
+      if (c0 + i < columns && r0 + lane < rows)
+        tile[i][lane] = to_float(src.row(c0 + i)[r0 + lane]);
+    __syncthreads();
+#pragma unroll
+    for (int i = first; i < kTransposeTile; i += kStep)
+      if (r0 + i < rows && c0 + lane < columns)
+        dst.row(r0 + i)[c0 + lane] = from_float<To>(tile[lane][i]);
+    __syncthreads();
+  }
 }
 
 constexpr int kBackLanes = 32;
@@ -279,9 +299,14 @@ void cast(Context& ctx, const Cast& a) {
 void transpose(Context& ctx, const Transpose& a) {
   visit_float("transpose", a.src.dtype(), [&]<class From>() {
     visit_float("transpose", a.dst.dtype(), [&]<class To>() {
-      for_each_vector<1>(
-          ctx.stream().handle, a.dst.dim(0), a.dst.dim(1),
-          TransposeElement<From, To>{device_rows<From>(a.src), device_rows<To>(a.dst)});
+      const std::int64_t rows = a.dst.dim(0);
+      const std::int64_t columns = a.dst.dim(1);
+      const auto tiles = [](std::int64_t n) { return (n + kTransposeTile - 1) / kTransposeTile; };
+      launch_overlapped(transpose_kernel<From, To>,
+                        dim3(static_cast<unsigned>(tiles(columns)),
+                             static_cast<unsigned>(std::min<std::int64_t>(tiles(rows), 1 << 14))),
+                        kElementThreads, 0, ctx.stream().handle, device_rows<From>(a.src),
+                        device_rows<To>(a.dst), rows, columns);
     });
   });
 }

@@ -5,6 +5,11 @@
 // the weight once and overlap the kernel before: cuBLASLt takes several microseconds for any of
 // them.
 //
+// On Hopper products of little depth that are added to y go to the kernel of linear_skip, and in
+// TF32 gradients of wide weights to one of their own (linear_weight_sm90.cu).
+// Large products of float32 go to Hopper's tensor cores, split so that they keep the accuracy of
+// float32, unless TF32 is allowed.
+//
 // Algorithms come from the library's heuristic and are kept per shape. In-place split-K reductions,
 // whose order is not fixed, are excluded.
 #include "lrnn/ops/elementwise.hpp"
@@ -13,7 +18,10 @@
 #include "common/check.cuh"
 #include "common/dtype.cuh"
 #include "common/linear_few_rows.cuh"
+#include "common/linear_float32_sm90.cuh"
+#include "common/linear_skip_sm90.cuh"
 #include "common/linear_sm90.cuh"
+#include "common/linear_weight_sm90.cuh"
 #include "ops/dispatch.hpp"
 #include "runtime.hpp"
 
@@ -171,6 +179,76 @@ void few_rows_forward(Context& ctx, const LinearForward& a) {
   few_rows::launch(ctx.stream().handle, args, store);
 }
 
+/// The operand whose rows are those of t.
+linear_float32_sm90::Operand rows_of(TensorView t, bool across) {
+  return {t.data<float>(), detail::row_stride(t), across};
+}
+
+/// y = left right^T (+ bias, or + y) of row-major operands in float32 on tensor cores, if it is
+/// faster there.
+bool multiply_float32(Context& ctx, linear_float32_sm90::Operand left,
+                      linear_float32_sm90::Operand right, MutableTensorView y, std::int64_t depth,
+                      bool accumulate, TensorView bias = {}) {
+  [[maybe_unused]] const linear_float32_sm90::Product product{
+      .left = left,
+      .right = right,
+      .bias = bias ? bias.data<float>() : nullptr,
+      .y = y.data<float>(),
+      .y_stride = detail::row_stride(y),
+      .accumulate = accumulate,
+      .rows = detail::row_count(y),
+      .columns = y.dim(-1),
+      .depth = depth};
+#ifdef LRNN_WITH_SM90A
+  if (!ctx.allow_tf32() && linear_float32_sm90::pays(product)) {
+    linear_float32_sm90::run(ctx, product);
+    return true;
+  }
+#endif
+  return false;
+}
+
+/// Whether dx = dy W is better formed as a product with a copy of W^T: tensor cores take TF32 only
+/// with the summed dimension inside, and the library's kernels for other layouts lose a third.
+bool transposing_pays(const Context& ctx, const LinearBackward& a) {
+  constexpr std::int64_t kLeastRows = 4096;
+  constexpr std::int64_t kLeastWidth = 256;  // below, both are bound by memory
+  return a.dy.dtype() == DType::float32 && ctx.allow_tf32() &&
+         detail::row_count(a.dy) >= kLeastRows &&
+         std::min(a.weight.dim(0), a.weight.dim(1)) >= kLeastWidth;
+}
+
+void backward_input(Context& ctx, const LinearBackward& a) {
+  if (a.dy.dtype() == DType::float32 &&
+      multiply_float32(ctx, rows_of(a.dy, false), rows_of(a.weight, true), a.dx, a.dy.dim(-1),
+                       a.accumulate_dx))
+    return;
+  if (a.accumulate_dx &&
+      linear_skip::run_if_suits(
+          ctx,
+          {.x = a.dy, .weight = a.weight, .across = true, .skip = a.dx, .scale = {}, .y = a.dx}))
+    return;
+  Tensor transposed;
+  Operand weight = columns_of(a.weight);
+  if (transposing_pays(ctx, a)) {
+    transposed = ctx.empty({a.weight.dim(1), a.weight.dim(0)}, a.weight.dtype());
+    lrnn::transpose(ctx, {.src = a.weight, .dst = transposed});
+    weight = columns_of(transposed, true);
+  }
+  Product{weight, columns_of(a.dy), columns_of(a.dx), a.accumulate_dx, nullptr}.run(ctx);
+}
+
+void backward_weight(Context& ctx, const LinearBackward& a) {
+  if (a.dy.dtype() == DType::float32 &&
+      multiply_float32(ctx, rows_of(a.dy, true), rows_of(a.x, true), a.dweight,
+                       detail::row_count(a.dy), true))
+    return;
+#ifdef LRNN_WITH_SM90A
+  if (linear_weight::applies(ctx, a)) return linear_weight::add(ctx, a);
+#endif
+  Product{columns_of(a.x), columns_of(a.dy, true), columns_of(a.dweight), true, nullptr}.run(ctx);
+}
+
 }  // namespace
 
 void linear_forward(Context& ctx, const LinearForward& a) {
@@ -183,6 +261,15 @@ void linear_forward(Context& ctx, const LinearForward& a) {
       return linear_sm90::forward(ctx, a);
 #endif
     if (few) return few_rows_forward<T>(ctx, a);
+    if (a.accumulate &&
+        linear_skip::run_if_suits(
+            ctx,
+            {.x = a.x, .weight = a.weight, .across = false, .skip = a.y, .scale = {}, .y = a.y}))
+      return;
+    if constexpr (sizeof(T) == 4)
+      if (multiply_float32(ctx, rows_of(a.x, false), rows_of(a.weight, false), a.y, a.x.dim(-1),
+                           a.accumulate, a.bias))
+        return;
     Product{columns_of(a.weight, true), columns_of(a.x), columns_of(a.y), a.accumulate,
             a.bias ? a.bias.raw() : nullptr}
         .run(ctx);
@@ -190,11 +277,8 @@ void linear_forward(Context& ctx, const LinearForward& a) {
 }
 
 void linear_backward(Context& ctx, const LinearBackward& a) {
-  if (a.dx)
-    Product{columns_of(a.weight), columns_of(a.dy), columns_of(a.dx), a.accumulate_dx, nullptr}.run(
-        ctx);
-  if (a.dweight)
-    Product{columns_of(a.x), columns_of(a.dy, true), columns_of(a.dweight), true, nullptr}.run(ctx);
+  if (a.dx) backward_input(ctx, a);
+  if (a.dweight) backward_weight(ctx, a);
   if (a.dbias) lrnn::sum_columns(ctx, {.a = a.dy, .out = a.dbias});
 }
 

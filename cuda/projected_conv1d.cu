@@ -1,8 +1,7 @@
 // Blocks and threads are those of the product of few rows; the thread that has a sum moves the
 // window of its channel on. Bound by reading the projection. More rows than that kernel takes go
 // through the ops one by one.
-#include "common/causal_conv1d.cuh"
-#include "common/linear_two_products.cuh"
+#include "common/projected_conv1d.cuh"
 #include "ops/projected_conv1d_parts.hpp"
 
 namespace lrnn::cuda {
@@ -21,10 +20,20 @@ struct Channel {
     prefetch_to_l2(state + (r * conv.channels + c) * conv.width);
     prefetch_to_l2(conv.weight + static_cast<std::int64_t>(c) * conv.width);
   }
-  __device__ __forceinline__ void operator()(int r, int c, float sum) const {
-    if (bias != nullptr) sum += to_float(bias[c]);
-    if (c < conv.channels)
-      sum = conv::advance_window<T, K>(conv, r, c, to_float(from_float<T>(sum)), state);
+  struct Operands {
+    conv::Window<T, K> window;
+    Packed<T, 1> bias;
+  };
+  __device__ __forceinline__ Operands load(int r, int c) const {
+    Operands o{};
+    if (bias != nullptr) o.bias.load_constant(bias + c);
+    // The last channel stands for the columns beside.
+    o.window.load(conv, r, min(c, static_cast<int>(conv.channels) - 1), state);
+    return o;
+  }
+  __device__ __forceinline__ void operator()(int r, int c, float sum, Operands& o) const {
+    sum += o.bias.get(0);
+    if (c < conv.channels) sum = o.window.advance(conv, r, c, to_float(from_float<T>(sum)), state);
     y.row(r)[c] = from_float<T>(sum);
   }
 };
@@ -46,17 +55,7 @@ const T* data_or_null(TensorView t) {
 
 template <class T>
 void step(Context& ctx, const ProjectedConv1dStep& a) {
-  const conv::Conv<T> v{.x = nullptr,
-                        .x_stride = 0,
-                        .weight = a.weight.data<T>(),
-                        .bias = data_or_null<T>(a.bias),
-                        .state_in = nullptr,
-                        .lengths = nullptr,
-                        .batch = a.x.dim(0),
-                        .seqlen = 1,
-                        .channels = a.weight.dim(0),
-                        .width = static_cast<int>(a.weight.dim(1)),
-                        .silu = a.activation == Activation::Silu};
+  const conv::Conv<T> v = conv::step_conv<T>(a);
   const cudaStream_t stream = ctx.stream().handle;
   const auto product = product_of<T>(a.x, a.projection);
   float* const state = a.state.data<float>();
@@ -80,6 +79,9 @@ bool takes_few_rows(const ProjectedConv1dStep& a) {
 
 void projected_conv1d_step(Context& ctx, const ProjectedConv1dStep& a) {
   visit_float("projected_conv1d_step", a.x.dtype(), [&]<class T>() {
+#ifdef LRNN_WITH_SM90A
+    if (linear_sm90::takes(a)) return linear_sm90::projected_conv1d_step(ctx, a);
+#endif
     if (takes_few_rows<T>(a)) return step<T>(ctx, a);
     lrnn::detail::projected_conv1d_by_parts(ctx, a);
   });

@@ -1,4 +1,4 @@
-// Forward and step of rglru_scan. Ownership and clusters: common/rglru_scan.cuh.
+// Forward and step of rglru_scan. Ownership and clusters: common/first_order.cuh.
 //
 // A thread turns its slice of a tile into multipliers and drives, scans it from a zero state,
 // learns what enters it and adds that, multiplied by the running products. The next tiles travel
@@ -32,15 +32,6 @@ struct Shared {
   Stage<T> stages[2];
   ChainSlots<kRanks> slots[2];
 };
-
-// h = a h + b of one token and one channel.
-template <class T>
-__device__ __forceinline__ void token(float rate, float v, float pre_r, float pre_i, float& a,
-                                      float& b) {
-  float u;
-  decay(rate * sigmoid<T>(pre_r), a, u);
-  b = square_root(u * (2.0F - u)) * (sigmoid<T>(pre_i) * v);
-}
 
 /// The maps from the state that enters a slice to those after each of its tokens.
 template <class T>

@@ -1,4 +1,4 @@
-// Backward of rglru_scan. Ownership and clusters: common/rglru_scan.cuh.
+// Backward of rglru_scan. Ownership and clusters: common/first_order.cuh.
 //
 // Tiles run from the last to the first. A thread recomputes the gates and the states of its slice
 // from the saved state that enters it; then the adjoint

@@ -8,10 +8,12 @@
 // (common/quad_sum.cuh), shared memory the quads of a block, while the next steps are worked on,
 // and a second kernel the tiles of channels, all in fixed order.
 //
-// Bound by issue slots and latency, three warps per scheduler: at B8 L2048 D1536 N16 in bfloat16 on
-// an H200 0.74 ms, 38 % of the limit of 20 instructions per state and 30 per channel. Before
-// multipliers were computed ahead, 62 % of the issue slots were used; the adjoint was half of the
-// instructions and 29 % of the time, replay and recomputed states 25 and 30 %, prepare() 8 and 8 %.
+// Bound by issue slots, shared memory and latency, three warps per scheduler: at B8 L2048 D1536 N16
+// in bfloat16 on an H200 0.66 ms, 43 % of the limit of 20 instructions per state and 30 per
+// channel. A warp issues 119 instructions per step of its 128 states, in 64 % of the cycles; shared
+// memory is busy for 60 %. The sub-tiles are 69 % of the instructions and 53 % of the time, of it
+// 13 % where parts of dB and dC are added; replay 14 and 21 %; what a window begins and ends with
+// 15 and 22 %. Special functions ahead of their use, in registers, made all of it slower.
 #include "common/quad_sum.cuh"
 #include "common/selective_scan.cuh"
 #include "common/split_barrier.cuh"
@@ -21,21 +23,17 @@ namespace selective {
 namespace {
 
 /// How the backward pass splits a chunk: kSteps per staged window, kSubTile steps whose states are
-/// in registers, kGroup steps whose sums over states are added at once, kAdded steps per addition
-/// of the parts of dB and dC (a turn), kBlocks blocks per multiprocessor to leave registers for,
-/// kWindowsHeld windows in shared memory, kAhead multipliers of a sub-tile computed during the one
-/// before.
-template <class L, int kSteps_, int kSubTile_, int kGroup_, int kAdded_, int kBlocks_,
-          int kWindowsHeld_, int kAhead_>
+/// in registers and whose sums over states are added at once, kAdded steps per addition of the
+/// parts of dB and dC (a turn), kBlocks blocks per multiprocessor to leave registers for,
+/// kWindowsHeld windows in shared memory.
+template <class L, int kSteps_, int kSubTile_, int kAdded_, int kBlocks_, int kWindowsHeld_>
 struct Plan : L {
   using Base = L;
   static constexpr int kSteps = kSteps_;
   static constexpr int kSubTile = kSubTile_;
-  static constexpr int kGroup = kGroup_;
   static constexpr int kAdded = kAdded_;
   static constexpr int kBlocks = kBlocks_;
   static constexpr int kWindowsHeld = kWindowsHeld_;
-  static constexpr int kAhead = kAhead_;
   static constexpr int kSums = 2 * L::kN;           // dB and dC of one step
   static constexpr bool kQuads = L::kPerWarp >= 4;  // whether a quad holds four channels
   static constexpr int kParts = kQuads ? L::kChannels / 4 : L::kWarps;  // of each sum of a block
@@ -45,40 +43,53 @@ struct Plan : L {
   static constexpr int kSumsPart = kAdded * kSumsRow + kSumsPad;
   // With two sets of parts, one is added while the other is written.
   static constexpr int kSumsHeld = kQuads ? 2 : 1;
-  static_assert(kSteps % kAdded == 0 && kAdded % kGroup == 0 && kSubTile % kGroup == 0 &&
-                L::kLanes >= kGroup && kGroup % kQuadTurns == 0);
+  static_assert(kSteps % kAdded == 0 && kAdded % kSubTile == 0 && L::kLanes >= kSubTile &&
+                kSubTile % kQuadTurns == 0);
 };
 
-/// What prepare() leaves of a channel and a step.
-struct alignas(16) Drive {
-  float delta;
-  float input;  // delta u; general: u
-  float dy;     // times the gate
-  float slope;  // of delta over dt
-};
+/// What is prepared of the channels, four steps of a channel side by side: a thread reads those of
+/// its channel at once, and lanes that finish one step each meet different banks.
+template <class P>
+using PerStep = float[P::kSteps / 4][P::kChannels][4];
 
-/// load_tile() with addresses relative to the corner of the tile.
-template <int kRows, int kWidth, int kThreads, class T>
-__device__ __forceinline__ void stage_tile(T* tile, const DeviceRows<const T>& from,
-                                           std::int64_t row, int rows, int column, int columns,
-                                           bool wide) {
-  constexpr int kVec = kWide<T>;
-  if constexpr (kWidth % kVec == 0) {
-    if (wide) {
-      constexpr int kPerRow = kWidth / kVec;
-      const T* const corner = from.row(row) + column;
-      const int stride = static_cast<int>(from.stride);
-      const int width = columns - column;
-      for_items<kRows * kPerRow, kThreads>([&](int i) {
-        const int r = i / kPerRow;
-        const int c = i % kPerRow * kVec;
-        copy_16_bytes_async(tile + i * kVec, corner + (r * stride + c), r < rows && c < width);
-      });
-      return;
-    }
+/// The vectors of a tile of kRows x kWidth that the calling thread copies, `kTurnRows` rows apart.
+template <class T, int kRows, int kWidth, int kThreads>
+struct TileVectors {
+  static constexpr bool kExist = kWidth % kWide<T> == 0;
+  static constexpr int kVec = kExist ? kWide<T> : 1;
+  static constexpr int kPerRow = kWidth / kVec;
+  static constexpr int kTurnRows = kThreads / kPerRow;
+  static constexpr int kTurns = kTurnRows < kRows ? kRows / kTurnRows : 1;
+  static_assert(!kExist || (kThreads % kPerRow == 0 && (kTurns == 1 || kRows % kTurnRows == 0)));
+
+  int row = static_cast<int>(threadIdx.x) / kPerRow;
+  int column = static_cast<int>(threadIdx.x) % kPerRow * kVec;
+
+  /// Calls f(place in the tile, row, rows behind `row`).
+  template <class F>
+  __device__ __forceinline__ void for_each(F&& f) const {
+    if (kTurnRows > kRows && row >= kRows) return;
+#pragma unroll
+    for (int k = 0; k < kTurns; ++k)
+      f((static_cast<int>(threadIdx.x) + k * kThreads) * kVec, row + k * kTurnRows, k * kTurnRows);
   }
-  load_tile<kRows, kWidth, kThreads>(tile, from, row, rows, column, columns, false);
-}
+  /// Where `row` of a tile begins, whose first row is `first`. Rows and strides are int here.
+  template <class U>
+  __device__ __forceinline__ U* in(const DeviceRows<U>& rows, int first, int first_column) const {
+    return rows.data +
+           (std::int64_t{first + row} * static_cast<int>(rows.stride) + (first_column + column));
+  }
+  /// Rows from `rows` and columns from `columns` on are zero.
+  __device__ __forceinline__ void load(T* tile, const DeviceRows<const T>& from, int first,
+                                       int rows, int first_column, int columns) const {
+    const T* const corner = in(from, first, first_column);
+    const bool inside = first_column + column < columns;
+    for_each([&](int i, int r, int behind) {
+      copy_16_bytes_async(tile + i, corner + behind * static_cast<int>(from.stride),
+                          inside && r < rows);
+    });
+  }
+};
 
 /// What is loaded of a window and replaced by the gradients.
 template <class T, class P>
@@ -98,8 +109,11 @@ struct BackwardShared {
   alignas(16) T dy[P::kSteps][P::kChannels];
   alignas(16) T raw_B[P::kSteps][P::kN];
   alignas(16) T raw_C[P::kSteps][P::kN];
-  Drive drive[P::kSteps][P::kChannels];
-  alignas(16) float dz_of_y[P::kSteps][P::kChannels];  // dz divided by y before the gate
+  alignas(16) PerStep<P> delta;
+  alignas(16) PerStep<P> input;  // delta u; general: u
+  alignas(16) PerStep<P> dy_gated;
+  alignas(16) PerStep<P> slope;    // of delta over dt
+  alignas(16) PerStep<P> dz_of_y;  // dz divided by y before the gate
   alignas(16) float states[kChunk / P::kSubTile][P::kThreads][P::kStates];
   alignas(16) float sums[P::kSumsHeld][P::kParts * P::kSumsPart - P::kSumsPad];
   SplitBarrier added;
@@ -116,15 +130,19 @@ struct BackwardArgs {
   Operands<T> in;
   DeviceRows<const T> dy;
   const float* chunk_states;
-  Starts starts{};  // of gradients, from the right
+  bool wide_saved = false;  // chunk_states allows vectors of the states of a thread
+  Starts starts{};          // of gradients, from the right
   DeviceRows<T> du, ddt, dz;
   float* dstate_in;
-  float* dBC = nullptr;       // [tiles, B, L, sums of a step]
-  float* dtau = nullptr;      // [tiles, B, L]; event mode
+  // A launch covers part of the blocks and their rows: [tiles, rows, sums of a step] and
+  // [tiles, rows].
+  int first_block = 0;
+  std::int64_t first_row = 0;
+  std::int64_t rows = 0;
+  float* dBC = nullptr;
+  float* dtau = nullptr;      // event mode
   float* dA_log = nullptr;    // [B, S, E, N]
   float* dvectors = nullptr;  // [B, S, 3, E]: dt_bias, D, dtA_bias
-  float* ends = nullptr;      // step 1
-  float* products = nullptr;  // step 1
 
   BackwardArgs(const SelectiveScanBackward& a, const Sizes& sizes)
       : in(a.in, sizes),
@@ -230,8 +248,8 @@ __device__ __forceinline__ float chain_rule(Disc disc, float da, float dk, float
   return dA;
 }
 
-/// The work of one block. kEnds: step 1, which only runs g to the left end of the segment.
-template <class T, class P, bool kGeneral, bool kEnds>
+/// The work of one block.
+template <class T, class P, bool kGeneral>
 struct Backward {
   using L = typename P::Base;
   using Shared = BackwardShared<T, P, kGeneral>;
@@ -242,38 +260,44 @@ struct Backward {
   const BackwardArgs<T>& p;
   const Place<L>& at;
   Shared& s;
-  Window<T, P>* window;  // in work
-  unsigned turn = 0;     // of adding dB and dC over the block
-  int turn_step = 0;     // position of the first step of the last turn
-  float A[kStates];      // times log2(e) unless general
-  float g[kStates];      // a_{t+1} g_{t+1}
+  Window<T, P>* window;   // in work
+  std::int64_t partials;  // row of position 0 among the partial sums of the launch
+  unsigned turn = 0;      // of adding dB and dC over the block
+  int turn_step = 0;      // position of the first step of the last turn
+  float A[kStates];       // times log2(e) unless general
+  float g[kStates];       // a_{t+1} g_{t+1}
   float dA[kStates] = {};
-  float product[kGeneral && kEnds ? kStates : 1];
-  float delta_sum = 0.0F;
   float dD = 0.0F;
   float dbias = 0.0F;
   float drate = 0.0F;
   float D;
   float rate = 0.0F;
-  // Of the pair of channels of the calling thread while a window is prepared.
-  float pair_bias[2];
-  float pair_rate[2] = {};
+  // Of a sub-tile, the lanes of a channel finish one step each: its place beside the first step, in
+  // a tile of channels and in what is per step.
+  static constexpr int kCopies = P::kLanes / P::kSubTile;  // lanes with the same step
+  int finished;
+  int finished_step;
+  // Of the channel of the calling thread while a window is prepared.
+  float prepared_bias = 0.0F;
+  float prepared_rate = 0.0F;
 
   __device__ Backward(const BackwardArgs<T>& args, const Place<L>& place, Shared& shared)
-      : p(args), at(place), s(shared), window(shared.window) {
+      : p(args),
+        at(place),
+        s(shared),
+        window(shared.window),
+        partials(place.tile * args.rows + (place.first_row - args.first_row)) {
+    const int step = at.part / kCopies;
+    finished = step * P::kChannels + at.local;
+    finished_step = step / 4 * P::kChannels * 4 + at.local * 4 + step % 4;
     const Operands<T>& in = p.in;
     read_A<L>(in.A_log, at, in.sizes.dstate, kGeneral ? 1.0F : kLog2e, A);
     D = in.D != nullptr && at.active ? in.D[at.channel] : 0.0F;
     if (kGeneral && in.tau != nullptr) rate = at.active ? softplus(in.dtA_bias[at.channel]) : 0.0F;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int channel = at.tile * P::kChannels + pair_column() + i;
-      const bool exists = channel < in.sizes.channels;
-      pair_bias[i] = exists ? in.dt_bias[channel] : 0.0F;
-      if (kGeneral && in.tau != nullptr)
-        pair_rate[i] = exists ? softplus(in.dtA_bias[channel]) : 0.0F;
+    if (const int channel = at.tile * P::kChannels + prepared(); channel < in.sizes.channels) {
+      prepared_bias = in.dt_bias[channel];
+      if (kGeneral && in.tau != nullptr) prepared_rate = softplus(in.dtA_bias[channel]);
     }
-    for (float& v : product) v = 1.0F;
   }
 
   __device__ std::int64_t chunk_row(int chunk) const {
@@ -282,31 +306,56 @@ struct Backward {
 
   __device__ int rows_from(int first) const { return min(at.length, at.stop) - first; }
 
-  __device__ void load_channels(T* tile, const DeviceRows<const T>& from, int first) {
-    stage_tile<kSteps, P::kChannels, kThreads>(tile, from, at.first_row + first, rows_from(first),
-                                               at.tile * P::kChannels, p.in.sizes.channels,
-                                               p.in.wide_channels);
+  using ChannelVectors = TileVectors<T, kSteps, P::kChannels, kThreads>;
+  using StateVectors = TileVectors<T, kSteps, P::kN, kThreads>;
+
+  __device__ bool wide_channels() const { return ChannelVectors::kExist && p.in.wide_channels; }
+  /// Row of a position where rows are int.
+  __device__ int row_of(int position) const { return static_cast<int>(at.first_row) + position; }
+
+  template <class Vectors, int kWidth>
+  __device__ __forceinline__ void load(T* tile, const DeviceRows<const T>& from, int first,
+                                       int first_column, int columns, bool wide) {
+    if (wide)
+      Vectors{}.load(tile, from, row_of(first), rows_from(first), first_column, columns);
+    else
+      load_tile<kSteps, kWidth, kThreads>(tile, from, at.first_row + first, rows_from(first),
+                                          first_column, columns, false);
   }
-  __device__ void load_states(T* tile, const DeviceRows<const T>& from, int first) {
-    stage_tile<kSteps, P::kN, kThreads>(tile, from, at.first_row + first, rows_from(first), 0,
-                                        p.in.sizes.dstate, p.in.wide_states);
+  __device__ __forceinline__ void load_channels(T* tile, const DeviceRows<const T>& from, int first,
+                                                bool wide) {
+    load<ChannelVectors, P::kChannels>(tile, from, first, at.tile * P::kChannels,
+                                       p.in.sizes.channels, wide);
+  }
+  __device__ __forceinline__ void load_states(T* tile, const DeviceRows<const T>& from, int first,
+                                              bool wide) {
+    load<StateVectors, P::kN>(tile, from, first, 0, p.in.sizes.dstate, wide);
   }
 
   static constexpr int kHeld = kWindowsHeld<T, P>;
 
-  /// Begins to load a window. `replay`: only what the states need; otherwise all, and step 1 what g
-  /// needs.
+  /// Begins to load a window. `replay`: only what the states need.
   __device__ __forceinline__ void request(Window<T, P>& to, int first, bool replay) {
-    load_channels(to.dt[0], p.in.dt, first);
-    if constexpr (!kEnds) {
-      load_channels(to.u[0], p.in.u, first);
-      load_states(s.raw_B[0], p.in.B, first);
-    }
-    if (!replay) {
-      load_channels(s.dy[0], p.dy, first);
-      load_states(s.raw_C[0], p.in.C, first);
-      if (p.in.z.data != nullptr) load_channels(to.z[0], p.in.z, first);
-    }
+    const auto of_channels = [&](bool wide) {
+      load_channels(to.dt[0], p.in.dt, first, wide);
+      load_channels(to.u[0], p.in.u, first, wide);
+      if (replay) return;
+      load_channels(s.dy[0], p.dy, first, wide);
+      if (p.in.z.data != nullptr) load_channels(to.z[0], p.in.z, first, wide);
+    };
+    const auto of_states = [&](bool wide) {
+      load_states(s.raw_B[0], p.in.B, first, wide);
+      if (!replay) load_states(s.raw_C[0], p.in.C, first, wide);
+    };
+    // One branch for all of them.
+    if (wide_channels())
+      of_channels(true);
+    else
+      of_channels(false);
+    if (StateVectors::kExist && p.in.wide_states)
+      of_states(true);
+    else
+      of_states(false);
     commit_copies();
   }
   /// The window that enter() will ask for first.
@@ -331,90 +380,93 @@ struct Backward {
     }
   }
 
-  // A window is prepared by pairs of channels, in turns of kTurnRows steps.
-  static constexpr int kPairs = P::kChannels / 2;
-  static constexpr int kTurnRows = kThreads / kPairs;
-  static constexpr int kTurns = kTurnRows < kSteps ? kSteps / kTurnRows : 1;
-  static_assert(P::kChannels % 2 == 0 && kThreads % kPairs == 0 &&
-                (kTurnRows >= kSteps || kSteps % kTurnRows == 0));
-  static __device__ int pair_column() { return static_cast<int>(threadIdx.x) % kPairs * 2; }
+  // A window is prepared by four steps of a channel, in kTurns turns.
+  static constexpr int kFours = kSteps / 4 * P::kChannels;
+  static constexpr int kTurns = kFours > kThreads ? kFours / kThreads : 1;
+  static constexpr int kTurnFours = kThreads / P::kChannels;
+  static_assert(kThreads % P::kChannels == 0 && (kFours < kThreads || kFours % kThreads == 0));
+  static __device__ int prepared() { return static_cast<int>(threadIdx.x) % P::kChannels; }
 
-  /// Fills drive, alpha, B and C. All of a thread is read before it writes, so that its chains of
-  /// special functions overlap.
+  /// Fills what is per step, alpha, B and C. All of a thread is read before it writes, so that its
+  /// chains of special functions overlap.
   template <bool kReplay>
   __device__ __forceinline__ void prepare(int first) {
-    const int row = static_cast<int>(threadIdx.x) / kPairs;
-    if (kTurnRows <= kSteps || row < kSteps) prepare_pairs<kReplay>(first, row);
+    if (const auto thread = static_cast<int>(threadIdx.x); kFours >= kThreads || thread < kFours)
+      prepare_fours<kReplay>(first, thread / P::kChannels);
     if constexpr (!std::is_same_v<T, float>) {
-      if constexpr (!kEnds) widen_tile<kSteps * P::kN, kThreads>(s.raw_B[0], s.B);
+      widen_tile<kSteps * P::kN, kThreads>(s.raw_B[0], s.B);
       if constexpr (!kReplay) widen_tile<kSteps * P::kN, kThreads>(s.raw_C[0], s.C);
     }
   }
   template <bool kReplay>
-  __device__ __forceinline__ void prepare_pairs(int first, int row) {
+  __device__ __forceinline__ void prepare_fours(int first, int four) {
     const bool gated = p.in.z.data != nullptr;
-    const int column = pair_column();
-    float dt[kTurns][2];
-    float u[kTurns][2] = {};
-    float dy[kTurns][2];
-    float z[kTurns][2];
-#pragma unroll
-    for (int k = 0; k < kTurns; ++k) {
-      const int j = row + k * kTurnRows;
-      load_vec<T, 2>(&window->dt[j][column], dt[k]);
-      if constexpr (!kEnds) load_vec<T, 2>(&window->u[j][column], u[k]);
-      if constexpr (!kReplay) {
-        load_vec<T, 2>(&s.dy[j][column], dy[k]);
-        if (gated) load_vec<T, 2>(&window->z[j][column], z[k]);
-      }
-    }
-    if constexpr (!kReplay) {
-      if (gated) {
-#pragma unroll
-        for (int k = 0; k < kTurns; ++k)
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            const float gate = gate_of(z[k][i]);
-            const float through = dy[k][i] * gate;
-            if constexpr (!kEnds)
-              s.dz_of_y[row + k * kTurnRows][column + i] =
-                  through * fmaf(z[k][i], 1.0F - gate, 1.0F);
-            dy[k][i] = through * z[k][i];
-          }
-      }
-    }
+    const int c = prepared();
+    float dt[kTurns][4];
+    float u[kTurns][4] = {};
+    float dy[kTurns][4];
+    float z[kTurns][4];
 #pragma unroll
     for (int k = 0; k < kTurns; ++k) {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        Drive d;
-        d.delta = softplus_slope(dt[k][i] + pair_bias[i], d.slope);
-        d.input = kGeneral ? u[k][i] : d.delta * u[k][i];
-        Drive* const to = &s.drive[row + k * kTurnRows][column + i];
-        if constexpr (kReplay) {
-          *reinterpret_cast<float2*>(to) = make_float2(d.delta, d.input);
-        } else {
-          d.dy = dy[k][i];
-          *to = d;
+      for (int i = 0; i < 4; ++i) {
+        const int j = 4 * (four + k * kTurnFours) + i;
+        dt[k][i] = to_float(window->dt[j][c]);
+        u[k][i] = to_float(window->u[j][c]);
+        if constexpr (!kReplay) {
+          dy[k][i] = to_float(s.dy[j][c]);
+          if (gated) z[k][i] = to_float(window->z[j][c]);
         }
-        if constexpr (kGeneral) s.alpha[row + k * kTurnRows][column + i] = d.delta;
       }
+    }
+#pragma unroll
+    for (int k = 0; k < kTurns; ++k) {
+      const int at_four = four + k * kTurnFours;
+      if constexpr (!kReplay) {
+        if (gated) apply_gates(dy[k], z[k], s.dz_of_y[at_four][c]);
+        write_shared<4>(s.dy_gated[at_four][c], dy[k]);
+      }
+      float delta[4];
+      float slope[4];
+      float input[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        delta[i] = softplus_slope(dt[k][i] + prepared_bias, slope[i]);
+        input[i] = kGeneral ? u[k][i] : delta[i] * u[k][i];
+        if constexpr (kGeneral) s.alpha[4 * at_four + i][c] = delta[i];
+      }
+      write_shared<4>(s.delta[at_four][c], delta);
+      write_shared<4>(s.input[at_four][c], input);
+      if constexpr (!kReplay) write_shared<4>(s.slope[at_four][c], slope);
     }
     const int rows = rows_from(first);
-    if (rows < kSteps || (kGeneral && p.in.tau != nullptr)) correct_pairs(first, row, rows);
+    if (rows < kSteps || (kGeneral && p.in.tau != nullptr)) correct_fours(first, four, rows);
+  }
+  /// dy becomes that before the gate.
+  static __device__ __forceinline__ void apply_gates(float (&dy)[4], const float (&z)[4],
+                                                     float* dz_of_y) {
+    float of_y[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float gate = gate_of(z[i]);
+      const float through = dy[i] * gate;
+      of_y[i] = through * fmaf(z[i], 1.0F - gate, 1.0F);
+      dy[i] = through * z[i];
+    }
+    write_shared<4>(dz_of_y, of_y);
   }
   /// What depends on the position: padding, and alpha in event mode.
-  __device__ void correct_pairs(int first, int row, int rows) {
+  __device__ void correct_fours(int first, int four, int rows) {
+    const int c = prepared();
 #pragma unroll 1
-    for (int k = 0; k < 2 * kTurns; ++k) {
-      const int j = row + k / 2 * kTurnRows;
-      const int column = pair_column() + k % 2;
-      if (j >= rows) s.drive[j][column].delta = s.drive[j][column].slope = 0.0F;
+    for (int k = 0; k < 4 * kTurns; ++k) {
+      const int j = 4 * (four + k / 4 * kTurnFours) + k % 4;
+      if (j >= rows) s.delta[j / 4][c][j % 4] = s.slope[j / 4][c][j % 4] = 0.0F;
       if constexpr (kGeneral) {
         if (j >= rows)
-          s.alpha[j][column] = 0.0F;
+          s.alpha[j][c] = 0.0F;
         else if (p.in.tau != nullptr)
-          s.alpha[j][column] = p.in.tau[at.first_row + first + j] * pair_rate[k % 2];
+          s.alpha[j][c] = p.in.tau[at.first_row + first + j] * prepared_rate;
       }
     }
   }
@@ -438,43 +490,66 @@ struct Backward {
       return exp2_approx(delta * A[i]);
   }
   /// k u B.
-  __device__ __forceinline__ float drive(float2 d, int i, float B) const {
+  __device__ __forceinline__ float drive(float delta, float input, int i, float B) const {
     if constexpr (kGeneral)
-      return GeneralRule{p.in.discretization}.factor(d.x, A[i]) * d.y * B;
+      return GeneralRule{p.in.discretization}.factor(delta, A[i]) * input * B;
     else
-      return d.y * B;
+      return input * B;
   }
-  /// delta and input of a step of the own channel.
-  __device__ __forceinline__ float2 drive_of(int j) const {
-    return *reinterpret_cast<const float2*>(&s.drive[j][at.local]);
+
+  /// Of the own channel at the steps of a sub-tile that begins at j.
+  __device__ __forceinline__ void read_steps(const PerStep<P>& from, int j,
+                                             float (&v)[P::kSubTile]) const {
+#pragma unroll
+    for (int i = 0; i < P::kSubTile; i += 4) {
+      float four[4];
+      read_shared<4>(from[j / 4 + i / 4][at.local], four);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) v[i + k] = four[k];
+    }
+  }
+  /// The multipliers of a sub-tile that begins at j, and delta, on which they depend.
+  struct Multipliers {
+    float delta[P::kSubTile];
+    float a[P::kSubTile][kStates];
+  };
+  __device__ __forceinline__ void compute(Multipliers& m, int j) const {
+    read_steps(s.delta, j, m.delta);
+#pragma unroll
+    for (int i = 0; i < P::kSubTile; ++i)
+#pragma unroll
+      for (int n = 0; n < kStates; ++n) m.a[i][n] = multiplier(j + i, n, m.delta[i]);
   }
 
   /// Runs the states through the first `sub_tiles` of a window and keeps those that enter them and
   /// what follows. Sub-tile `index` of the chunk is the first of the window.
   __device__ __forceinline__ void replay(float (&h)[kStates], int index, int sub_tiles) {
     write_few<kStates>(s.states[index][threadIdx.x], h);
-#pragma unroll 1
+#pragma unroll 2
     for (int k = 0; k < sub_tiles; ++k) {
+      const int j0 = k * P::kSubTile;
+      Multipliers m;
+      compute(m, j0);
+      float input[P::kSubTile];
+      read_steps(s.input, j0, input);
 #pragma unroll
       for (int i = 0; i < P::kSubTile; ++i) {
-        const int j = k * P::kSubTile + i;
-        const float2 d = drive_of(j);
         float B[kStates];
-        read_few<kStates>(row_B(j) + at.part * kStates, B);
+        read_few<kStates>(row_B(j0 + i) + at.part * kStates, B);
 #pragma unroll
         for (int n = 0; n < kStates; ++n)
-          h[n] = fmaf(multiplier(j, n, d.x), h[n], drive(d, n, B[n]));
+          h[n] = fmaf(m.a[i][n], h[n], drive(m.delta[i], input[i], n, B[n]));
       }
       write_few<kStates>(s.states[index + k + 1][threadIdx.x], h);
     }
   }
 
-  /// Sums over the states of a channel, for P::kGroup steps.
+  /// Sums over the states of a channel, for the steps of a sub-tile.
   struct StateSums {
-    float y[P::kGroup];                      // C h
-    float du[P::kGroup];                     // g k B; without k unless general
-    float dalpha[P::kGroup];                 // unless general: of delta, divided by ln 2
-    float ddelta[kGeneral ? P::kGroup : 1];  // through k
+    float y[P::kSubTile];                      // C h
+    float du[P::kSubTile];                     // g k B; without k unless general
+    float dalpha[P::kSubTile];                 // unless general: of delta, divided by ln 2
+    float ddelta[kGeneral ? P::kSubTile : 1];  // through k
   };
 
   /// dB and dC of kQuadTurns steps, added over the channels of a quad.
@@ -482,15 +557,19 @@ struct Backward {
     float v[2 * kStates / 4][4];
   };
 
-  /// Step j of the window, of which h_before and h_after are the states and a the multipliers.
-  __device__ __forceinline__ void retreat(int j, int slot, const float (&h_before)[kStates],
-                                          const float (&h_after)[kStates],
-                                          const float (&a)[kStates], StateSums& sums,
+  /// What a step back reads: B, states and multipliers of the step.
+  struct Step {
+    float delta, input, dy;
+    const float (&B)[kStates];
+    const float (&h_before)[kStates];
+    const float (&h_after)[kStates];
+    const float (&a)[kStates];
+  };
+
+  /// Step j of the window.
+  __device__ __forceinline__ void retreat(int j, int slot, const Step& d, StateSums& sums,
                                           QuadSums& quad) {
-    const Drive d = s.drive[j][at.local];
-    float B[kStates];
     float C[kStates];
-    read_few<kStates>(row_B(j) + at.part * kStates, B);
     read_few<kStates>(row_C(j) + at.part * kStates, C);
     float shared_sums[2 * kStates];  // dB and dC of this channel
     float y = 0.0F;
@@ -500,20 +579,20 @@ struct Backward {
 #pragma unroll
     for (int n = 0; n < kStates; ++n) {
       const float gn = fmaf(C[n], d.dy, g[n]);
-      y = fmaf(C[n], h_after[n], y);
-      shared_sums[kStates + n] = d.dy * h_after[n];
-      g[n] = a[n] * gn;
+      y = fmaf(C[n], d.h_after[n], y);
+      shared_sums[kStates + n] = d.dy * d.h_after[n];
+      g[n] = d.a[n] * gn;
       if constexpr (kGeneral) {
         const float alpha = s.alpha[j][at.local];
         const float k = GeneralRule{p.in.discretization}.factor(d.delta, A[n]);
         shared_sums[n] = gn * k * d.input;
-        du = fmaf(gn * k, B[n], du);
-        dA[n] += chain_rule(p.in.discretization, gn * h_before[n], gn * d.input * B[n], a[n], alpha,
-                            d.delta, A[n], dalpha, ddelta);
+        du = fmaf(gn * k, d.B[n], du);
+        dA[n] += chain_rule(p.in.discretization, gn * d.h_before[n], gn * d.input * d.B[n], d.a[n],
+                            alpha, d.delta, A[n], dalpha, ddelta);
       } else {
         shared_sums[n] = gn * d.input;
-        du = fmaf(gn, B[n], du);
-        const float r = g[n] * h_before[n];
+        du = fmaf(gn, d.B[n], du);
+        const float r = g[n] * d.h_before[n];
         dalpha = fmaf(r, A[n], dalpha);
         dA[n] = fmaf(r, d.delta, dA[n]);
       }
@@ -575,149 +654,140 @@ struct Backward {
     }
     ++turn;
   }
+  /// Row of a position among the partial sums of the launch.
+  __device__ __forceinline__ std::int64_t partial_row(int position) const {
+    return partials + position;
+  }
   /// Adds the parts of dB and dC of a turn and writes them.
   __device__ __forceinline__ void add_parts(unsigned of_turn) {
     constexpr int kVec = P::kAdded * P::kSums < 4 * kThreads ? 2 : 4;
     constexpr int kPerRow = P::kSums / kVec;
-    const Sizes& z = p.in.sizes;
-    const std::int64_t row = (std::int64_t{at.tile} * z.batch + at.batch) * z.seqlen + turn_step;
-    float* const out = p.dBC + row * P::kSums;
+    float* const out = p.dBC + partial_row(turn_step) * P::kSums;
     const int last = at.stop - turn_step;
     for_items<P::kAdded * kPerRow, kThreads>([&](int i) {
       const int step = i / kPerRow;
       const float* const from = sums_of(of_turn) + step * P::kSumsRow + i % kPerRow * kVec;
-      float sum[kVec] = {};
+      float v[P::kParts][kVec];
 #pragma unroll
-      for (int part = 0; part < P::kParts; ++part) {
-        float v[kVec];
-        read_few<kVec>(from + part * P::kSumsPart, v);
+      for (int part = 0; part < P::kParts; ++part)
+        read_few<kVec>(from + part * P::kSumsPart, v[part]);
 #pragma unroll
-        for (int k = 0; k < kVec; ++k) sum[k] += v[k];
-      }
-      if (step < last) write_few<kVec>(out + i * kVec, sum);
+      for (int apart = 1; apart < P::kParts; apart *= 2)  // in pairs: short chains
+#pragma unroll
+        for (int part = 0; part + apart < P::kParts; part += 2 * apart)
+#pragma unroll
+          for (int k = 0; k < kVec; ++k) v[part][k] += v[part + apart][k];
+      if (step < last) write_few<kVec>(out + i * kVec, v[0]);
     });
   }
 
-  /// Gradients of the channel inputs of the group of steps at j.
-  __device__ __forceinline__ void finish_group(int first, int j, StateSums& sums) {
-    constexpr int kCopies = P::kLanes / P::kGroup;  // lanes with the same sums
-    transpose_add<P::kGroup, P::kLanes, P::kPerWarp>(sums.y, at.part);
-    transpose_add<P::kGroup, P::kLanes, P::kPerWarp>(sums.du, at.part);
-    transpose_add<P::kGroup, P::kLanes, P::kPerWarp>(sums.dalpha, at.part);
-    if constexpr (kGeneral) transpose_add<P::kGroup, P::kLanes, P::kPerWarp>(sums.ddelta, at.part);
+  /// Leaves a lane the sums over all states for the step that it finishes, in front.
+  __device__ __forceinline__ void add_lanes(StateSums& sums) const {
+    transpose_add<P::kSubTile, P::kLanes, P::kPerWarp>(sums.y, at.part);
+    transpose_add<P::kSubTile, P::kLanes, P::kPerWarp>(sums.du, at.part);
+    transpose_add<P::kSubTile, P::kLanes, P::kPerWarp>(sums.dalpha, at.part);
+    if constexpr (kGeneral)
+      transpose_add<P::kSubTile, P::kLanes, P::kPerWarp>(sums.ddelta, at.part);
+  }
+  /// Gradients of the channel inputs of the sub-tile at j.
+  __device__ __forceinline__ void finish_steps(int first, int j, const StateSums& sums) {
     if (at.part % kCopies != 0) return;
-    const int i = j + at.part / kCopies;
-    const float u = to_float(window->u[i][at.local]);
-    const Drive d = s.drive[i][at.local];
+    const auto of_step = [&](const PerStep<P>& v) { return v[j / 4][0][finished_step]; };
+    const float u = to_float(window->u[j][finished]);
+    const float dy = of_step(s.dy_gated);
     float du;
     float ddelta;
     if constexpr (kGeneral) {
-      du = fmaf(D, d.dy, sums.du[0]);
+      du = fmaf(D, dy, sums.du[0]);
       ddelta = sums.ddelta[0];
       float dtau = 0.0F;
       if (p.in.tau == nullptr) {
         ddelta += sums.dalpha[0];
-      } else if (const int t = first + i; t < at.length && t < at.stop) {
+      } else if (const int t = first + j + at.part / kCopies; t < at.length && t < at.stop) {
         dtau = sums.dalpha[0] * rate;
         drate = fmaf(sums.dalpha[0], p.in.tau[at.first_row + t], drate);
       }
-      s.dtau[i][at.local] = dtau;
+      s.dtau[j][finished] = dtau;
     } else {
-      du = fmaf(d.delta, sums.du[0], D * d.dy);
+      du = fmaf(of_step(s.delta), sums.du[0], D * dy);
       ddelta = fmaf(u, sums.du[0], kLn2 * sums.dalpha[0]);
     }
-    const float ddt = ddelta * d.slope;
-    if (p.in.z.data != nullptr) {
-      const float dz = s.dz_of_y[i][at.local] * fmaf(D, u, sums.y[0]);
-      window->z[i][at.local] = from_float<T>(dz);
-    }
-    window->u[i][at.local] = from_float<T>(du);
-    window->dt[i][at.local] = from_float<T>(ddt);
-    dD = fmaf(d.dy, u, dD);
+    const float ddt = ddelta * of_step(s.slope);
+    // Without a gate nobody reads dz.
+    window->z[j][finished] = from_float<T>(of_step(s.dz_of_y) * fmaf(D, u, sums.y[0]));
+    window->u[j][finished] = from_float<T>(du);
+    window->dt[j][finished] = from_float<T>(ddt);
+    dD = fmaf(dy, u, dD);
     dbias += ddt;
-  }
-
-  /// The multipliers of kCount steps from j on.
-  template <int kCount>
-  __device__ __forceinline__ void multipliers(int j, float (*a)[kStates]) const {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const float delta = drive_of(j + i).x;
-#pragma unroll
-      for (int n = 0; n < kStates; ++n) a[i][n] = multiplier(j + i, n, delta);
-    }
   }
 
   /// The sub-tiles of a window from the right.
   __device__ __forceinline__ void sub_tiles(int first, int index) {
-    constexpr int kLast = kSteps / P::kSubTile - 1;
-    float ahead[P::kAhead > 0 ? P::kAhead : 1][kStates];
-    multipliers<P::kAhead>(kLast * P::kSubTile, ahead);
+    constexpr int kPerTurn = P::kAdded / P::kSubTile;
 #pragma unroll 1
-    for (int k = kLast; k >= 0; --k) sub_tile(first, k, index + k, ahead);
+    for (int k = kSteps / P::kSubTile - kPerTurn; k >= 0; k -= kPerTurn) {
+      StateSums sums;
+#pragma unroll
+      for (int i = kPerTurn - 1; i >= 0; --i)
+        sub_tile(first, k + i, index + k + i, i == kPerTurn - 1, sums);
+      finish_steps(first, k * P::kSubTile, sums);
+      end_turn(first + k * P::kSubTile);
+    }
   }
 
-  /// Sub-tile k of the window that begins at `first`; `index` counts in the chunk. `ahead`: the
-  /// multipliers of its first steps, then of those of sub-tile k - 1: special functions overlap
-  /// with the adjoint.
-  __device__ __forceinline__ void sub_tile(int first, int k, int index,
-                                           float (&ahead)[P::kAhead > 0 ? P::kAhead : 1][kStates]) {
-    float h[P::kSubTile + 1][kStates];
-    float a[P::kSubTile][kStates];
-    read_few<kStates>(s.states[index][threadIdx.x], h[0]);
+  /// Sub-tile k of the window that begins at `first`; `index` counts in the chunk. `sums`: of
+  /// sub-tile k + 1, which is finished here unless k begins a turn, so that its shuffles do not
+  /// wait; then of this one.
+  __device__ __forceinline__ void sub_tile(int first, int k, int index, bool begins,
+                                           StateSums& sums) {
     const int j0 = k * P::kSubTile;
-    multipliers<P::kSubTile - P::kAhead>(j0 + P::kAhead, a + P::kAhead);
+    float h[P::kSubTile + 1][kStates];
+    read_few<kStates>(s.states[index][threadIdx.x], h[0]);
+    Multipliers m;
+    compute(m, j0);
+    float B[P::kSubTile][kStates];
+    float input[P::kSubTile];
+    read_steps(s.input, j0, input);
 #pragma unroll
     for (int i = 0; i < P::kSubTile; ++i) {
-      const float2 d = drive_of(j0 + i);
-      float B[kStates];
-      read_few<kStates>(row_B(j0 + i) + at.part * kStates, B);
+      read_few<kStates>(row_B(j0 + i) + at.part * kStates, B[i]);
 #pragma unroll
-      for (int n = 0; n < kStates; ++n) {
-        if (i < P::kAhead) a[i][n] = ahead[i < P::kAhead ? i : 0][n];
-        h[i + 1][n] = fmaf(a[i][n], h[i][n], drive(d, n, B[n]));
-      }
+      for (int n = 0; n < kStates; ++n)
+        h[i + 1][n] = fmaf(m.a[i][n], h[i][n], drive(m.delta[i], input[i], n, B[i][n]));
     }
+    if (begins)
+      begin_turn();
+    else
+      finish_steps(first, j0 + P::kSubTile, sums);
+    float dy[P::kSubTile];
+    read_steps(s.dy_gated, j0, dy);
+    QuadSums quad;
 #pragma unroll
-    for (int group = P::kSubTile - P::kGroup; group >= 0; group -= P::kGroup) {
-      if ((j0 + group + P::kGroup) % P::kAdded == 0) begin_turn();
-      if (group == 0) multipliers<P::kAhead>(max(j0 - P::kSubTile, 0), ahead);
-      StateSums sums;
-      QuadSums quad;
-#pragma unroll
-      for (int slot = P::kGroup - 1; slot >= 0; --slot) {
-        const int i = group + slot;
-        retreat(j0 + i, slot, h[i], h[i + 1], a[i], sums, quad);
-      }
-      finish_group(first, j0 + group, sums);
-      if ((j0 + group) % P::kAdded == 0) end_turn(first + j0 + group);
-    }
+    for (int i = P::kSubTile - 1; i >= 0; --i)
+      retreat(j0 + i, i, {m.delta[i], input[i], dy[i], B[i], h[i], h[i + 1], m.a[i]}, sums, quad);
+    add_lanes(sums);
   }
 
   /// The gradients of a window, 16 bytes at a time: all are read before they are written.
   __device__ __forceinline__ void store_wide(int first, int rows, int valid) {
-    constexpr int kVec = kWide<T>;
-    constexpr int kPerRow = (P::kChannels + kVec - 1) / kVec;
-    const bool gated = p.in.z.data != nullptr;
-    const std::int64_t row = at.first_row + first;
+    const ChannelVectors v;
     const int column = at.tile * P::kChannels;
-    T* const du = p.du.row(row) + column;
-    T* const ddt = p.ddt.row(row) + column;
-    T* const dz = gated ? p.dz.row(row) + column : nullptr;
-    for_items<kSteps * kPerRow, kThreads>([&](int i) {
-      const int r = i / kPerRow;
-      const int c = i % kPerRow * kVec;
-      if (r >= rows || column + c >= p.in.sizes.channels) return;
-      const uint4 zero = make_uint4(0, 0, 0, 0);
+    if (column + v.column >= p.in.sizes.channels) return;
+    const bool gated = p.in.z.data != nullptr;
+    T* const du = v.in(p.du, row_of(first), column);
+    T* const ddt = v.in(p.ddt, row_of(first), column);
+    T* const dz = gated ? v.in(p.dz, row_of(first), column) : nullptr;
+    v.for_each([&](int i, int r, int behind) {
+      if (r >= rows) return;
       const auto bits = [&](const T* tile) {
-        return r < valid ? *reinterpret_cast<const uint4*>(tile + i * kVec) : zero;
+        return r < valid ? *reinterpret_cast<const uint4*>(tile + i) : make_uint4(0, 0, 0, 0);
       };
-      const auto store = [&](T* corner, std::int64_t stride, uint4 v) {
-        *reinterpret_cast<uint4*>(corner + (r * static_cast<int>(stride) + c)) = v;
+      const auto store = [&](T* corner, std::int64_t stride, uint4 q) {
+        *reinterpret_cast<uint4*>(corner + behind * static_cast<int>(stride)) = q;
       };
       const uint4 u_bits = bits(window->u[0]);
       const uint4 dt_bits = bits(window->dt[0]);
-      const uint4 z_bits = gated ? bits(window->z[0]) : zero;
+      const uint4 z_bits = bits(window->z[0]);
       store(du, p.du.stride, u_bits);
       store(ddt, p.ddt.stride, dt_bits);
       if (gated) store(dz, p.dz.stride, z_bits);
@@ -731,11 +801,8 @@ struct Backward {
 
   __device__ void write_window(int first) {
     __syncthreads();
-    const Sizes& z = p.in.sizes;
     const int rows = at.stop - first;
-    bool wide = false;
-    if constexpr (P::kChannels % kWide<T> == 0) wide = p.in.wide_channels;
-    if (wide) {
+    if (wide_channels()) {
       store_wide(first, rows, at.length - first);
     } else {
       store_channels(window->u[0], p.du, first);
@@ -747,7 +814,7 @@ struct Backward {
       if (p.dtau != nullptr && j < kSteps && j < rows) {
         float sum = 0.0F;
         for (const float v : s.dtau[j]) sum += v;
-        p.dtau[(std::int64_t{at.tile} * z.batch + at.batch) * z.seqlen + first + j] = sum;
+        p.dtau[partial_row(first + j)] = sum;
       }
     }
   }
@@ -758,7 +825,6 @@ struct Backward {
     const std::int64_t row = at.first_row + end - kChunk;
     const int c = at.tile * P::kChannels;
     const int channels = p.in.sizes.channels;
-    if (at.active) prefetch_to_l2(p.chunk_states + chunk_row(end / kChunk - 1) * p.in.sizes.dstate);
     prefetch_tile<kChunk, P::kChannels, kThreads>(p.in.u, row, c, channels);
     prefetch_tile<kChunk, P::kChannels, kThreads>(p.in.dt, row, c, channels);
     prefetch_tile<kChunk, P::kChannels, kThreads>(p.dy, row, c, channels);
@@ -771,11 +837,27 @@ struct Backward {
     return (min(at.stop - begin, kChunk) + kSteps - 1) / kSteps;
   }
 
+  /// The states that enter a chunk; asks for those of the one before.
+  __device__ __forceinline__ void read_saved(int begin, float (&h)[kStates]) const {
+    const std::int64_t row = chunk_row(begin / kChunk);
+    const Sizes& z = p.in.sizes;
+    if (p.wide_saved) {
+      const float* const saved = p.chunk_states + (row * P::kN + at.part * kStates);
+#pragma unroll
+      for (float& v : h) v = 0.0F;
+      if (!at.active) return;
+      load_vec<float, kStates>(saved, h);
+      if (begin > at.begin) prefetch_to_l2(saved - std::int64_t{z.channels} * P::kN);
+    } else {
+      read_states<L>(p.chunk_states, row, at, z.dstate, h);
+    }
+  }
+
   __device__ void chunk(int begin) {
     const int windows = windows_of(begin);
     if constexpr (kHeld == 1) prefetch(begin);
     float h[kStates];
-    read_states<L>(p.chunk_states, chunk_row(begin / kChunk), at, p.in.sizes.dstate, h);
+    read_saved(begin, h);
 #pragma unroll 1
     for (int w = 0; w < windows - 1; ++w) {
       enter<true>(begin + w * kSteps, begin + (w + 1) * kSteps, w + 2 < windows);
@@ -789,39 +871,6 @@ struct Backward {
       sub_tiles(first, w * kSteps / P::kSubTile);
       write_window(first);
     }
-  }
-
-  /// Step 1 of a chunk.
-  __device__ void chunk_end(int begin) {
-    if constexpr (kHeld == 1) prefetch(begin);
-    for (int w = windows_of(begin) - 1; w >= 0; --w) {
-      const int first = begin + w * kSteps;
-      enter<false>(first, first - kSteps, false);
-#pragma unroll 4
-      for (int j = kSteps - 1; j >= 0; --j) {
-        const float delta = s.drive[j][at.local].delta;
-        const float dy = s.drive[j][at.local].dy;
-        float C[kStates];
-        read_few<kStates>(row_C(j) + at.part * kStates, C);
-        delta_sum += delta;
-#pragma unroll
-        for (int n = 0; n < kStates; ++n) {
-          const float a = multiplier(j, n, delta);
-          if constexpr (kGeneral) product[n] *= a;
-          g[n] = a * fmaf(C[n], dy, g[n]);
-        }
-      }
-    }
-  }
-
-  __device__ void write_ends() {
-    const std::int64_t row = at.state_row(p.in.sizes);
-    write_few_states<L>(p.ends, row, at, p.in.sizes.dstate, g);
-    float m[kStates];
-#pragma unroll
-    for (int i = 0; i < kStates; ++i)
-      m[i] = kGeneral ? product[kGeneral ? i : 0] : exp2_approx(delta_sum * A[i]);
-    write_few_states<L>(p.products, row, at, p.in.sizes.dstate, m);
   }
 
   __device__ void finish() {
@@ -845,39 +894,20 @@ struct Backward {
   }
 };
 
-template <class T, class P, bool kGeneral, bool kEnds>
+template <class T, class P, bool kGeneral>
 __global__ __launch_bounds__(P::kThreads,
                              P::kBlocks) void selective_scan_backward_kernel(BackwardArgs<T> p) {
-  using Block = Backward<T, P, kGeneral, kEnds>;
+  using Block = Backward<T, P, kGeneral>;
   extern __shared__ __align__(16) unsigned char bytes[];
   const Sizes& sizes = p.in.sizes;
-  // Nothing precedes the first segment, so step 1 skips it.
-  Place<typename P::Base> at(sizes, p.in.lengths, kEnds ? sizes.segments - 1 : sizes.segments);
-  if constexpr (kEnds) {
-    ++at.segment;
-    at.begin += sizes.segment_length;
-    at.stop = min(at.begin + sizes.segment_length, sizes.seqlen);
-  }
+  const Place<typename P::Base> at(sizes, p.in.lengths, sizes.segments, p.first_block);
   Block block(p, at, *reinterpret_cast<typename Block::Shared*>(bytes));
-  p.starts.template read<typename P::Base>(sizes, at, sizes.segments - 1 - at.segment, -1,
-                                           block.g);
+  p.starts.template read<typename P::Base>(sizes, at, sizes.segments - 1 - at.segment, -1, block.g);
   const int last = (at.stop - 1) / kChunk * kChunk;
-  const int windows = block.windows_of(last);
   if (threadIdx.x == 0) block.s.added.init(P::kThreads);  // enter() follows
-  if constexpr (kEnds)
-    block.request_first(last + (windows - 1) * P::kSteps, false);
-  else
-    block.request_first(last, windows > 1);
-  for (int begin = last; begin >= at.begin; begin -= kChunk) {
-    if constexpr (kEnds)
-      block.chunk_end(begin);
-    else
-      block.chunk(begin);
-  }
-  if constexpr (kEnds)
-    block.write_ends();
-  else
-    block.finish();
+  block.request_first(last, block.windows_of(last) > 1);
+  for (int begin = last; begin >= at.begin; begin -= kChunk) block.chunk(begin);
+  block.finish();
 }
 
 constexpr int kSumThreads = 256;
@@ -954,21 +984,30 @@ unsigned sum_blocks(std::int64_t threads) {
   return static_cast<unsigned>((threads + kSumThreads - 1) / kSumThreads);
 }
 
+/// The second stage for the rows of a launch.
 template <class T, class P>
-void add_partials(Context& ctx, const SelectiveScanBackward& a, const BackwardArgs<T>& p) {
-  const Sizes& z = p.in.sizes;
-  const std::int64_t rows = std::int64_t{z.batch} * z.seqlen;
-  const TileSumArgs<T> tiles{p.dBC,
-                             p.dtau,
-                             z.tiles,
-                             rows,
-                             z.dstate,
-                             device_rows<T>(a.dB),
-                             device_rows<T>(a.dC),
-                             p.dtau != nullptr ? a.dintegration_timesteps.data<float>() : nullptr};
+void add_tiles(Context& ctx, const SelectiveScanBackward& a, const BackwardArgs<T>& p) {
+  const auto rows_from = [&](auto rows) {
+    rows.data += p.first_row * rows.stride;
+    return rows;
+  };
+  const TileSumArgs<T> tiles{
+      p.dBC,
+      p.dtau,
+      p.in.sizes.tiles,
+      p.rows,
+      p.in.sizes.dstate,
+      rows_from(device_rows<T>(a.dB)),
+      rows_from(device_rows<T>(a.dC)),
+      p.dtau != nullptr ? a.dintegration_timesteps.data<float>() + p.first_row : nullptr};
   selective_scan_add_tiles_kernel<T, P>
-      <<<sum_blocks(rows * P::kSums / 4), kSumThreads, 0, ctx.stream().handle>>>(tiles);
+      <<<sum_blocks(p.rows * P::kSums / 4), kSumThreads, 0, ctx.stream().handle>>>(tiles);
   LRNN_CUDA_CHECK_LAUNCH();
+}
+
+template <class T>
+void add_parameters(Context& ctx, const SelectiveScanBackward& a, const BackwardArgs<T>& p) {
+  const Sizes& z = p.in.sizes;
   const ParameterSumArgs parts{p.dA_log,
                                p.dvectors,
                                std::int64_t{z.batch} * z.segments,
@@ -982,37 +1021,71 @@ void add_partials(Context& ctx, const SelectiveScanBackward& a, const BackwardAr
   LRNN_CUDA_CHECK_LAUNCH();
 }
 
-template <class T, class P, bool kGeneral, bool kEnds>
-void launch_kernel(Context& ctx, const BackwardArgs<T>& p) {
-  const Sizes& z = p.in.sizes;
-  const auto kernel = selective_scan_backward_kernel<T, P, kGeneral, kEnds>;
+template <class T, class P, bool kGeneral>
+void launch_kernel(Context& ctx, const BackwardArgs<T>& p, unsigned blocks) {
+  const auto kernel = selective_scan_backward_kernel<T, P, kGeneral>;
   constexpr std::size_t kBytes = sizeof(BackwardShared<T, P, kGeneral>);
   static_assert(kGeneral || kBytes * P::kBlocks <= (228 - P::kBlocks) * 1024);
   allow_shared(kernel, kBytes);
-  kernel<<<z.blocks(kEnds ? z.segments - 1 : z.segments), P::kThreads, kBytes,
-           ctx.stream().handle>>>(p);
+  kernel<<<blocks, P::kThreads, kBytes, ctx.stream().handle>>>(p);
   LRNN_CUDA_CHECK_LAUNCH();
 }
 
+/// How many launches the blocks are spread over, one after the other: so many that the partial sums
+/// of one are not the largest thing in memory, so few that each fills a GPU. A unit is a segment of
+/// a sequence.
+struct Launches {
+  std::int64_t units;
+  std::int64_t count;
+
+  static std::int64_t wanted(const Sizes& z, int sums) {
+    constexpr std::int64_t kMostBytes = std::int64_t{320} << 20;
+    const std::int64_t bytes = std::int64_t{z.tiles} * z.batch * z.seqlen * sums * 4;
+    return (bytes + kMostBytes - 1) / kMostBytes;
+  }
+  Launches(const Sizes& z, int sums) : units(std::int64_t{z.batch} * z.segments) {
+    constexpr std::int64_t kFull = 384;  // blocks
+    count = std::clamp<std::int64_t>(units * z.tiles / kFull, 1,
+                                     std::max<std::int64_t>(1, std::min(units, wanted(z, sums))));
+  }
+  [[nodiscard]] std::int64_t first_unit(std::int64_t launch) const {
+    return units * launch / count;
+  }
+  [[nodiscard]] static std::int64_t first_row(const Sizes& z, std::int64_t unit) {
+    return unit / z.segments * z.seqlen + unit % z.segments * z.segment_length;
+  }
+};
+
 template <class T, class P, bool kGeneral>
 void launch_backward(Context& ctx, const SelectiveScanBackward& a) {
-  const Sizes sizes(a.in, P::kChannels, P::kChannels / 8);
+  Sizes sizes(a.in, P::kChannels, P::kChannels / 8);
+  // Shorter segments give every launch blocks enough.
+  if (const std::int64_t wanted = Launches::wanted(sizes, P::kSums);
+      wanted > 1 && sizes.segments > 1)
+    sizes.cut(wanted * sizes.segments);
+  const Launches launches(sizes, P::kSums);
   BackwardArgs<T> p(a, sizes);
-  // Offsets inside a tile are int.
+  // Rows and strides are int then.
+  const bool int_rows = std::int64_t{sizes.batch} * sizes.seqlen < (std::int64_t{1} << 30);
   const auto wide = [&](const auto& rows) {
     return Operands<T>::wide(rows, sizes.channels) && rows.stride < (1 << 24);
   };
-  p.in.wide_channels = wide(p.in.u) && wide(p.in.dt) && wide(p.in.z) && wide(p.dy) && wide(p.du) &&
-                       wide(p.ddt) && wide(p.dz);
-  p.in.wide_states = p.in.wide_states && p.in.B.stride < (1 << 24) && p.in.C.stride < (1 << 24);
+  p.in.wide_channels = int_rows && wide(p.in.u) && wide(p.in.dt) && wide(p.in.z) && wide(p.dy) &&
+                       wide(p.du) && wide(p.ddt) && wide(p.dz);
+  p.in.wide_states =
+      int_rows && p.in.wide_states && p.in.B.stride < (1 << 24) && p.in.C.stride < (1 << 24);
+  p.wide_saved = sizes.dstate == P::kN && allows_vectors(p.chunk_states, P::kN, P::kN, P::kStates);
 
-  const Shape row_shape = {sizes.tiles, sizes.batch, sizes.seqlen};
-  Tensor dBC = ctx.empty({sizes.tiles, sizes.batch, sizes.seqlen, P::kSums}, DType::float32);
+  std::int64_t most_rows = 0;
+  for (std::int64_t i = 0; i < launches.count; ++i)
+    most_rows = std::max(most_rows, Launches::first_row(sizes, launches.first_unit(i + 1)) -
+                                        Launches::first_row(sizes, launches.first_unit(i)));
+  Tensor dBC = ctx.empty({sizes.tiles, most_rows, P::kSums}, DType::float32);
   Tensor dA_log = ctx.empty(sizes.carry_shape(), DType::float32);
   Tensor dvectors = ctx.empty({sizes.batch, sizes.segments, 3, sizes.channels}, DType::float32);
   Tensor dtau;
   if (a.in.integration_timesteps && a.dintegration_timesteps)
-    dtau = ctx.empty(row_shape, DType::float32);
+    dtau = ctx.empty({sizes.tiles, most_rows}, DType::float32);
   p.dBC = dBC.view().template data<float>();
   p.dA_log = dA_log.view().template data<float>();
   p.dvectors = dvectors.view().template data<float>();
@@ -1020,8 +1093,16 @@ void launch_backward(Context& ctx, const SelectiveScanBackward& a) {
   const SegmentEnds ends =
       segment_ends<T, kGeneral>(ctx, p.in, p.dy, data_or_null<float>(a.dstate_out));
   p.starts = ends.starts();
-  launch_kernel<T, P, kGeneral, false>(ctx, p);
-  add_partials<T, P>(ctx, a, p);
+  for (std::int64_t i = 0; i < launches.count; ++i) {
+    const std::int64_t first = launches.first_unit(i);
+    const std::int64_t end = launches.first_unit(i + 1);
+    p.first_block = static_cast<int>(first * sizes.tiles);
+    p.first_row = Launches::first_row(sizes, first);
+    p.rows = Launches::first_row(sizes, end) - p.first_row;
+    launch_kernel<T, P, kGeneral>(ctx, p, static_cast<unsigned>((end - first) * sizes.tiles));
+    add_tiles<T, P>(ctx, a, p);
+  }
+  add_parameters(ctx, a, p);
 }
 
 /// Shared memory that a block may ask for.
@@ -1039,22 +1120,21 @@ void visit_plan(std::int64_t dstate, F&& f) {
   // Shorter windows give the same sums.
   const int limit = shared_limit();
   if (dstate <= 16) {
-    if (limit < 96 * 1024)
-      return f.template operator()<Plan<Layout<4, 4, 32>, 16, 8, 4, 8, 1, 1, 0>>();
-    return f.template operator()<Plan<Layout<4, 4, 32>, 32, 8, 4, 8, 3, 2, 4>>();
+    if (limit < 96 * 1024) return f.template operator()<Plan<Layout<4, 4, 32>, 16, 4, 8, 1, 1>>();
+    return f.template operator()<Plan<Layout<4, 4, 32>, 32, 4, 8, 3, 2>>();
   }
   if constexpr (kGeneral) {
-    if (dstate <= 64) return f.template operator()<Plan<Layout<16, 4, 16>, 16, 8, 4, 4, 2, 1, 0>>();
+    if (dstate <= 64) return f.template operator()<Plan<Layout<16, 4, 16>, 16, 4, 4, 2, 1>>();
   } else {
-    if (dstate <= 32) return f.template operator()<Plan<Layout<8, 4, 16>, 32, 8, 4, 8, 3, 2, 4>>();
+    if (dstate <= 32) return f.template operator()<Plan<Layout<8, 4, 16>, 32, 4, 8, 3, 2>>();
     if (dstate <= 64) {
       if (limit < 112 * 1024)
-        return f.template operator()<Plan<Layout<8, 8, 16>, 16, 8, 8, 8, 2, 1, 0>>();
-      return f.template operator()<Plan<Layout<8, 8, 16>, 32, 8, 8, 8, 2, 2, 0>>();
+        return f.template operator()<Plan<Layout<8, 8, 16>, 16, 4, 8, 2, 1>>();
+      return f.template operator()<Plan<Layout<8, 8, 16>, 32, 4, 8, 2, 2>>();
     }
-    if (dstate <= 128) return f.template operator()<Plan<Layout<32, 4, 8>, 16, 8, 4, 4, 2, 1, 0>>();
+    if (dstate <= 128) return f.template operator()<Plan<Layout<32, 4, 8>, 16, 4, 4, 2, 1>>();
   }
-  return f.template operator()<Plan<Layout<32, 8, 4>, 8, 8, 4, 4, 2, 1, 0>>();
+  return f.template operator()<Plan<Layout<32, 8, 4>, 8, 4, 4, 2, 1>>();
 }
 
 }  // namespace

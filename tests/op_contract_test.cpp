@@ -85,22 +85,25 @@ TEST_P(OpContract, ParameterGradientAccumulates) {
   }
 }
 
-void expect_matches_double(const OpCase& c, Context ctx, DType dtype) {
+void expect_matches_double(const OpCase& c, Context& ctx, DType dtype) {
   for (const Deviation& d : compare_with_double(c, ctx, dtype))
     EXPECT_LE(d.nmse, d.limit) << d.name;
 }
 
 TEST_P(OpContract, CpuFloatMatchesDouble) {
-  expect_matches_double(GetParam(), Context::cpu(), DType::float32);
+  Context ctx = Context::cpu();
+  expect_matches_double(GetParam(), ctx, DType::float32);
 }
 TEST_P(OpContract, CudaFloat32MatchesDouble) {
   if (Context::cuda_device_count() == 0) GTEST_SKIP() << "no CUDA device";
-  expect_matches_double(GetParam(), Context::cuda(), DType::float32);
+  Context ctx = Context::cuda();
+  expect_matches_double(GetParam(), ctx, DType::float32);
 }
 TEST_P(OpContract, CudaBfloat16MatchesDouble) {
   if (Context::cuda_device_count() == 0) GTEST_SKIP() << "no CUDA device";
   if (!GetParam().bfloat16) GTEST_SKIP() << "no bfloat16 form";
-  expect_matches_double(GetParam(), Context::cuda(), DType::bfloat16);
+  Context ctx = Context::cuda();
+  expect_matches_double(GetParam(), ctx, DType::bfloat16);
 }
 
 // Everything a case writes.
@@ -144,6 +147,18 @@ TEST_P(OpContract, CudaSameBitsEveryRun) {
     for (int run = 0; run < 2; ++run)
       EXPECT_TRUE(same_bits(run_once(GetParam(), ctx, dtype), first)) << dtype;
   }
+}
+
+// Cases without a product in TF32 are those of CudaFloat32MatchesDouble once more.
+TEST_P(OpContract, CudaTf32MatchesDouble) {
+  if (Context::cuda_device_count() == 0) GTEST_SKIP() << "no CUDA device";
+  Context ctx = Context::cuda();
+  const auto full = run_once(GetParam(), ctx, DType::float32);
+  ctx.set_allow_tf32(true);
+  const auto first = run_once(GetParam(), ctx, DType::float32);
+  if (same_bits(first, full)) GTEST_SKIP() << "no product in TF32";
+  EXPECT_TRUE(same_bits(run_once(GetParam(), ctx, DType::float32), first));
+  expect_matches_double(GetParam(), ctx, DType::float32);
 }
 
 // Nothing is written outside the operands and the scratch of the op.

@@ -32,6 +32,7 @@ struct Options {
   std::string device = "auto";
   std::string dtype = "float32";
   bool allow_tf32 = false;
+  std::int64_t recompute_blocks = 0;
   std::string schedule = "constant";
   double held_out = 0.05;
   double max_seconds = 0.0;
@@ -169,7 +170,7 @@ int train(Options o) {
   callbacks.should_stop = [&] {
     return interrupted != 0 || (o.max_seconds > 0 && progress.elapsed() >= o.max_seconds);
   };
-  TrainingModel training = training_model(model);
+  TrainingModel training = training_model(model, o.recompute_blocks);
   if (!tokenizer.is_bytes()) training.files.emplace(kTokenizerFile, tokenizer_text);
   Trainer trainer(ctx, std::move(training), data, o.trainer, callbacks);
   std::signal(SIGINT, request_stop);
@@ -208,6 +209,8 @@ void add_train(CLI::App& app, Run& run) {
   c->add_option("--device", o->device, "auto, cpu, cuda or cuda:N");
   c->add_option("--dtype", o->dtype, "float32, bfloat16 (CUDA) or float64 (CPU)");
   c->add_flag("--tf32", o->allow_tf32, "allow TF32 in float32 products on CUDA");
+  c->add_option("--recompute-blocks", o->recompute_blocks,
+                "run the first n blocks forward again in the backward pass, to save their memory");
   c->add_option("--steps", o->trainer.steps);
   c->add_option("--max-seconds", o->max_seconds, "stop training after this time; 0: no limit");
   c->add_option("--batch", o->trainer.batch_size, "sequences per pass");

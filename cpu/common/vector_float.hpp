@@ -54,6 +54,14 @@ inline Vec each_root(Vec v) {
   for (int i = 0; i < kLanes; ++i) v[i] = __builtin_sqrtf(v[i]);
   return v;
 }
+#elif LRNN_LANES == 8  // with one rounding
+inline Vec multiply_add(Vec a, Vec b, Vec c) {
+  return _mm256_fmadd_ps(a, b, c);
+}
+#else
+inline Vec multiply_add(Vec a, Vec b, Vec c) {
+  return _mm512_fmadd_ps(a, b, c);
+}
 #endif
 // Bounds keep NaN.
 inline Vec at_least(Vec v, float low) {
@@ -129,86 +137,43 @@ LRNN_INLINE void add_lanes(const Vec* v, float* sums, const int count) {
 #endif
 }
 
-// Where exp2_of_negative() stops; nothing lies below if its `in_range`, a constant.
-constexpr float kLeastExponent = -125.0F;
-
+// exp2_split(): x := 2^(k + f), where `rounded` is k + kRound, whose low bits select a power from a
+// table of a register or two where there are instructions for that.
 #if LRNN_LANES == 16
-// x and floor(x) by instructions of their own.
-inline Vec fraction(Vec x) {
-  return _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-}
-// 2^x, given x and f = x - floor(x) in [0, 1]; relative error of the polynomial 2e-9.
-LRNN_INLINE void exp2_split(Vec* x, const Vec* f, const int count) {
-  Vec p[kMost];
-  constexpr float kSeries[] = {2.15659718e-4F,
-                               1.24822895e-3F,
-                               9.67377517e-3F,
-                               5.54861836e-2F,
-                               2.40229085e-1F,
-                               6.93147063e-1F,
-                               1.0F};
-  polynomial(p, f, count, kSeries, 7);
-  LRNN_EACH x[j] = _mm512_scalef_ps(p[j], x[j]);
-}
-// x := 2^x, for x <= 0; 0 for all below 2^-126 while denormals are flushed.
-LRNN_INLINE void exp2_of_negative(Vec* x, const int count, bool) {
-  Vec f[kMost];
-  LRNN_EACH f[j] = fraction(x[j]);
-  exp2_split(x, f, count);
-}
-// x := e^x. The product with log2(e) keeps what it rounds off: f is small where x need not be.
-LRNN_INLINE void exp(Vec* x, const int count) {
-  Vec f[kMost];
-  LRNN_EACH {
-    const Vec v = at_most(at_least(x[j], -86.0F), 86.0F);
-    x[j] = v * kLog2e;
-    f[j] = v * 1.92596303e-8F + _mm512_fmsub_ps(v, kLog2e - Vec{}, x[j]);
-    f[j] += fraction(x[j]);
-  }
-  exp2_split(x, f, count);
-}
-#else
-// Rounds to the nearest integer what is below 2^22 in magnitude, which its low bits then hold.
-constexpr float kRound = 12582912.0F;
+// Rounds to the nearest 32nd what is below 2^17 in magnitude; the low bits count them.
+constexpr float kRound = 393216.0F;
+alignas(64) constexpr float kPowers[32] = {
+    1.0F,        1.0218972F,  1.04427373F, 1.06714046F, 1.09050775F, 1.1143868F,  1.13878858F,
+    1.1637249F,  1.18920708F, 1.21524739F, 1.24185777F, 1.26905096F, 1.29683959F, 1.32523668F,
+    1.35425556F, 1.38390994F, 1.41421354F, 1.44518077F, 1.47682619F, 1.50916445F, 1.54221082F,
+    1.5759809F,  1.61049032F, 1.64575553F, 1.68179286F, 1.71861935F, 1.75625217F, 1.79470909F,
+    1.8340081F,  1.87416768F, 1.91520655F, 1.95714414F};
 
-// p 2^n, where n is in the low bits of `rounded`.
-inline Vec scale(Vec p, Vec rounded) {
-  return reinterpret_cast<Vec>(reinterpret_cast<Int>(p) + (reinterpret_cast<Int>(rounded) << 23));
-}
-// x := e^x, with ln 2 in two parts; relative error of the polynomial 5e-11.
-LRNN_INLINE void exp(Vec* x, const int count) {
-  Vec n[kMost];
-  Vec f[kMost];
+// Relative error of the polynomial 5e-8 on |f| <= 1/64. Fewer instructions than a polynomial for
+// all of [0, 1], and a chain half as long.
+LRNN_INLINE void exp2_split(Vec* x, const Vec* rounded, const Vec* f, const int count) {
+  Vec power[kMost];
   Vec p[kMost];
-  LRNN_EACH {
-    const Vec v = at_most(at_least(x[j], -86.0F), 86.0F);
-    n[j] = v * kLog2e + kRound;
-    const Vec k = n[j] - kRound;
-    f[j] = (v - k * 0.693359375F) + k * 2.12194440e-4F;
-  }
-  constexpr float kSeries[] = {1.9767632e-4F, 1.3945906e-3F, 8.333569e-3F, 4.1666273e-2F,
-                               1.6666666e-1F, 0.5F,          1.0F,         1.0F};
-  polynomial(p, f, count, kSeries, 8);
-  LRNN_EACH x[j] = scale(p[j], n[j]);
+  LRNN_EACH power[j] = _mm512_permutex2var_ps(load(kPowers), reinterpret_cast<__m512i>(rounded[j]),
+                                              load(kPowers + kLanes));
+  constexpr float kSeries[] = {2.40226507e-1F, 6.93157345e-1F};
+  polynomial(p, f, count, kSeries, 2);
+  LRNN_EACH p[j] = (power[j] * f[j]) * p[j] + power[j];
+  LRNN_EACH x[j] = _mm512_scalef_ps(p[j], rounded[j] - kRound);
 }
-#if LRNN_LANES == 8
-// x := 2^x for x <= 0, 2^-125 for all below: x = n + f in eighths, a power from a table, and a
-// polynomial with relative error 3e-8 on |f| <= 1/16. Additions and the look-up leave the two units
-// that multiply free.
-LRNN_INLINE void exp2_of_negative(Vec* x, const int count, const bool in_range) {
-  constexpr float kRoundToEighths = 1572864.0F;
+#elif LRNN_LANES == 8
+// Rounds to the nearest eighth what is below 2^19 in magnitude; the low bits count them.
+constexpr float kRound = 1572864.0F;
+
+// Relative error of the polynomial 3e-8 on |f| <= 1/16. Additions and the look-up leave the two
+// units that multiply free.
+LRNN_INLINE void exp2_split(Vec* x, const Vec* rounded, const Vec* f, const int count) {
   // 2^(i / 8) less the bits that i adds to its mantissa.
   const Int table = {0x3F800000, 0x3F7B95C2, 0x3F7837F0, 0x3F75FED7,
                      0x3F7504F3, 0x3F75672A, 0x3F7744FD, 0x3F7AC0C7};
-  Vec f[kMost];
   Vec p[kMost];
   LRNN_EACH {
-    const Vec v = in_range ? x[j] : at_least(x[j], kLeastExponent);
-    x[j] = v + kRoundToEighths;
-    f[j] = v - (x[j] - kRoundToEighths);
-  }
-  LRNN_EACH {
-    const Int n = reinterpret_cast<Int>(x[j]);
+    const Int n = reinterpret_cast<Int>(rounded[j]);
     const auto power =
         _mm256_permutevar8x32_epi32(reinterpret_cast<__m256i>(table), reinterpret_cast<__m256i>(n));
     x[j] = reinterpret_cast<Vec>(reinterpret_cast<Int>(power) + (n << 20));
@@ -218,22 +183,62 @@ LRNN_INLINE void exp2_of_negative(Vec* x, const int count, const bool in_range) 
   LRNN_EACH x[j] += (x[j] * f[j]) * p[j];
 }
 #else
-// x := 2^x for x <= 0, 2^-125 for all below; relative error of the polynomial 2e-9.
-LRNN_INLINE void exp2_of_negative(Vec* x, const int count, const bool in_range) {
-  Vec f[kMost];
+// Rounds to the nearest integer what is below 2^22 in magnitude, which its low bits then hold.
+constexpr float kRound = 12582912.0F;
+
+// p 2^n, where n is in the low bits of `rounded`.
+inline Vec scale(Vec p, Vec rounded) {
+  return reinterpret_cast<Vec>(reinterpret_cast<Int>(p) + (reinterpret_cast<Int>(rounded) << 23));
+}
+// Relative error of the polynomial 2e-9 on |f| <= 1/2.
+LRNN_INLINE void exp2_split(Vec* x, const Vec* rounded, const Vec* f, const int count) {
   Vec p[kMost];
-  LRNN_EACH {
-    const Vec v = in_range ? x[j] : at_least(x[j], kLeastExponent);
-    x[j] = v + kRound;
-    f[j] = v - (x[j] - kRound);
-  }
   constexpr float kSeries[] = {1.5353362e-4F, 1.3398874e-3F, 9.618437e-3F, 5.5503324e-2F,
                                2.4022648e-1F, 6.931472e-1F,  1.0F};
   polynomial(p, f, count, kSeries, 7);
-  LRNN_EACH x[j] = scale(p[j], x[j]);
+  LRNN_EACH x[j] = scale(p[j], rounded[j]);
 }
 #endif
+
+// Where exp2_of_negative() stops; nothing lies below if its `in_range`, a constant.
+constexpr float kLeastExponent = -125.0F;
+
+// x := 2^x for x <= 0, 2^-125 for all below.
+LRNN_INLINE void exp2_of_negative(Vec* x, const int count, const bool in_range) {
+  Vec rounded[kMost];
+  Vec f[kMost];
+  LRNN_EACH {
+    const Vec v = in_range ? x[j] : at_least(x[j], kLeastExponent);
+    rounded[j] = v + kRound;
+    f[j] = v - (rounded[j] - kRound);
+  }
+  exp2_split(x, rounded, f, count);
+}
+// x := e^x.
+LRNN_INLINE void exp(Vec* x, const int count) {
+  Vec rounded[kMost];
+  Vec f[kMost];
+  LRNN_EACH x[j] = at_most(at_least(x[j], -86.0F), 86.0F);
+#if LRNN_LANES == 4  // ln 2 in two parts; relative error of the polynomial 5e-11
+  Vec p[kMost];
+  LRNN_EACH {
+    rounded[j] = x[j] * kLog2e + kRound;
+    const Vec k = rounded[j] - kRound;
+    f[j] = (x[j] - k * 0.693359375F) + k * 2.12194440e-4F;
+  }
+  constexpr float kSeries[] = {1.9767632e-4F, 1.3945906e-3F, 8.333569e-3F, 4.1666273e-2F,
+                               1.6666666e-1F, 0.5F,          1.0F,         1.0F};
+  polynomial(p, f, count, kSeries, 8);
+  LRNN_EACH x[j] = scale(p[j], rounded[j]);
+#else  // f keeps what the product with log2(e) rounds off, and what its last bits lack
+  LRNN_EACH {
+    rounded[j] = multiply_add(x[j], kLog2e - Vec{}, kRound - Vec{});
+    f[j] = multiply_add(x[j], kLog2e - Vec{}, kRound - rounded[j]);
+    f[j] += x[j] * 1.92596303e-8F;
+  }
+  exp2_split(x, rounded, f, count);
 #endif
+}
 
 // x := max(x, 0) + log1p(e), e = exp(-|x|), by log1p(e) = 2 atanh(s), s = e / (2 + e): a polynomial
 // in s^2 <= 1/9 with relative error 4e-9.
@@ -241,7 +246,7 @@ LRNN_INLINE void softplus(Vec* x, const int count) {
   Vec s[kMost];
   Vec w[kMost];
   Vec p[kMost];
-  LRNN_EACH s[j] = x[j] > 0.0F ? -x[j] : x[j];
+  LRNN_EACH s[j] = reinterpret_cast<Vec>(reinterpret_cast<Int>(x[j]) | INT32_MIN);
   exp(s, count);
   LRNN_EACH s[j] /= 2.0F + s[j];
   LRNN_EACH w[j] = s[j] * s[j];

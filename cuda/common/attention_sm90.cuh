@@ -13,20 +13,13 @@ inline bool fits_sm90(const Sizes& z) {
          compute_capability() == 90;
 }
 
-/// Query heads whose keys and values fill half of the L2 cache.
-inline int heads_in_l2(const Sizes& z) {
-  constexpr std::int64_t kBytes = 24 << 20;
-  const std::int64_t per_head = std::int64_t{4} * z.slots * z.head_dim;
-  const std::int64_t heads = std::max<std::int64_t>(1, kBytes / per_head) * z.group();
-  return static_cast<int>(std::min<std::int64_t>(heads, std::int64_t{z.batch} * z.heads));
-}
-
-inline int multiprocessors() {
-  int device = 0;
-  int count = 0;
-  LRNN_CUDA_CHECK(cudaGetDevice(&device));
-  LRNN_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-  return count;
+/// Heads of a section, of `heads` in all: as many as have their streamed operands, `bytes` of each,
+/// in two thirds of the L2 cache; sections of about one size.
+inline int heads_of_section(std::int64_t heads, std::int64_t bytes) {
+  constexpr std::int64_t kBytes = 34 << 20;
+  const std::int64_t most = std::max<std::int64_t>(1, kBytes / std::max<std::int64_t>(1, bytes));
+  const std::int64_t sections = (heads + most - 1) / most;
+  return static_cast<int>((heads + sections - 1) / sections);
 }
 
 struct SectionItem {
@@ -34,8 +27,11 @@ struct SectionItem {
 };
 
 /// The items of a resident block. Heads are taken by sections that share the L2 cache, in a section
-/// the tiles with most work first: the last queries, the first keys. Rows of the grid alternate in
-/// direction, so that blocks get equal sums of descending work.
+/// the tiles by their work, which causal tiles have more of the later their queries, the earlier
+/// their keys: in the last section the most first, and in every other one in the opposite order of
+/// the next, so that work never jumps. Rows of the grid alternate in direction, so that blocks get
+/// equal sums: the fullest has 0.1 % more than the mean at 8192 positions of 32 heads, where
+/// sections that all begin with the most leave 20 %.
 class ItemWalk {
  public:
   __device__ __forceinline__ ItemWalk(int heads, int batch, int tiles, int section, bool last_first)
@@ -43,16 +39,19 @@ class ItemWalk {
         pairs_(heads * batch),
         tiles_(tiles),
         section_(section),
+        last_section_((pairs_ - 1) / section),
         last_first_(last_first) {}
   __device__ __forceinline__ bool valid() const { return index() < pairs_ * tiles_; }
   __device__ __forceinline__ void next() { ++round_; }
   __device__ __forceinline__ SectionItem item() const {
-    const int first = index() / (section_ * tiles_) * section_;
+    const int section = index() / (section_ * tiles_);
+    const int first = section * section_;
     const int within = index() - first * tiles_;
     const int size = min(section_, pairs_ - first);
     const int pair = first + within % size;
     const int order = within / size;
-    return {last_first_ ? tiles_ - 1 - order : order, pair % heads_, pair / heads_};
+    const bool reversed = last_first_ == ((last_section_ - section) % 2 == 0);
+    return {reversed ? tiles_ - 1 - order : order, pair % heads_, pair / heads_};
   }
 
  private:
@@ -62,7 +61,7 @@ class ItemWalk {
     return round_ * grid + (round_ % 2 == 0 ? block : grid - 1 - block);
   }
 
-  int heads_, pairs_, tiles_, section_;
+  int heads_, pairs_, tiles_, section_, last_section_;
   bool last_first_;
   int round_ = 0;
 };

@@ -23,6 +23,13 @@ inline int shared_memory_per_block() {
   LRNN_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
   return bytes;
 }
+inline int multiprocessors() {
+  int device = 0;
+  int count = 0;
+  LRNN_CUDA_CHECK(cudaGetDevice(&device));
+  LRNN_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+  return count;
+}
 /// Whether tensor cores take bfloat16.
 inline bool has_mma() {
   return compute_capability() >= 80;

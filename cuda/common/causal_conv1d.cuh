@@ -1,9 +1,9 @@
 /// What forward and backward of causal_conv1d share.
 ///
-/// The kernels of widths 2, 3, 4 stream: a thread owns kN neighbouring channels of one chunk of
-/// time and walks it with the last K inputs in a ring of registers, kAhead rows of every operand on
-/// their way from memory. A warp owns 32 kN channels of a chunk, a block kWarps chunks. Chunks are
-/// as long as a grid that fills the device once allows, so little is read twice and every
+/// The backward kernels of widths 2, 3, 4 stream: a thread owns kN neighbouring channels of one
+/// chunk of time and walks it with the last K inputs in a ring of registers, kAhead rows of every
+/// operand on their way from memory. A warp owns 32 kN channels of a chunk, a block kWarps chunks.
+/// Chunks are as long as a grid that fills the device once allows, so little is read twice and every
 /// multiprocessor has loads in flight from the first step to the last. Their number depends on the
 /// sizes alone.
 #pragma once
@@ -108,43 +108,73 @@ __device__ __forceinline__ float gate(float v) {
   return s;
 }
 
-/// Moves the window of channel c of sequence b on by an input and returns the output of the
-/// channel. K: the width, if windows and weights lie in vectors of that size, else 0.
+/// The window of a channel of a sequence, and what its output needs. K: the width, if windows and
+/// weights lie in vectors of that size, else 0: then it is read as it moves on.
 template <class T, int K>
-__device__ __forceinline__ float advance_window(const Conv<T>& v, std::int64_t b, std::int64_t c,
-                                                float newest, float* state) {
-  float* const window = state + (b * v.channels + c) * v.width;
-  const T* const weight = v.weight + c * v.width;
-  float sum = v.bias != nullptr ? to_float(v.bias[c]) : 0.0F;
-  if constexpr (K > 0) {
-    float values[K];
-    float taps[K];
-    load_vec<float, K>(window, values);
-    load_vec<T, K>(weight, taps);
+struct Window {
+  // As they come from memory: a conversion would wait for it.
+  Packed<float, K> values;
+  Packed<T, K> taps;
+  Packed<T, 1> bias;
+
+  __device__ __forceinline__ void load(const Conv<T>& v, std::int64_t b, std::int64_t c,
+                                       const float* state) {
+    values.load(state + (b * v.channels + c) * K);
+    taps.load_constant(v.weight + c * K);
+    bias = {};
+    if (v.bias != nullptr) bias.load_constant(v.bias + c);
+  }
+  /// Moves it on by an input and returns the output of the channel.
+  __device__ __forceinline__ float advance(const Conv<T>& v, std::int64_t b, std::int64_t c,
+                                           float newest, float* state) {
+    float sum = bias.get(0);
+    float moved[K];
 #pragma unroll
     for (int k = 0; k < K; ++k) {
-      values[k] = k + 1 < K ? values[k + 1] : newest;
-      sum = fmaf(taps[k], values[k], sum);
+      moved[k] = k + 1 < K ? values.get(k + 1) : newest;
+      sum = fmaf(taps.get(k), moved[k], sum);
     }
-    store_vec<float, K>(window, values);
-  } else {
+    store_packed<float, K>(state + (b * v.channels + c) * K, moved);
+    return v.silu ? sum * gate(sum) : sum;
+  }
+};
+template <class T>
+struct Window<T, 0> {
+  __device__ __forceinline__ void load(const Conv<T>&, std::int64_t, std::int64_t, const float*) {}
+  __device__ __forceinline__ float advance(const Conv<T>& v, std::int64_t b, std::int64_t c,
+                                           float newest, float* state) {
+    float* const window = state + (b * v.channels + c) * v.width;
+    float sum = v.bias != nullptr ? to_float(v.bias[c]) : 0.0F;
     for (int k = 0; k < v.width; ++k) {
       const float value = k + 1 < v.width ? window[k + 1] : newest;
       window[k] = value;
-      sum = fmaf(to_float(weight[k]), value, sum);
+      sum = fmaf(to_float(v.weight[c * v.width + k]), value, sum);
     }
+    return v.silu ? sum * gate(sum) : sum;
   }
-  return v.silu ? sum * gate(sum) : sum;
+};
+
+/// Moves the window of channel c of sequence b on by an input and returns its output.
+template <class T, int K>
+__device__ __forceinline__ float advance_window(const Conv<T>& v, std::int64_t b, std::int64_t c,
+                                                float newest, float* state) {
+  Window<T, K> window;
+  window.load(v, b, c, state);
+  return window.advance(v, b, c, newest, state);
 }
 
-/// Calls f.operator()<K>() with the K of advance_window.
+constexpr int kUsualWidth = 4;
+template <class T>
+bool has_usual_windows(const Conv<T>& v, const float* state) {
+  return v.width == kUsualWidth && allows_vectors(state, kUsualWidth, kUsualWidth, kUsualWidth) &&
+         allows_vectors(v.weight, kUsualWidth, kUsualWidth, kUsualWidth);
+}
+
+/// Calls f.operator()<K>() with the K of a window.
 template <class T, class F>
 void visit_window(const Conv<T>& v, const float* state, F&& f) {
-  constexpr int kUsual = 4;
-  const bool vectors = v.width == kUsual && allows_vectors(state, kUsual, kUsual, kUsual) &&
-                       allows_vectors(v.weight, kUsual, kUsual, kUsual);
-  if (vectors)
-    f.template operator()<kUsual>();
+  if (has_usual_windows(v, state))
+    f.template operator()<kUsualWidth>();
   else
     f.template operator()<0>();
 }

@@ -65,11 +65,10 @@ Tensor make_segment_powers(Context& ctx, const Sizes& s, const ChunkTable& table
 Tensor make_product_maps(Context& ctx, const Sizes& s, const Parameters& parameters);
 
 /// A barrier of all kThreads threads of a block whose warps reach it at different places of the
-/// code, which __syncthreads() does not allow. PTX asks of bar.sync that all threads of a warp reach
-/// the same one; synccheck asks it of the block, and reports these.
+/// code: __syncthreads() and bar.sync ask for the same one of all.
 template <int kThreads>
 __device__ __forceinline__ void meet() {
-  asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory");
+  asm volatile("barrier.sync 1, %0;" ::"n"(kThreads) : "memory");
 }
 
 /// Three bfloat16 whose sum is x, of two numbers each, the first in the low half.

@@ -134,28 +134,29 @@ struct Ring {
   }
 };
 
-/// Loads the first steps of a warp's part of W; at return what other kernels write can be read. A
-/// stable weight is read while they run.
-template <class T, int kTiles>
+/// Loads the first steps of a warp's part of W; at return what other kernels write can be read, of
+/// which on_inputs() asks for what the sums do not need. A stable weight is read while they run.
+template <class T, int kTiles, class OnInputs>
 __device__ __forceinline__ void begin_weight(const Args<T>& a,
                                              const WeightReader<T, kTiles>& weight,
                                              Ring<WeightReader<T, kTiles>, T, kTiles>& w, int first,
-                                             int lane) {
+                                             int lane, const OnInputs& on_inputs) {
   if (!a.stable_weight) {
     if (lane % kLanes == 0) weight.prefetch(first);
     wait_for_previous_kernel();
   }
   w.fill(weight, first);
   wait_for_previous_kernel();
+  on_inputs();
 }
 
 /// Sums of a warp on tensor cores: x is A, with rows up to 8 kHalves, and eight rows of W are B.
 ///
 /// A k step of mma wants elements 2 c, 2 c + 1, 2 c + 8 and 2 c + 9 from lane 4 g + c. It gets
 /// 8 c .. 8 c + 3 of both operands, the next step 8 c + 4 .. 8 c + 7: the order of a sum is free.
-template <int kTiles, int kHalves>
+template <int kTiles, int kHalves, class OnInputs>
 __device__ __forceinline__ void sum_part(const Args<bf16>& a, int column, Part part, int lane,
-                                         float (&sums)[kTiles][4]) {
+                                         float (&sums)[kTiles][4], const OnInputs& on_inputs) {
   using Input = RowReader<bf16, kHalves, 8, Source::Input>;
   const int group = lane / kLanes;
   const int offset = lane % kLanes * kWide<bf16>;
@@ -163,7 +164,7 @@ __device__ __forceinline__ void sum_part(const Args<bf16>& a, int column, Part p
   const Input input(a.x, group, a.rows, offset, part.last);
   Ring<WeightReader<bf16, kTiles>, bf16, kTiles> w;
   Ring<Input, bf16, kHalves> x;
-  begin_weight(a, weight, w, part.first, lane);
+  begin_weight(a, weight, w, part.first, lane, on_inputs);
   x.fill(input, part.first);
 #pragma unroll 1
   for (int k0 = part.first; k0 < part.last; k0 += kAhead * kStep<bf16>)
@@ -187,11 +188,11 @@ __device__ __forceinline__ void sum_part(const Args<bf16>& a, int column, Part p
 }
 
 /// A warp's sums go to `sums` [8 kHalves, kPitch] of its own.
-template <int kTiles, int kHalves>
+template <int kTiles, int kHalves, class OnInputs>
 __device__ __forceinline__ void warp_sums(const Args<bf16>& a, int column, Part part, int lane,
-                                          float* sums) {
+                                          float* sums, const OnInputs& on_inputs) {
   float c[kTiles][4] = {};
-  sum_part<kTiles, kHalves>(a, column, part, lane, c);
+  sum_part<kTiles, kHalves>(a, column, part, lane, c, on_inputs);
 #pragma unroll
   for (int t = 0; t < kTiles; ++t)
 #pragma unroll
@@ -206,9 +207,9 @@ __device__ __forceinline__ void warp_sums(const Args<bf16>& a, int column, Part 
 /// The same in float32, for up to kRows rows. Lane 4 g + c adds the elements of its offset; the
 /// four of a column are added in a butterfly. x comes from the caches sooner than W, so it is read
 /// where it is used.
-template <int kTiles, int kRows>
+template <int kTiles, int kRows, class OnInputs>
 __device__ __forceinline__ void warp_sums(const Args<float>& a, int column, Part part, int lane,
-                                          float* sums) {
+                                          float* sums, const OnInputs& on_inputs) {
   using Input = RowReader<float, kRows, 1, Source::Input>;
   constexpr int kElements = kWide<float>;
   const int group = lane / kLanes;
@@ -216,7 +217,7 @@ __device__ __forceinline__ void warp_sums(const Args<float>& a, int column, Part
   const WeightReader<float, kTiles> weight(a.weight, column + group, a.columns, offset, part.last);
   const Input input(a.x, 0, a.rows, offset, part.last);
   Ring<WeightReader<float, kTiles>, float, kTiles> w;
-  begin_weight(a, weight, w, part.first, lane);
+  begin_weight(a, weight, w, part.first, lane, on_inputs);
   float acc[kTiles][kRows] = {};
 #pragma unroll 1
   for (int k0 = part.first; k0 < part.last; k0 += kAhead * kStep<float>)
@@ -259,10 +260,32 @@ struct RowGroup {
   }
 };
 
+/// What an epilogue needs beside a sum: what its load(row, column) returns, if it has one.
+template <class Epilogue>
+struct OperandsOf {
+  __device__ __forceinline__ void load(const Epilogue&, int, int) {}
+  __device__ __forceinline__ void finish(const Epilogue& epilogue, int row, int column, float sum) {
+    epilogue(row, column, sum);
+  }
+};
+template <class Epilogue>
+  requires requires { typename Epilogue::Operands; }
+struct OperandsOf<Epilogue> {
+  typename Epilogue::Operands held;
+
+  __device__ __forceinline__ void load(const Epilogue& epilogue, int row, int column) {
+    held = epilogue.load(row, column);
+  }
+  __device__ __forceinline__ void finish(const Epilogue& epilogue, int row, int column, float sum) {
+    epilogue(row, column, sum, held);
+  }
+};
+
 /// What a block does. kRows: 8 or 16 in bfloat16. `sums`: kRows kPitch floats for each warp. The
 /// epilogue is called once for each row and column, with the sum in float32; if it reads anything
 /// but weights, it may ask for that by prefetch(row, column) before the kernels before this one
-/// end.
+/// end, and return it from load(row, column), of which the first is called before the sums are
+/// taken.
 template <class T, int kTiles, int kRows, class Epilogue>
 __device__ __forceinline__ void product(const Args<T>& all, int block, float* sums,
                                         const Epilogue& epilogue) {
@@ -280,19 +303,24 @@ __device__ __forceinline__ void product(const Args<T>& all, int block, float* su
       if (column + i % kWidth < a.columns)
         epilogue.prefetch(group.first + i / kWidth, column + i % kWidth);
   constexpr int kPerLane = sizeof(T) == 2 ? kRows / 8 : kRows;
+  OperandsOf<Epilogue> operands;
+  const auto load = [&](int i) {
+    if (i < a.rows * kWidth && column + i % kWidth < a.columns)
+      operands.load(epilogue, group.first + i / kWidth, column + i % kWidth);
+  };
   warp_sums<kTiles, kPerLane>(a, column, part_of_warp<T>(a.depth, warp, warps), lane,
-                              sums + warp * kSums);
+                              sums + warp * kSums, [&] { load(static_cast<int>(threadIdx.x)); });
   __syncthreads();
 #pragma unroll 1
-  for (int i = static_cast<int>(threadIdx.x); i < a.rows * kWidth;
-       i += static_cast<int>(blockDim.x)) {
+  for (int i = static_cast<int>(threadIdx.x); i < a.rows * kWidth;) {
     const int r = i / kWidth;
     const int c = i % kWidth;
-    if (column + c >= a.columns) continue;
     float sum = 0.0F;
 #pragma unroll 4
     for (int w = 0; w < warps; ++w) sum += sums[w * kSums + r * kPitch<kTiles> + c];
-    epilogue(group.first + r, column + c, sum);
+    if (column + c < a.columns) operands.finish(epilogue, group.first + r, column + c, sum);
+    i += static_cast<int>(blockDim.x);
+    load(i);
   }
 }
 

@@ -32,15 +32,14 @@ inline bool streams(TensorView weight) {
 /// Elements of a weight that may be read once for every 64 rows.
 constexpr std::int64_t kSmallWeight = std::int64_t{1} << 21;
 
-/// Whether rows beyond the few are faster here than in cuBLASLt. With rows grows the time of
-/// reading x, once for every 64 columns, which cuBLASLt shares better; but it is slow if rows of y
-/// are not aligned.
+/// Whether rows beyond the few are faster here than in cuBLASLt, whose kernels overlap none. With
+/// rows grows the time of reading x, once for every 64 columns, which cuBLASLt shares better; but
+/// it is slow if rows of y are not aligned.
 inline bool pays(std::int64_t rows, TensorView weight, MutableTensorView y) {
   if (rows > 128) return false;
   if (!allows_vectors(y.data<__nv_bfloat16>(), 8, detail::row_stride(y), 8)) return true;
-  return rows <= 32 || weight.numel() < (rows <= 64 ? 8 * kSmallWeight : kSmallWeight);
+  return rows <= 32 || weight.numel() < (rows <= 64 ? 8 : 2) * kSmallWeight;
 }
-
 void forward(Context& ctx, const LinearForward& args);
 
 }  // namespace lrnn::cuda::linear_sm90

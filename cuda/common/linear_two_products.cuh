@@ -38,7 +38,7 @@ __global__ __launch_bounds__(64 * kMaxWarpsOfTwo) void two_products_kernel(Args<
   const Args<T> mine = second ? b : a;
   const Part part = second ? part_of_warp<T>(mine.depth, warp - a_warps, warps - a_warps)
                            : part_of_warp<T>(mine.depth, warp, a_warps);
-  warp_sums<1, kPerLane>(mine, column, part, thread % 32, sums + warp * kSums);
+  warp_sums<1, kPerLane>(mine, column, part, thread % 32, sums + warp * kSums, [] {});
   __syncthreads();
   for_each_sum([&](int r, int c) {
     const float* const at = sums + r * kPitch<1> + c;

@@ -146,8 +146,8 @@ struct Place {
   int channel;
   bool active;  // whether the channel exists
 
-  __device__ Place(const Sizes& s, const std::int32_t* lengths, int segments) {
-    const auto block = static_cast<int>(blockIdx.x);
+  __device__ Place(const Sizes& s, const std::int32_t* lengths, int segments, int first_block = 0) {
+    const int block = first_block + static_cast<int>(blockIdx.x);
     tile = block % s.tiles;
     batch = block / s.tiles / segments;
     move_to(s, block / s.tiles % segments);

@@ -44,6 +44,10 @@ struct Packed {
   __device__ __forceinline__ void load_constant(const T* p) {
     load_by(p, [](const auto* q) { return __ldg(q); });
   }
+  /// The first to go from the caches: for memory that nobody reads soon.
+  __device__ __forceinline__ void load_once(const T* p) {
+    load_by(p, [](const auto* q) { return __ldcs(q); });
+  }
   /// To global memory.
   __device__ __forceinline__ void store(T* p) const {
     if constexpr (kBytes == 16)

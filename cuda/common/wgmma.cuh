@@ -113,26 +113,30 @@ __device__ __forceinline__ void multiply_shared(float (&c)[kTiles][4], std::uint
   }
 }
 
-/// c += a b over 16 columns of a, which is an A fragment; b is [16, 8 kTiles] in shared memory.
-template <int kTiles>
+/// c = [c +] a b over 16 columns of a, which is an A fragment; b is [16, 8 kTiles] in shared
+/// memory, or [8 kTiles, 16] if kTransposeB is false.
+template <bool kTransposeB = true, int kTiles>
 __device__ __forceinline__ void multiply_registers(float (&c)[kTiles][4],
-                                                   const std::uint32_t (&a)[4], std::uint64_t b) {
+                                                   const std::uint32_t (&a)[4], std::uint64_t b,
+                                                   bool accumulate = true) {
   static_assert(kTiles == 8 || kTiles == 16);
   if constexpr (kTiles == 8) {
     asm volatile(
         "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " LRNN_C_32
-        "}, {%32, %33, %34, %35}, %36, p, 1, 1, 1;\n}\n"
+        "}, {%32, %33, %34, %35}, %36, p, 1, 1, %38;\n}\n"
         : LRNN_C_TILES_8(0)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(1)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)),
+          "n"(kTransposeB ? 1 : 0)
         : "memory");
   } else {
     asm volatile(
         "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 " LRNN_C_64
-        "}, {%64, %65, %66, %67}, %68, p, 1, 1, 1;\n}\n"
+        "}, {%64, %65, %66, %67}, %68, p, 1, 1, %70;\n}\n"
         : LRNN_C_TILES_8(0), LRNN_C_TILES_8(8)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(1)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)),
+          "n"(kTransposeB ? 1 : 0)
         : "memory");
   }
 }

@@ -4,8 +4,8 @@
 #include <cmath>
 
 #include "lrnn/ops/complex_weight.hpp"
-#include "lrnn/ops/elementwise.hpp"
 #include "lrnn/ops/linear.hpp"
+#include "lrnn/ops/linear_skip.hpp"
 
 #include "mixers/diagonal_recurrence.hpp"
 
@@ -165,11 +165,11 @@ std::unique_ptr<MixerSaved> Lru::do_forward(Context& ctx, const MixerForward& ar
                               .x = states,
                               .state_out = detail::DiagonalState::of(args.state_out),
                               .chunk_states = saved->chunk_states});
-  scale_columns(ctx, {.src = saved->x, .scale = D_.value, .dst = args.y});
-  linear_forward(ctx, {.x = states.view().reshape({batch, seqlen, 2 * dstate_}),
-                       .weight = saved->C.view().reshape({d_model(), 2 * dstate_}),
-                       .y = args.y,
-                       .accumulate = true});
+  linear_skip_forward(ctx, {.x = states.view().reshape({batch, seqlen, 2 * dstate_}),
+                            .weight = saved->C.view().reshape({d_model(), 2 * dstate_}),
+                            .skip = saved->x,
+                            .scale = D_.value,
+                            .y = args.y});
   if (!keep_for_backward) return nullptr;
   if (v.view().numel() <= saved->x.numel()) saved->v = std::move(v);
   return saved;
@@ -214,14 +214,16 @@ void Lru::do_backward(Context& ctx, MixerSaved& base, const MixerBackward& args)
       ctx,
       {.product = ComplexProduct::ReadOut, .dweight = dC, .dre = C_re_.grad, .dim = C_im_.grad});
 
-  scale_columns_backward(
-      ctx, {.dy = args.dy, .x = saved.x, .scale = D_.value, .dx = args.dx, .dscale = D_.grad});
-  linear_backward(ctx, {.dy = dv.view().reshape(rows),
-                        .x = saved.x,
-                        .weight = saved.B.view().reshape({width, d_model()}),
-                        .dx = args.dx,
-                        .dweight = dB.reshape({width, d_model()}),
-                        .accumulate_dx = true});
+  linear_skip_backward(ctx, {.dv = dv.view().reshape(rows),
+                             .weight = saved.B.view().reshape({width, d_model()}),
+                             .dy = args.dy,
+                             .x = saved.x,
+                             .scale = D_.value,
+                             .dx = args.dx,
+                             .dscale = D_.grad});
+  linear_backward(
+      ctx,
+      {.dy = dv.view().reshape(rows), .x = saved.x, .dweight = dB.reshape({width, d_model()})});
   complex_weight_backward(
       ctx, {.product = ComplexProduct::Drive, .dweight = dB, .dre = B_re_.grad, .dim = B_im_.grad});
 }

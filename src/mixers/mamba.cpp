@@ -200,6 +200,10 @@ void Mamba::do_backward(Context& ctx, MixerSaved& base, const MixerBackward& arg
       args.dstate_out != nullptr ? &state_as<State>(*args.dstate_out) : nullptr;
   State* const dstate_in = args.dstate_in != nullptr ? &state_as<State>(*args.dstate_in) : nullptr;
 
+  // First, so that y is gone before the rest is there.
+  Tensor dy = ctx.empty(inner, dtype);
+  out_proj_.backward(ctx, args.dy, saved.y, dy);
+  saved.y = Tensor();
   Tensor dxz = ctx.empty(saved.xz.shape(), dtype);
   // The gradient of the convolution's input takes the place of its output, which it does not read.
   const MutableTensorView u = dxz.view().slice(2, 0, inner_);
@@ -210,10 +214,6 @@ void Mamba::do_backward(Context& ctx, MixerSaved& base, const MixerBackward& arg
   SelectiveScanInputs in = scan_inputs(u, dt, saved.xz, saved.x_dbl, saved.integration_timesteps);
   in.lengths = saved.lengths;
   if (saved.state_in != nullptr) in.state_in = saved.state_in->lrnn_state;
-
-  Tensor dy = ctx.empty(inner, dtype);
-  out_proj_.backward(ctx, args.dy, saved.y, dy);
-  saved.y = Tensor();
 
   Tensor dx_dbl = ctx.empty(saved.x_dbl.shape(), dtype);
   Tensor& du = dy;  // in the place of what the scan reads last there
@@ -261,6 +261,25 @@ void Mamba::do_backward(Context& ctx, MixerSaved& base, const MixerBackward& arg
             .dstate_in = dstate_in != nullptr ? MutableTensorView(dstate_in->conv_state)
                                               : MutableTensorView()});
   in_proj_.backward(ctx, dxz, saved.x, args.dx);
+}
+
+std::optional<MambaStackLayer> Mamba::stack_layer(MixerState& base) const {
+  const bool plain = discretization_ == SelectiveDiscretization::Mamba && !in_proj_.bias_value() &&
+                     !out_proj_.bias_value();
+  if (!plain) return {};
+  State& state = state_as<State>(base);
+  return MambaStackLayer{.norm_weight = {},
+                         .in_proj = in_proj_.weight_value(),
+                         .conv_weight = conv_weight(),
+                         .conv_bias = conv_bias(),
+                         .x_proj = x_proj_.weight_value(),
+                         .dt_weight = dt_weight_.value,
+                         .dt_bias = dt_bias_.value,
+                         .A_log = A_log_.value,
+                         .D = D_.value,
+                         .out_proj = out_proj_.weight_value(),
+                         .conv_state = state.conv_state,
+                         .lrnn_state = state.lrnn_state};
 }
 
 void Mamba::do_step(Context& ctx, const MixerStep& args) const {

@@ -164,12 +164,12 @@ std::unique_ptr<MixerSaved> S5::do_forward(Context& ctx, const MixerForward& arg
                               .x = states,
                               .state_out = detail::DiagonalState::of(args.state_out),
                               .chunk_states = saved->chunk_states});
-  // D is indexed [in, out]: u D is what the backward pass of a linear layer with weight D gives.
-  linear_backward(ctx, {.dy = saved->x, .weight = saved->D, .dx = args.y});
+  // The thin product first: the other one, bound by arithmetic, adds to y at little cost. D is
+  // indexed [in, out]: u D is what the backward pass of a linear layer with weight D gives.
   linear_forward(ctx, {.x = states.view().reshape({batch, seqlen, 2 * dstate_}),
                        .weight = saved->C.view().reshape({d_model(), 2 * dstate_}),
-                       .y = args.y,
-                       .accumulate = true});
+                       .y = args.y});
+  linear_backward(ctx, {.dy = saved->x, .weight = saved->D, .dx = args.y, .accumulate_dx = true});
   if (!keep_for_backward) return nullptr;
   if (v.view().numel() <= saved->x.numel()) saved->v = std::move(v);
   return saved;
@@ -217,15 +217,11 @@ void S5::do_backward(Context& ctx, MixerSaved& base, const MixerBackward& args) 
                                 .dre = C_.grad.slice(2, 0, 1),
                                 .dim = C_.grad.slice(2, 1, 1)});
 
+  linear_backward(ctx,
+                  {.dy = dv, .x = saved.x, .weight = saved.B, .dx = args.dx, .dweight = B_.grad});
   // The roles of u D above, exchanged: dy D^T, and dD = u^T dy.
-  linear_forward(ctx, {.x = args.dy, .weight = saved.D, .y = args.dx});
+  linear_forward(ctx, {.x = args.dy, .weight = saved.D, .y = args.dx, .accumulate = true});
   linear_backward(ctx, {.dy = saved.x, .x = args.dy, .dweight = D_.grad});
-  linear_backward(ctx, {.dy = dv,
-                        .x = saved.x,
-                        .weight = saved.B,
-                        .dx = args.dx,
-                        .dweight = B_.grad,
-                        .accumulate_dx = true});
 }
 
 void S5::do_step(Context& ctx, const MixerStep& args) const {

@@ -110,6 +110,11 @@ Tensor last_valid_positions(Context& ctx, TensorView x, const std::vector<std::i
   return out;
 }
 
+bool same_sizes(const MambaStackLayer& a, const MambaStackLayer& b) {
+  return a.A_log.shape() == b.A_log.shape() && a.dt_weight.shape() == b.dt_weight.shape() &&
+         a.conv_weight.shape() == b.conv_weight.shape();
+}
+
 // Sums of the residual stream after the layers that were asked for.
 class LayerOutputs {
  public:
@@ -148,8 +153,13 @@ struct LRNNLMHeadModel::Inputs {
 
 struct LRNNLMHeadModel::Saved {
   Inputs inputs;
+  std::int64_t recompute_blocks = 0;
   std::vector<BlockSaved> blocks;
   AddNormOutput norm_f;
+
+  [[nodiscard]] bool runs_again(std::size_t block) const noexcept {
+    return static_cast<std::int64_t>(block) < recompute_blocks;
+  }
 };
 
 LRNNLMHeadModel::LRNNLMHeadModel(const Device& device, LRNNLMHeadConfig config)
@@ -247,6 +257,9 @@ LRNNLMHeadModel::Inputs LRNNLMHeadModel::prepare(Context& ctx, const char* op, T
              input_ids.shape());
   LRNN_CHECK(options.num_last_tokens >= 0 && options.num_last_tokens <= seqlen, InvalidArgument, op,
              ": num_last_tokens: expected 0..", seqlen, ", got ", options.num_last_tokens);
+  LRNN_CHECK(options.recompute_blocks >= 0 && options.recompute_blocks <= config_.n_layer,
+             InvalidArgument, op, ": recompute_blocks: expected 0..", config_.n_layer, ", got ",
+             options.recompute_blocks);
   in.ids = checked_integers(ctx, op, "input_ids", input_ids, {batch, seqlen},
                             {0, config_.vocab_size - 1}, options.validate, in.owned_ids);
   if (options.lengths)
@@ -318,11 +331,16 @@ EncoderOutput LRNNLMHeadModel::hidden_states(Context& ctx, const Inputs& inputs,
                            .position_ids = inputs.positions,
                            .lengths = inputs.lengths};
   BlockSaved last;
+  Tensor carried;  // a residual that its block does not keep
   for (std::size_t i = 0; i < blocks_.size(); ++i) {
     BlockSaved block;
     block_inputs.state = inputs.cache != nullptr ? &inputs.cache->state(i) : nullptr;
     hidden = blocks_[i].forward(ctx, std::move(hidden), block_inputs, block, keep);
     block_inputs.residual = block.residual();
+    if (keep && saved->runs_again(i)) {
+      carried = block.keep_first_norm();
+      if (carried) block_inputs.residual = carried;
+    }
     layer_outputs.collect(ctx, i, hidden, block_inputs.residual);
     if (keep)
       saved->blocks.push_back(std::move(block));
@@ -393,6 +411,34 @@ EncoderOutput LRNNLMHeadModel::encode(Context& ctx, TensorView input_ids,
   return out;
 }
 
+std::vector<MambaStackLayer> LRNNLMHeadModel::stack_from(std::size_t begin,
+                                                         const InferenceCache& cache) const {
+  std::vector<MambaStackLayer> run;
+  for (std::size_t i = begin; i < blocks_.size(); ++i) {
+    const auto layer = blocks_[i].stack_layer(cache.state(i));
+    if (!layer || (!run.empty() && !same_sizes(*layer, run.front()))) break;
+    run.push_back(*layer);
+  }
+  return run;
+}
+
+Tensor LRNNLMHeadModel::step_stack(Context& ctx, std::span<const MambaStackLayer> layers,
+                                   TensorView hidden, TensorView residual,
+                                   BlockSaved& saved) const {
+  const Shape rows = {hidden.dim(0), config_.d_model};
+  const auto flat = [&](auto t) { return t ? t.reshape(rows) : t; };
+  Tensor y = ctx.empty(hidden.shape(), hidden.dtype());
+  saved.norm.residual = ctx.empty(
+      hidden.shape(), config_.residual_in_fp32 ? accumulate_dtype(dtype()) : activation_dtype_);
+  mamba_stack_step(ctx, {.layers = layers,
+                         .eps = config_.norm_epsilon,
+                         .x = flat(hidden),
+                         .residual = flat(residual),
+                         .y = flat(y.view()),
+                         .residual_out = flat(saved.norm.residual.view())});
+  return y;
+}
+
 CausalLMOutput LRNNLMHeadModel::step(Context& ctx, TensorView input_ids, InferenceCache& cache,
                                      const StepOptions& options) const {
   constexpr const char* op = "LRNNLMHeadModel::step";
@@ -410,13 +456,20 @@ CausalLMOutput LRNNLMHeadModel::step(Context& ctx, TensorView input_ids, Inferen
   BlockInputs block_inputs{.integration_timesteps = inputs.tau, .position_ids = inputs.positions};
   LayerOutputs layer_outputs(options.layer_outputs);
   BlockSaved last;
-  for (std::size_t i = 0; i < blocks_.size(); ++i) {
+  const bool whole_runs = options.layer_outputs.empty() && !inputs.tau;
+  for (std::size_t i = 0; i < blocks_.size();) {
     BlockSaved block;
-    block_inputs.state = &cache.state(i);
-    hidden = blocks_[i].step(ctx, std::move(hidden), block_inputs, block);
+    const auto run = whole_runs ? stack_from(i, cache) : std::vector<MambaStackLayer>();
+    if (!run.empty()) {
+      hidden = step_stack(ctx, run, hidden, block_inputs.residual, block);
+    } else {
+      block_inputs.state = &cache.state(i);
+      hidden = blocks_[i].step(ctx, std::move(hidden), block_inputs, block);
+    }
     block_inputs.residual = block.residual();
     layer_outputs.collect(ctx, i, hidden, block_inputs.residual);
     last = std::move(block);
+    i += std::max<std::size_t>(1, run.size());
   }
   cache.advance(1);
   return {head(ctx, norm_f_->normalize(ctx, hidden, block_inputs.residual)), layer_outputs.take()};
@@ -478,6 +531,7 @@ Tensor LRNNLMHeadModel::loss_and_backward(Context& ctx, TensorView input_ids, Te
   constexpr const char* op = "LRNNLMHeadModel::loss_and_backward";
   Saved saved;
   saved.inputs = prepare_with_targets(ctx, op, input_ids, targets, options);
+  saved.recompute_blocks = options.recompute_blocks;
   parameters_->enable_grad(ctx);
   Tensor loss;
   Tensor dx;
@@ -494,9 +548,14 @@ Tensor LRNNLMHeadModel::loss_and_backward(Context& ctx, TensorView input_ids, Te
 
 void LRNNLMHeadModel::backward_blocks(Context& ctx, Saved& saved, AddNormGradients gradients) {
   saved.norm_f = {};
-  for (std::size_t i = blocks_.size(); i-- > 0;)
+  const BlockInputs block_inputs{.integration_timesteps = saved.inputs.tau,
+                                 .position_ids = saved.inputs.positions,
+                                 .lengths = saved.inputs.lengths};
+  for (std::size_t i = blocks_.size(); i-- > 0;) {
+    if (saved.runs_again(i)) blocks_[i].run_again(ctx, block_inputs, saved.blocks[i]);
     gradients =
         blocks_[i].backward(ctx, std::move(saved.blocks[i]), gradients.dx, gradients.residual());
+  }
   embedding_backward(ctx,
                      {.ids = saved.inputs.ids, .dy = gradients.dx, .dweight = embedding_->grad});
 }
@@ -510,6 +569,7 @@ LRNNLMHeadModel::Encoding LRNNLMHeadModel::encode_for_backward(Context& ctx, Ten
   Encoding out;
   out.saved_ = std::make_shared<Saved>();
   out.saved_->inputs = prepare(ctx, op, input_ids, options);
+  out.saved_->recompute_blocks = options.recompute_blocks;
   // The embedding's gradient needs the ids long after the caller may have let go of them.
   if (!out.saved_->inputs.owned_ids) {
     out.saved_->inputs.owned_ids = ctx.clone(out.saved_->inputs.ids);

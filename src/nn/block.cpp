@@ -1,6 +1,16 @@
 #include "lrnn/nn/block.hpp"
 
+#include "lrnn/mixers/mamba.hpp"
+
 namespace lrnn {
+
+Tensor BlockSaved::keep_first_norm() {
+  Tensor residual = std::move(norm2.residual);
+  mixer.reset();
+  norm2 = {};
+  mlp = {};
+  return residual;
+}
 
 Block::Block(const BlockOptions& options, const ParameterScope& scope)
     : norm_(scope / "norm", options.mixer_build.d_model, options.norm),
@@ -20,6 +30,15 @@ Tensor Block::forward(Context& ctx, Tensor hidden, const BlockInputs& inputs, Bl
                       bool keep_for_backward) const {
   saved.norm =
       norm_.forward(ctx, std::move(hidden), inputs.residual, residual_dtype_, keep_for_backward);
+  return mix(ctx, inputs, saved, keep_for_backward);
+}
+
+void Block::run_again(Context& ctx, const BlockInputs& inputs, BlockSaved& saved) const {
+  static_cast<void>(mix(ctx, inputs, saved, true));
+}
+
+Tensor Block::mix(Context& ctx, const BlockInputs& inputs, BlockSaved& saved,
+                  bool keep_for_backward) const {
   Tensor mixed = ctx.empty(saved.norm.y.shape(), saved.norm.y.dtype());
   saved.mixer = mixer_->forward(ctx,
                                 {.x = saved.norm.y,
@@ -43,6 +62,15 @@ Tensor Block::step(Context& ctx, Tensor hidden, const BlockInputs& inputs,
                      .y = mixed,
                      .state = *inputs.state});
   return feed_forward(ctx, std::move(mixed), saved, false);
+}
+
+std::optional<MambaStackLayer> Block::stack_layer(MixerState& state) const {
+  const auto* const mamba = dynamic_cast<const Mamba*>(mixer_.get());
+  const AddNorm::Options& norm = norm_.options();
+  if (mamba == nullptr || mlp_ || norm.kind != NormKind::Rms || !norm.fused) return {};
+  std::optional<MambaStackLayer> layer = mamba->stack_layer(state);
+  if (layer) layer->norm_weight = norm_.weight_value();
+  return layer;
 }
 
 Tensor Block::feed_forward(Context& ctx, Tensor hidden, BlockSaved& saved,

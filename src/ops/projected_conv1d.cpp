@@ -46,10 +46,17 @@ void projected_conv1d_step(Context& ctx, const ProjectedConv1dStep& a) {
 }
 
 void detail::projected_conv1d_by_parts(Context& ctx, const ProjectedConv1dStep& a) {
-  linear_forward(ctx, {.x = a.x, .weight = a.projection, .bias = a.projection_bias, .y = a.y});
+  linear_forward(ctx, {.x = a.x,
+                       .weight = a.projection,
+                       .bias = a.projection_bias,
+                       .y = a.y,
+                       .stable_weight = true});
   if (a.side_y)
-    linear_forward(ctx,
-                   {.x = a.x, .weight = a.side_projection, .bias = a.side_bias, .y = a.side_y});
+    linear_forward(ctx, {.x = a.x,
+                         .weight = a.side_projection,
+                         .bias = a.side_bias,
+                         .y = a.side_y,
+                         .stable_weight = true});
   const MutableTensorView channels = a.y.slice(1, 0, a.weight.dim(0));
   causal_conv1d_step(ctx, {.x = channels,
                            .weight = a.weight,

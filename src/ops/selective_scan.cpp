@@ -3,6 +3,7 @@
 #include "lrnn/ops/linear.hpp"
 
 #include "ops/dispatch.hpp"
+#include "ops/selective_scan_parts.hpp"
 
 namespace lrnn {
 namespace {
@@ -40,20 +41,16 @@ Shape chunk_shape(const SelectiveScanInputs& in, const Shape& state) {
   return {state[0], selective_scan_chunks(in.u.dim(1)), state[1], state[2]};
 }
 
-// Most sequences for which CUDA projects inside the step: each reads the weight of its own accord.
-constexpr std::int64_t kFewSequences = 16;
+}  // namespace
 
-// The step behind a product of its own.
-void step_after_projection(Context& ctx, SelectiveScanStep a) {
+void detail::selective_scan_step_after_projection(Context& ctx, SelectiveScanStep a) {
   Tensor dt = ctx.empty(a.in.u.shape(), a.in.u.dtype());
-  linear_forward(ctx, {.x = a.dt_low, .weight = a.dt_weight, .y = dt});
+  linear_forward(ctx, {.x = a.dt_low, .weight = a.dt_weight, .y = dt, .stable_weight = true});
   a.in.dt = dt;
   a.dt_low = {};
   a.dt_weight = {};
   selective_scan_step(ctx, a);
 }
-
-}  // namespace
 
 void selective_scan_forward(Context& ctx, const SelectiveScanForward& a) {
   constexpr const char* op = "selective_scan_forward";
@@ -106,8 +103,7 @@ void selective_scan_step(Context& ctx, const SelectiveScanStep& a) {
     const std::int64_t rank = a.dt_low.dim(2);
     const DType dtype = a.in.u.dtype();
     detail::check_rows(op, "dt_low", ctx, a.dt_low, {a.in.u.dim(0), a.in.u.dim(1), rank}, dtype);
-    if (ctx.device().is_cpu() || a.in.u.dim(0) > kFewSequences)
-      return step_after_projection(ctx, a);
+    if (ctx.device().is_cpu()) return detail::selective_scan_step_after_projection(ctx, a);
     detail::check_operand(op, "dt_weight", ctx, a.dt_weight, {a.in.u.dim(2), rank}, dtype);
   }
   const Shape state = check_inputs(op, ctx, a.in, !a.dt_low);

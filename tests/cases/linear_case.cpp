@@ -153,6 +153,16 @@ const RegisterOpCases kRegister({
     without_gradcheck(linear_case({4097, 200, 80, false, 8, true})),
     without_gradcheck(linear_case({4100, 40, 136, false})),
     without_gradcheck(linear_case({4099, 64, 72, false, 8})),
+    // Gradients of weights in TF32: whole and broken tiles of either operand.
+    without_gradcheck(linear_case({4099, 256, 128, false})),
+    without_gradcheck(linear_case({4097, 72, 388, false, 8, true})),
+    without_gradcheck(linear_case({5000, 300, 260})),
+    // Large enough for the tensor cores of Hopper in float32: tiles whole and broken, slices, a
+    // depth that is cut for the gradient of the weight.
+    without_gradcheck(linear_case({4224, 512, 512})),
+    without_gradcheck(linear_case({4212, 388, 452, false, 4})),
+    without_gradcheck(linear_case({8200, 452, 64, false, 4, true})),
+    without_gradcheck(accumulate_case(4100, 384, 516)),
 });
 const RegisterBenchCases kRegisterBench({
     without_gradcheck(linear_case({16384, 768, 3072, false})),

@@ -144,7 +144,7 @@ std::vector<OpCase> cases() {
       all.push_back(selective_scan_case({2, 6, 2, 3, disc, event, false, true}));
     }
   all.push_back(selective_scan_case({1, 1, 1, 1}));
-  for (const std::int64_t seqlen : {63, 64, 65, 129})  // around the chunk of 64
+  for (const std::int64_t seqlen : {31, 32, 33, 65})  // around the chunk of 32
     all.push_back(selective_scan_case({1, seqlen, 2, 2}));
   all.push_back(selective_scan_case({2, 3, 33, 16}));  // one past a tile of channels
   all.push_back(selective_scan_case({3, 70, 2, 5, Disc::Mamba, false, true, true}));
@@ -156,6 +156,12 @@ std::vector<OpCase> cases() {
     all.push_back(selective_scan_case({3, 2, 7, 3, Disc::Zoh, true, true, false, rank}));
   }
   all.push_back(selective_scan_case({33, 2, 8, 16, Disc::Mamba, false, true, false, 16}));
+  for (const Sizes& z : {Sizes{9, 2, 70, 16, Disc::Mamba, false, true, false, 48},
+                         Sizes{37, 2, 72, 16, Disc::Mamba, false, true, false, 128},
+                         Sizes{18, 2, 66, 16, Disc::Mamba, false, true, false, 24}}) {
+    all.push_back(selective_scan_case(z));  // many sequences, few of a block
+    all.back().gradcheck = false;
+  }
   for (const Disc disc : {Disc::Mamba, Disc::Bilinear}) {  // so many that a thread steps several
     all.push_back(selective_scan_case({66, 2, 3, 16, disc}));
     all.back().gradcheck = false;

@@ -6,6 +6,7 @@
 
 #include <gtest/gtest.h>
 
+#include "lrnn/core/graph.hpp"
 #include "lrnn/core/random.hpp"
 
 namespace lrnn {
@@ -134,6 +135,49 @@ TEST_F(Model, GradientsWithTimestepsMatchDifferenceQuotients) {
                                 {.integration_timesteps = tau});
 }
 
+// Whatever blocks run again: the same loss, the same bits of every gradient, and less memory.
+void expect_recomputing_changes_no_bit(Context& ctx, const LRNNLMHeadConfig& config, DType dtype) {
+  LRNNLMHeadModel model(ctx, config, {.dtype = dtype, .seed = 7});
+  std::vector<std::int32_t> tokens;
+  for (std::int32_t i = 0; i < 600; ++i) tokens.push_back(i * i % 19);
+  const Tensor input = ctx.from_host<std::int32_t>({2, 300}, tokens);
+  const Tensor valid = ctx.from_host<std::int32_t>({2}, std::vector<std::int32_t>{300, 141});
+  const auto run = [&](std::int64_t blocks, std::size_t& peak) {
+    StatisticsResource memory(ctx.memory());
+    const Context::MemoryScope scope(ctx, memory);
+    model.parameters().enable_grad(ctx);
+    model.parameters().zero_grad(ctx);
+    memory.reset_peak();
+    std::vector<Doubles> all = {ctx.to_host_as_double(model.loss_and_backward(
+        ctx, input, input, {.lengths = valid, .recompute_blocks = blocks}))};
+    peak = memory.stats().peak_bytes_in_use;
+    for (const Parameter& p : model.parameters()) all.push_back(ctx.to_host_as_double(p.grad));
+    return all;
+  };
+  std::size_t all_kept = 0;
+  const auto want = run(0, all_kept);
+  for (const std::int64_t blocks : {1, 2, 4}) {
+    std::size_t peak = 0;
+    EXPECT_EQ(run(blocks, peak), want) << blocks;
+    EXPECT_LT(peak, all_kept) << blocks;
+  }
+}
+
+TEST_F(Model, RecomputingBlocksChangesNoBit) {
+  for (const bool rms : {true, false}) {
+    LRNNLMHeadConfig config = small_config({Mamba, LRU, Attn, S4});
+    config.rms_norm = rms;
+    expect_recomputing_changes_no_bit(ctx_, config, DType::float32);
+  }
+}
+
+TEST_F(Model, CudaRecomputingBlocksChangesNoBit) {
+  if (Context::cuda_device_count() == 0) GTEST_SKIP() << "no CUDA device";
+  Context cuda = Context::cuda();
+  for (const DType dtype : {DType::float32, DType::bfloat16})
+    expect_recomputing_changes_no_bit(cuda, small_config({Mamba, LRU, Attn, S4}), dtype);
+}
+
 TEST_F(Model, GradientsAccumulate) {
   auto model = make(small_config());
   (void)model.loss_and_backward(ctx_, ids(2, 5), ids(2, 5, 2));
@@ -204,6 +248,70 @@ TEST_F(Model, ChunkedPrefillAndStepsEqualForward) {
                 (void)model.step(ctx_, columns(input, 0, 1), cache);
               }).find("max_seqlen = 9"),
               std::string::npos);
+  }
+}
+
+// Runs of plain Mamba blocks, which a step takes together.
+LRNNLMHeadConfig stacked_config(std::int64_t d_model, std::vector<MixerType> types) {
+  LRNNLMHeadConfig config = small_config(std::move(types));
+  config.d_model = d_model;
+  config.d_state = 16;
+  config.d_intermediate = 0;
+  return config;
+}
+
+// Logits of steps through `input`, behind each other.
+Doubles stepped(Context& ctx, const LRNNLMHeadModel& model, TensorView input, bool recorded) {
+  const std::int64_t batch = input.dim(0);
+  const auto tokens = ctx.to_host<std::int32_t>(input);
+  auto cache = model.allocate_inference_cache(ctx, {.batch_size = batch, .max_seqlen = 64});
+  Tensor token = ctx.zeros({batch, 1}, DType::int32);
+  ArenaResource arena(ctx.memory(), std::size_t{1} << 24, ctx.stream());
+  const Context::MemoryScope scope(ctx, arena);
+  Tensor out;
+  const auto step = [&] { out = model.step(ctx, token, cache, {.validate = false}).logits; };
+  step();
+  std::optional<Graph> graph;
+  if (recorded) graph = Graph::capture(ctx, step);
+  cache.reset(ctx);
+  Doubles all(static_cast<std::size_t>(input.numel() * 19));
+  for (std::int64_t t = 0; t < input.dim(1); ++t) {
+    std::vector<double> column;
+    for (std::int64_t b = 0; b < batch; ++b)
+      column.push_back(tokens[static_cast<std::size_t>(b * input.dim(1) + t)]);
+    ctx.write_from_host(token, column);
+    if (graph)
+      graph->launch();
+    else
+      step();
+    const Doubles logits = ctx.to_host_as_double(out);
+    for (std::int64_t b = 0; b < batch; ++b)
+      std::copy_n(logits.begin() + b * 19, 19, all.begin() + (b * input.dim(1) + t) * 19);
+  }
+  return all;
+}
+
+TEST_F(Model, RunsOfMambaBlocksStepAsTheyGoForward) {
+  const auto model = make(stacked_config(8, {Mamba, Mamba, LRU, Mamba}));
+  const Tensor input = ids(3, 5);
+  EXPECT_LT(max_difference(stepped(ctx_, model, input, false), logits(model, input)), 1e-13);
+}
+
+TEST_F(Model, CudaRunsOfMambaBlocksStepAsTheyGoForward) {
+  if (Context::cuda_device_count() == 0) GTEST_SKIP() << "no CUDA device";
+  ctx_ = Context::cuda();
+  const auto model = make(stacked_config(256, {Mamba, Mamba, LRU, Mamba}), DType::bfloat16);
+  const Tensor input = ids(2, 5);
+  const Doubles steps = stepped(ctx_, model, input, false);
+  const Doubles whole = logits(model, input);
+  double largest = 0;
+  for (const double v : whole) largest = std::max(largest, std::abs(v));
+  EXPECT_LT(max_difference(steps, whole), 0.03 * largest);  // values are rounded on the way
+  EXPECT_EQ(stepped(ctx_, model, input, true), steps);
+  for (std::int64_t b = 0; b < 2; ++b) {
+    const Tensor row = ctx_.clone(input.view().slice(0, b, 1));
+    const auto begin = steps.begin() + b * 5 * 19;
+    EXPECT_EQ(stepped(ctx_, model, row, false), Doubles(begin, begin + 5 * 19)) << "row " << b;
   }
 }
 
@@ -594,6 +702,11 @@ TEST_F(Model, RefusesBadOperands) {
     for (const char* part : parts) EXPECT_NE(message.find(part), std::string::npos) << message;
   };
   expect(forward(matrix(19)), {"input_ids", "0..18", "19", "element 1"});
+  for (const std::int64_t blocks : {-1, 3})
+    expect(error_of([&] {
+             (void)trainable.loss_and_backward(ctx_, input, input, {.recompute_blocks = blocks});
+           }),
+           {"recompute_blocks", "0..2", std::to_string(blocks).c_str()});
   expect(forward(matrix(-1)), {"input_ids", "-1"});
   expect(forward(lengths({1})), {"input_ids", "rank"});
   expect(forward(ctx_.empty({1, 0}, DType::int32)), {"input_ids"});

@@ -13,7 +13,8 @@ struct Deviation {
 };
 
 /// Runs forward and backward of `c` in `dtype` on `ctx` and in float64 on the CPU, on the same
-/// values, and compares every output and every gradient.
+/// values, and compares every output and every gradient. Limits are those of TF32 where `ctx`
+/// allows it.
 [[nodiscard]] std::vector<Deviation> compare_with_double(const OpCase& c, Context& ctx,
                                                          DType dtype);
 [[nodiscard]] double nmse(const std::vector<double>& got, const std::vector<double>& want);

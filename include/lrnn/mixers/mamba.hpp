@@ -14,6 +14,7 @@
 #include "lrnn/mixers/config.hpp"
 #include "lrnn/mixers/mixer.hpp"
 #include "lrnn/nn/linear.hpp"
+#include "lrnn/ops/mamba_stack.hpp"
 #include "lrnn/ops/selective_scan.hpp"
 
 namespace lrnn {
@@ -80,6 +81,10 @@ class Mamba final : public Mixer {
                                                        std::int64_t max_seqlen,
                                                        DType dtype) const override;
   [[nodiscard]] bool uses_integration_timesteps() const noexcept override { return true; }
+
+  /// What mamba_stack_step() needs for a step of `state`, without the norm; nothing if the options
+  /// are not those that it knows. Event mode is not.
+  [[nodiscard]] std::optional<MambaStackLayer> stack_layer(MixerState& state) const;
 
   struct State final : MixerState {
     Tensor conv_state;  // [B, E, K]

@@ -56,6 +56,9 @@ struct ForwardOptions {
   TensorView position_ids = {};           ///< [B, L] int32 or int64; rotary attention
   InferenceCache* cache = nullptr;  ///< prefill: read first, then left at the last valid token
   std::vector<std::int64_t> layer_outputs = {};  ///< layers whose outputs are returned as well
+  /// With a backward pass: the first n blocks keep only what their first norm left and run again
+  /// from there in the backward pass. Saves their memory, costs their time, changes no bit.
+  std::int64_t recompute_blocks = 0;
   /// Whether to copy ids, lengths and timesteps to the host and check them. Without it the call is
   /// recordable (see Graph), needs int32 ids, and bad values are undefined behaviour.
   bool validate = true;
@@ -166,6 +169,12 @@ class LRNNLMHeadModel {
                                             const ForwardOptions& options) const;
   /// From the gradients of norm_f's operands to that of the embedding. Frees what `saved` holds.
   void backward_blocks(Context& ctx, Saved& saved, AddNormGradients gradients);
+  /// Blocks from `begin` on that mamba_stack_step() takes together.
+  [[nodiscard]] std::vector<MambaStackLayer> stack_from(std::size_t begin,
+                                                        const InferenceCache& cache) const;
+  /// Block::step of all of them.
+  [[nodiscard]] Tensor step_stack(Context& ctx, std::span<const MambaStackLayer> layers,
+                                  TensorView hidden, TensorView residual, BlockSaved& saved) const;
   [[nodiscard]] Tensor head(Context& ctx, TensorView x) const;
   /// Logits [T, V] of x [T, H] by products of aligned width.
   void aligned_head(Context& ctx, TensorView x, MutableTensorView logits) const;

@@ -11,6 +11,7 @@
 #include "lrnn/mixers/registry.hpp"
 #include "lrnn/nn/mlp.hpp"
 #include "lrnn/nn/norm.hpp"
+#include "lrnn/ops/mamba_stack.hpp"
 
 namespace lrnn {
 
@@ -35,6 +36,9 @@ struct BlockSaved {
   [[nodiscard]] TensorView residual() const {
     return norm2.residual ? norm2.residual.view() : norm.residual.view();
   }
+  /// Drops what Block::run_again() makes anew: all but the first norm. Returns the residual that
+  /// the block leaves to its successor if it is among what was dropped.
+  Tensor keep_first_norm();
 };
 
 /// What reaches a block beside the hidden values. Absent operands as in MixerForward.
@@ -54,9 +58,13 @@ class Block {
   /// alive until backward().
   [[nodiscard]] Tensor forward(Context& ctx, Tensor hidden, const BlockInputs& inputs,
                                BlockSaved& saved, bool keep_for_backward) const;
+  /// The forward pass once more from saved.norm on, after keep_first_norm().
+  void run_again(Context& ctx, const BlockInputs& inputs, BlockSaved& saved) const;
   /// The same for one token, hidden [B, 1, H], with the state updated in place. Recordable.
   [[nodiscard]] Tensor step(Context& ctx, Tensor hidden, const BlockInputs& inputs,
                             BlockSaved& saved) const;
+  /// What mamba_stack_step() needs to do this step, if it can.
+  [[nodiscard]] std::optional<MambaStackLayer> stack_layer(MixerState& state) const;
   /// `dhidden` and `dresidual` are the gradients of the output and of saved.residual(). Frees what
   /// `saved` holds as it goes.
   [[nodiscard]] AddNormGradients backward(Context& ctx, BlockSaved saved, TensorView dhidden,
@@ -65,6 +73,9 @@ class Block {
   [[nodiscard]] const Mixer& mixer() const noexcept { return *mixer_; }
 
  private:
+  /// From the first norm's output on.
+  [[nodiscard]] Tensor mix(Context& ctx, const BlockInputs& inputs, BlockSaved& saved,
+                           bool keep_for_backward) const;
   [[nodiscard]] Tensor feed_forward(Context& ctx, Tensor hidden, BlockSaved& saved,
                                     bool keep_for_backward) const;
 

@@ -45,6 +45,10 @@ class AddNorm {
   [[nodiscard]] AddNormGradients backward(Context& ctx, const AddNormOutput& saved, TensorView dy,
                                           TensorView dresidual_out) const;
 
+  [[nodiscard]] const Options& options() const noexcept { return options_; }
+  /// For ops that normalise by themselves.
+  [[nodiscard]] TensorView weight_value() const { return weight_->value; }
+
  private:
   Options options_;
   Parameter* weight_;

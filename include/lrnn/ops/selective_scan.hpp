@@ -20,7 +20,7 @@ namespace lrnn {
 
 enum class SelectiveDiscretization { Mamba, Zoh, Bilinear, Dirac };
 
-inline constexpr std::int64_t kSelectiveScanChunk = 64;
+inline constexpr std::int64_t kSelectiveScanChunk = 32;
 
 /// Number of chunks that a sequence is cut into.
 [[nodiscard]] constexpr std::int64_t selective_scan_chunks(std::int64_t seqlen) {

@@ -37,7 +37,9 @@ struct TrainingModel {
   bool recordable = false;
 };
 /// `model` outlives the result. With its checkpoints, from_pretrained() reads the model.
-[[nodiscard]] TrainingModel training_model(LRNNLMHeadModel& model);
+/// recompute_blocks: see ForwardOptions.
+[[nodiscard]] TrainingModel training_model(LRNNLMHeadModel& model,
+                                           std::int64_t recompute_blocks = 0);
 
 struct TrainerConfig {
   std::int64_t steps = 1000;      ///< optimizer steps in total

@@ -1,0 +1,484 @@
+/// Hopper's product of up to a few hundred rows: warpgroup products fed by tensor copies.
+///
+/// A block owns kColumns columns of y, that is, rows of W, all rows of x up to kRows, and one of up
+/// to eight parts of K; the blocks of all parts are a cluster, of which each finishes its share of
+/// the columns. One thread copies panels of 64 columns of W and x through kStages buffers; each of
+/// the warpgroups multiplies 64 rows of W, the left operand, by x^T. Sums are sent to the shared
+/// memory of the block that finishes them, where a barrier counts their bytes: that orders nothing
+/// but them, where a barrier of the cluster waits for all memory. Their parts are added in the
+/// order of K and handed to an epilogue.
+///
+/// How K is cut depends on N and K alone, so the bits of a row of y are the same beside any other
+/// rows.
+///
+/// An epilogue has a type Operands and
+///   prefetch(row, column)                   a hint, before the kernels before this one have ended
+///   Operands load(row, column)              what N columns need beside their sums
+///   finish(row, column, sum[N], operands)
+#pragma once
+
+#include "common/launch.cuh"
+#include "common/linear_sm90.cuh"
+#include "common/wgmma.cuh"
+
+namespace lrnn::cuda::linear_sm90 {
+
+constexpr int kMaxParts = 8;     // blocks of a cluster that any Hopper device takes
+constexpr int kMaxBlocks = 132;  // up to which K is cut further: one for each SM of an H200
+constexpr int kMinPanels = 6;    // of a part
+
+/// Compile-time sizes: rows of x in a block, warpgroups along columns and rows of y, buffers.
+template <int kRows_, int kColumnGroups_, int kRowGroups_, int kStages_>
+struct Tile {
+  static constexpr int kRows = kRows_;
+  static constexpr int kColumnGroups = kColumnGroups_;
+  static constexpr int kStages = kStages_;
+  static constexpr int kGroups = kColumnGroups * kRowGroups_;
+  static constexpr int kColumns = 64 * kColumnGroups;
+  static constexpr int kGroupRows = kRows / kRowGroups_;
+  static constexpr int kRowTiles = kGroupRows / 8;
+  static constexpr int kThreads = kWarpgroup * kGroups + 32;
+  static constexpr int kWeightBytes = kColumns * kPanelRowBytes;
+  static constexpr int kInputBytes = kRows * kPanelRowBytes;
+  static constexpr int kStageBytes = kWeightBytes + kInputBytes;
+  // Sums of one part lie where the buffers were. Four words more than a row, so that the rows that
+  // a warp writes together hit different banks.
+  static constexpr int kPitch = kColumns + 4;
+  static_assert(kRows * kPitch * 4 <= kStages * kStageBytes);
+  // Those of several parts are received behind the barriers.
+  static constexpr int kBarrierBytes = 16 * kStages + 16;
+  static constexpr int shared_bytes(int parts) {
+    return 1024 + kStages * kStageBytes + kBarrierBytes + (parts > 1 ? kRows * kColumns * 4 : 0);
+  }
+};
+
+struct Args {
+  int rows, columns;
+  int row_tiles;         // blocks that share a part of W
+  int panels, per_part;  // of K, of a block
+  bool stable_weight;
+};
+
+/// y = sum (+ bias), or y += sum.
+struct StoreSum {
+  const bf16* bias;  // or null
+  DeviceRows<bf16> y;
+  bool accumulate;
+  static constexpr bool kNarrow = false;
+
+  /// Whether N columns can be handled at a time.
+  [[nodiscard]] bool allows(int n, std::int64_t columns) const {
+    return allows_vectors(y.data, columns, y.stride, n) && allows_vectors(bias, columns, 0, n);
+  }
+  template <int N>
+  struct Operands {
+    Packed<bf16, N> bias, y;
+  };
+  __device__ __forceinline__ void prefetch(int, int) const {}
+  template <int N>
+  __device__ __forceinline__ Operands<N> load(int row, int column) const {
+    Operands<N> o{};
+    if (bias != nullptr) o.bias.load(bias + column);
+    if (accumulate) o.y.load(y.row(row) + column);
+    return o;
+  }
+  template <int N>
+  __device__ __forceinline__ void finish(int row, int column, float (&sum)[N],
+                                         const Operands<N>& o) const {
+#pragma unroll
+    for (int e = 0; e < N; ++e) {
+      if (bias != nullptr) sum[e] += o.bias.get(e);
+      if (accumulate) sum[e] += o.y.get(e);
+    }
+    store_packed(y.row(row) + column, sum);
+  }
+};
+
+struct Maps {
+  CUtensorMap weight, x;
+};
+
+__device__ __forceinline__ int cluster_rank() {
+  int rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+/// Waits for all threads of the cluster, without order of memory but for barriers made before.
+__device__ __forceinline__ void cluster_meet() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+}
+/// Where the block of `rank` has what this one has at shared address `at`.
+__device__ __forceinline__ std::uint32_t address_in(int rank, std::uint32_t at) {
+  std::uint32_t to;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(at), "r"(rank));
+  return to;
+}
+/// Stores a float at a shared address of any block of the cluster; its bytes count at a barrier of
+/// that block.
+__device__ __forceinline__ void send(std::uint32_t to, float v, std::uint32_t barrier) {
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(to), "f"(v),
+      "r"(barrier)
+      : "memory");
+}
+/// Floats at a shared address of this block.
+template <int N>
+__device__ __forceinline__ void load_shared(float (&v)[N], std::uint32_t at) {
+  if constexpr (N == 1) {
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v[0]) : "r"(at) : "memory");
+  } else {
+#pragma unroll
+    for (int e = 0; e < N; e += 4)
+      asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                   : "=f"(v[e]), "=f"(v[e + 1]), "=f"(v[e + 2]), "=f"(v[e + 3])
+                   : "r"(at + 4U * e)
+                   : "memory");
+  }
+}
+
+/// Shared addresses of the buffers and barriers of a block.
+template <class Z>
+struct Shared {
+  std::uint32_t base;
+
+  __device__ __forceinline__ explicit Shared(const void* p)
+      : base((shared_address(p) + 1023U) & ~1023U) {}
+  __device__ __forceinline__ std::uint32_t weight(int stage) const {
+    return base + static_cast<std::uint32_t>(stage * Z::kStageBytes);
+  }
+  __device__ __forceinline__ std::uint32_t input(int stage) const {
+    return weight(stage) + Z::kWeightBytes;
+  }
+  __device__ __forceinline__ std::uint32_t full(int stage) const {
+    return weight(Z::kStages) + 8U * static_cast<std::uint32_t>(stage);
+  }
+  __device__ __forceinline__ std::uint32_t free(int stage) const {
+    return full(Z::kStages + stage);
+  }
+  /// Of one part.
+  __device__ __forceinline__ std::uint32_t sum(int row, int column) const {
+    return base + 4U * static_cast<std::uint32_t>(row * Z::kPitch + column);
+  }
+  /// The barrier of what is received, and the place of part `part` of a sum of the kWidth columns
+  /// of this block.
+  __device__ __forceinline__ std::uint32_t received() const { return full(2 * Z::kStages); }
+  template <int kWidth>
+  __device__ __forceinline__ std::uint32_t received(int part, int row, int column) const {
+    return received() + 16U +
+           4U * static_cast<std::uint32_t>((part * Z::kRows + row) * kWidth + column);
+  }
+
+  __device__ void init_barriers(int bytes) const {
+    barrier_init(received(), 1);
+    if (bytes > 0) barrier_expect(received(), bytes);
+    for (int s = 0; s < Z::kStages; ++s) {
+      barrier_init(full(s), 1);
+      barrier_init(free(s), 4 * Z::kGroups);
+    }
+    barrier_init_done();
+  }
+};
+
+/// What a block computes: panels [first, first + count) of K.
+struct Work {
+  int column, row, rows, part, first, count;
+
+  template <class Z>
+  __device__ __forceinline__ Work(const Args& a, int parts, Z) : part(cluster_rank()) {
+    const int item = static_cast<int>(blockIdx.x) / parts;
+    column = item / a.row_tiles * Z::kColumns;
+    row = item % a.row_tiles * Z::kRows;
+    rows = min(a.rows - row, Z::kRows);
+    first = min(part * a.per_part, a.panels);
+    count = min(a.per_part, a.panels - first);
+  }
+};
+
+/// The thread that copies. What fits in the buffers of W is read, if it may be, or asked for while
+/// the kernels before this one run.
+template <class Z>
+__device__ __forceinline__ void copy_panels(const Args& a, const Maps& maps, const Shared<Z>& mem,
+                                            const Work& w) {
+  const auto copy_weight = [&](int i) {
+    const int stage = i % Z::kStages;
+    barrier_expect(mem.full(stage), Z::kStageBytes);
+    copy_box(mem.weight(stage), &maps.weight, mem.full(stage), (w.first + i) * kPanel, 0, w.column,
+             0);
+  };
+  const auto copy_input = [&](int i) {
+    const int stage = i % Z::kStages;
+    copy_box(mem.input(stage), &maps.x, mem.full(stage), (w.first + i) * kPanel, 0, w.row, 0);
+  };
+  const int ahead = min(w.count, Z::kStages);
+  if (!a.stable_weight) {
+    for (int i = 0; i < ahead; ++i)
+      prefetch_box(&maps.weight, (w.first + i) * kPanel, 0, w.column, 0);
+    wait_for_previous_kernel();
+  }
+  for (int i = 0; i < ahead; ++i) copy_weight(i);
+  wait_for_previous_kernel();
+  for (int i = 0; i < ahead; ++i) copy_input(i);
+  for (int i = ahead; i < w.count; ++i) {
+    barrier_wait(mem.free(i % Z::kStages), i / Z::kStages % 2 ^ 1);
+    copy_weight(i);
+    copy_input(i);
+  }
+}
+
+/// Hands sums of a warpgroup's thread on, those of rows from `row` and columns from `column` on: to
+/// shared memory, or of several parts to the block that owns the columns.
+template <class Z, int kParts>
+__device__ __forceinline__ void hand_on(const Shared<Z>& mem, const Work& w, int row, int column,
+                                        const float (&c)[Z::kRowTiles][4]) {
+  constexpr int kWidth = Z::kColumns / kParts;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int at = column + half * 8;
+    std::uint32_t to = 0;
+    std::uint32_t barrier = 0;
+    if constexpr (kParts > 1) {
+      const int owner = at / kWidth;
+      to = address_in(owner, mem.template received<kWidth>(w.part, row, at % kWidth));
+      barrier = address_in(owner, mem.received());
+    }
+#pragma unroll
+    for (int n = 0; n < Z::kRowTiles; ++n)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int r = n * 8 + e;
+        if constexpr (kParts == 1)
+          asm volatile("st.shared.f32 [%0], %1;" ::"r"(mem.sum(row + r, at)),
+                       "f"(c[n][2 * half + e])
+                       : "memory");
+        else if (row + r < w.rows)
+          send(to + 4U * static_cast<std::uint32_t>(r * kWidth), c[n][2 * half + e], barrier);
+      }
+  }
+}
+
+/// A warpgroup's 64 columns by kGroupRows rows: products of the block's panels.
+template <class Z, int kParts>
+__device__ __forceinline__ void multiply_panels(const Shared<Z>& mem, const Work& w, int group,
+                                                int thread) {
+  float c[Z::kRowTiles][4] = {};
+  pin(c);
+  const int warp = thread / 32;
+  const int lane = thread % 32;
+  const int column = group % Z::kColumnGroups * 64;
+  const int row = group / Z::kColumnGroups * Z::kGroupRows;
+  for (int i = 0; i < w.count; ++i) {
+    const int stage = i % Z::kStages;
+    barrier_wait(mem.full(stage), i / Z::kStages % 2);
+    const auto bytes = [](int rows) { return static_cast<std::uint32_t>(rows * kPanelRowBytes); };
+    const std::uint64_t left = panel_descriptor(mem.weight(stage) + bytes(column), 16);
+    const std::uint64_t right = panel_descriptor(mem.input(stage) + bytes(row), 16);
+    products_begin();
+#pragma unroll
+    for (int step = 0; step < 4; ++step)
+      multiply_shared<false, false>(c, advance(left, step * 32), advance(right, step * 32), true);
+    products_commit();
+    products_wait<1>();  // those of the panel before
+    if (i > 0 && lane == 0) barrier_arrive(mem.free((i - 1) % Z::kStages));
+  }
+  products_wait<0>();
+  pin(c);
+  if constexpr (kParts == 1)
+    group_wait(1, kWarpgroup * Z::kGroups);  // until no other warpgroup reads the buffers
+  hand_on<Z, kParts>(mem, w, row + lane % 4 * 2, column + warp * 16 + lane / 4, c);
+}
+
+/// What a thread does with the sums that its block owns: every kThreads-th N columns of a row.
+template <class Z, int kParts, int N, class Epilogue>
+struct Finish {
+  static constexpr int kLoads = N == 8 ? 4 : 8;
+  // At a time: as many as hide the latency of operands, or of reading the parts.
+  static constexpr int kItems = Epilogue::kNarrow ? kLoads : kParts < kLoads ? kLoads / kParts : 1;
+  static constexpr int kWidth = Z::kColumns / kParts;  // columns of a block
+  static constexpr int kPerRow = kWidth / N;
+  static constexpr int kStep = Z::kThreads;
+
+  const Args& a;
+  const Epilogue& epilogue;
+  const Shared<Z>& mem;
+  const Work& w;
+  int count;
+  int next = static_cast<int>(threadIdx.x);
+  typename Epilogue::template Operands<N> operands[kItems];
+
+  __device__ __forceinline__ Finish(const Args& a, const Epilogue& epilogue, const Shared<Z>& mem,
+                                    const Work& w)
+      : a(a), epilogue(epilogue), mem(mem), w(w), count(w.rows * kPerRow) {}
+
+  __device__ __forceinline__ int row(int at) const { return w.row + at / kPerRow; }
+  __device__ __forceinline__ int column(int at) const {
+    return w.column + w.part * kWidth + at % kPerRow * N;
+  }
+  __device__ __forceinline__ std::uint32_t part_of_sum(int p, int at) const {
+    if constexpr (kParts == 1) return mem.sum(at / kPerRow, at % kPerRow * N);
+    return mem.template received<kWidth>(p, at / kPerRow, at % kPerRow * N);
+  }
+
+  __device__ __forceinline__ void prefetch() const {
+    for (int at = next; at < count; at += kStep)
+      if (column(at) < a.columns) epilogue.prefetch(row(at), column(at));
+  }
+  /// Operands of the next items.
+  __device__ __forceinline__ void load() {
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) {
+      // The last one stands for those behind it: without branches the loads are in flight together.
+      const int at = min(next + i * kStep, count - 1);
+      operands[i] = epilogue.template load<N>(row(at), min(column(at), a.columns - N));
+    }
+  }
+  /// Adds the parts of all items, whose first operands are loaded.
+  __device__ __forceinline__ void run() {
+#pragma unroll 1
+    for (; next < count; load()) {
+      float part[kItems][kParts][N];
+#pragma unroll
+      for (int i = 0; i < kItems; ++i)
+#pragma unroll
+        for (int p = 0; p < kParts; ++p)
+          load_shared(part[i][p], part_of_sum(p, min(next + i * kStep, count - 1)));
+#pragma unroll
+      for (int i = 0; i < kItems; ++i) {
+        const int at = next + i * kStep;
+        if (at >= count || column(at) >= a.columns) continue;
+#pragma unroll
+        for (int p = 1; p < kParts; ++p)
+#pragma unroll
+          for (int e = 0; e < N; ++e) part[i][0][e] += part[i][p][e];
+        epilogue.finish(row(at), column(at), part[i][0], operands[i]);
+      }
+      next += kItems * kStep;
+    }
+  }
+};
+
+/// Clusters of kParts blocks; the epilogue handles N columns at a time.
+template <class Z, int kParts, int N, class Epilogue>
+__global__ __launch_bounds__(Z::kThreads) void product_sm90_kernel(
+    Args a, Epilogue epilogue, const __grid_constant__ Maps maps) {
+  extern __shared__ __align__(16) unsigned char shared[];
+  const Shared<Z> mem(shared);
+  let_next_kernel_start();
+  const Work w(a, kParts, Z{});
+  if (threadIdx.x == 0) mem.init_barriers(kParts > 1 ? w.rows * Z::kColumns * 4 : 0);
+  __syncthreads();
+  if constexpr (kParts > 1) cluster_meet();
+  Finish<Z, kParts, N, Epilogue> finish(a, epilogue, mem, w);
+  const int group = __shfl_sync(0xFFFFFFFFU, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
+  if (group == Z::kGroups) {
+    if (threadIdx.x % 32 == 0) copy_panels<Z>(a, maps, mem, w);
+    __syncwarp();
+    wait_for_previous_kernel();
+    finish.load();
+  } else {
+    finish.prefetch();
+    wait_for_previous_kernel();
+    finish.load();
+    multiply_panels<Z, kParts>(mem, w, group, static_cast<int>(threadIdx.x) % kWarpgroup);
+  }
+  if constexpr (kParts == 1)
+    __syncthreads();
+  else
+    barrier_wait(mem.received(), 0);
+  finish.run();
+}
+
+/// Parts of K: a power of two, while the blocks stay few and parts long.
+inline int parts_of(int columns, int panels) {
+  const int tiles = (columns + 63) / 64;
+  int parts = 1;
+  while (parts < kMaxParts && 2 * parts * tiles <= kMaxBlocks && 2 * parts * kMinPanels <= panels)
+    parts *= 2;
+  return parts;
+}
+
+/// The matrix of the rows of an operand.
+inline HeadRows matrix(TensorView t) {
+  return {1, detail::row_count(t), 1, t.dim(-1),
+          detail::row_count(t) > 1 ? detail::row_stride(t) : t.dim(-1)};
+}
+
+inline int ceil_div(std::int64_t a, std::int64_t b) {
+  return static_cast<int>((a + b - 1) / b);
+}
+
+/// One cluster for each tile of y, overlapping the kernel before.
+template <class Z, int kParts, int N, class Epilogue>
+void launch_clusters(cudaStream_t stream, int tiles, const Args& a, const Epilogue& epilogue,
+                     const Maps& maps) {
+  const auto kernel = product_sm90_kernel<Z, kParts, N, Epilogue>;
+  LRNN_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                       Z::shared_bytes(kParts)));
+  cudaLaunchAttribute attributes[2]{};
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim = {kParts, 1, 1};
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = static_cast<unsigned>(kParts * tiles);
+  config.blockDim = Z::kThreads;
+  config.dynamicSmemBytes = Z::shared_bytes(kParts);
+  config.stream = stream;
+  config.attrs = attributes;
+  config.numAttrs = 2;
+  LRNN_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, a, epilogue, maps));
+}
+
+/// A product as the kernel takes it.
+struct Product {
+  TensorView x, weight;
+  bool stable_weight;
+};
+
+template <class Z, class Epilogue>
+void launch(cudaStream_t stream, const Product& f, const Epilogue& epilogue) {
+  const int rows = static_cast<int>(detail::row_count(f.x));
+  const int columns = static_cast<int>(f.weight.dim(0));
+  const int row_tiles = ceil_div(rows, Z::kRows);
+  const int panels = ceil_div(f.x.dim(-1), kPanel);
+  const int parts = parts_of(columns, panels);
+  const Args args{
+      .rows = rows,
+      .columns = columns,
+      .row_tiles = row_tiles,
+      .panels = panels,
+      .per_part = ceil_div(panels, parts),
+      .stable_weight = f.stable_weight,
+  };
+  const Maps maps{head_map(f.weight.data<bf16>(), matrix(f.weight), Z::kColumns),
+                  head_map(f.x.data<bf16>(), matrix(f.x), Z::kRows)};
+  const int tiles = row_tiles * ceil_div(columns, Z::kColumns);
+  const auto run = [&]<int kParts>() {
+    // Lanes that read neighbouring 16 bytes of a part, or write neighbouring 16 bytes.
+    constexpr int kWidth = Epilogue::kNarrow ? 1 : kParts > 1 ? 4 : 8;
+    if (epilogue.allows(kWidth, columns))
+      return launch_clusters<Z, kParts, kWidth>(stream, tiles, args, epilogue, maps);
+    if constexpr (kWidth > 1) launch_clusters<Z, kParts, 1>(stream, tiles, args, epilogue, maps);
+  };
+  if (parts == 8) return run.template operator()<8>();
+  if (parts == 4) return run.template operator()<4>();
+  if (parts == 2) return run.template operator()<2>();
+  run.template operator()<1>();
+}
+
+template <class Epilogue>
+void launch(cudaStream_t stream, const Product& f, const Epilogue& epilogue) {
+  const std::int64_t rows = detail::row_count(f.x);
+  // Many columns of short rows: a block takes more of them, else it ends as soon as it has begun.
+  const bool short_rows = f.weight.dim(0) >= 16384 && f.weight.dim(1) <= 1024;
+  if (rows <= 16 && short_rows) return launch<Tile<16, 2, 1, 6>>(stream, f, epilogue);
+  if (rows <= 16) return launch<Tile<16, 1, 1, 10>>(stream, f, epilogue);
+  if (rows <= 32 && short_rows) return launch<Tile<32, 2, 1, 5>>(stream, f, epilogue);
+  if (rows <= 32) return launch<Tile<32, 1, 1, 9>>(stream, f, epilogue);
+  // Two tiles of rows read W twice, from L2 the second time.
+  if (rows <= 64 || f.weight.numel() < kSmallWeight)
+    return launch<Tile<64, 1, 1, 6>>(stream, f, epilogue);
+  launch<Tile<128, 1, 2, 7>>(stream, f, epilogue);
+}
+
+}  // namespace lrnn::cuda::linear_sm90
