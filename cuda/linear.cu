@@ -5,8 +5,7 @@
 // the weight once and overlap the kernel before: cuBLASLt takes several microseconds for any of
 // them.
 //
-// On Hopper products of little depth that are added to y go to the kernel of linear_skip, and in
-// TF32 gradients of wide weights to one of their own (linear_weight_sm90.cu).
+// On Hopper gradients of wide weights in TF32 go to a kernel of their own (linear_weight_sm90.cu).
 //
 // Algorithms come from the library's heuristic and are kept per shape. In-place split-K reductions,
 // whose order is not fixed, are excluded.
@@ -16,7 +15,6 @@
 #include "common/check.cuh"
 #include "common/dtype.cuh"
 #include "common/linear_few_rows.cuh"
-#include "common/linear_skip_sm90.cuh"
 #include "common/linear_sm90.cuh"
 #include "common/linear_weight_sm90.cuh"
 #include "ops/dispatch.hpp"
@@ -187,11 +185,6 @@ bool transposing_pays(const Context& ctx, const LinearBackward& a) {
 }
 
 void backward_input(Context& ctx, const LinearBackward& a) {
-  if (a.accumulate_dx &&
-      linear_skip::run_if_suits(
-          ctx,
-          {.x = a.dy, .weight = a.weight, .across = true, .skip = a.dx, .scale = {}, .y = a.dx}))
-    return;
   Tensor transposed;
   Operand weight = columns_of(a.weight);
   if (transposing_pays(ctx, a)) {
@@ -221,11 +214,6 @@ void linear_forward(Context& ctx, const LinearForward& a) {
       return linear_sm90::forward(ctx, a);
 #endif
     if (few) return few_rows_forward<T>(ctx, a);
-    if (a.accumulate &&
-        linear_skip::run_if_suits(
-            ctx,
-            {.x = a.x, .weight = a.weight, .across = false, .skip = a.y, .scale = {}, .y = a.y}))
-      return;
     Product{columns_of(a.weight, true), columns_of(a.x), columns_of(a.y), a.accumulate,
             a.bias ? a.bias.raw() : nullptr}
         .run(ctx);
