@@ -5,8 +5,7 @@
 // the weight once and overlap the kernel before: cuBLASLt takes several microseconds for any of
 // them.
 //
-// On Hopper products of little depth that are added to y go to the kernel of linear_skip, and in
-// TF32 gradients of wide weights to one of their own (linear_weight_sm90.cu).
+// On Hopper gradients of wide weights in TF32 go to a kernel of their own (linear_weight_sm90.cu).
 // Large products of float32 go to Hopper's tensor cores, split so that they keep the accuracy of
 // float32, unless TF32 is allowed.
 //
@@ -19,7 +18,6 @@
 #include "common/dtype.cuh"
 #include "common/linear_few_rows.cuh"
 #include "common/linear_float32_sm90.cuh"
-#include "common/linear_skip_sm90.cuh"
 #include "common/linear_sm90.cuh"
 #include "common/linear_weight_sm90.cuh"
 #include "ops/dispatch.hpp"
@@ -223,11 +221,6 @@ void backward_input(Context& ctx, const LinearBackward& a) {
       multiply_float32(ctx, rows_of(a.dy, false), rows_of(a.weight, true), a.dx, a.dy.dim(-1),
                        a.accumulate_dx))
     return;
-  if (a.accumulate_dx &&
-      linear_skip::run_if_suits(
-          ctx,
-          {.x = a.dy, .weight = a.weight, .across = true, .skip = a.dx, .scale = {}, .y = a.dx}))
-    return;
   Tensor transposed;
   Operand weight = columns_of(a.weight);
   if (transposing_pays(ctx, a)) {
@@ -261,11 +254,6 @@ void linear_forward(Context& ctx, const LinearForward& a) {
       return linear_sm90::forward(ctx, a);
 #endif
     if (few) return few_rows_forward<T>(ctx, a);
-    if (a.accumulate &&
-        linear_skip::run_if_suits(
-            ctx,
-            {.x = a.x, .weight = a.weight, .across = false, .skip = a.y, .scale = {}, .y = a.y}))
-      return;
     if constexpr (sizeof(T) == 4)
       if (multiply_float32(ctx, rows_of(a.x, false), rows_of(a.weight, false), a.y, a.x.dim(-1),
                            a.accumulate, a.bias))

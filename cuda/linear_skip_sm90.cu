@@ -47,8 +47,8 @@ struct Args {
   DeviceRows<const T> x, skip, other;
   DeviceRows<T> y;
   DeviceRows<const T> weight;
-  const float* scale;  // or null
-  float* partial;      // [blocks of rows, columns]
+  const float* scale;
+  float* partial;  // [blocks of rows, columns]
   std::int64_t rows;
   int columns, depth;
 };
@@ -265,7 +265,7 @@ __global__ __launch_bounds__(Z::kThreads, 1) void linear_skip_kernel(Args<T> a) 
   const std::int64_t step = static_cast<std::int64_t>(gridDim.y) * Z::kGroups;
   pack_weight<Z>(a, packed, first);
   for (int i = static_cast<int>(threadIdx.x); i < Z::kColumns; i += Z::kThreads)
-    scale[i] = a.scale == nullptr || first + i >= a.columns ? 1.0F : a.scale[first + i];
+    scale[i] = first + i < a.columns ? a.scale[first + i] : 0.0F;
   __syncthreads();
 
   const std::int64_t tiles = (a.rows + kTileRows - 1) / kTileRows;
@@ -331,16 +331,14 @@ void run_of(Context& ctx, const Problem& p) {
                      .other = p.other ? device_rows<T>(p.other) : DeviceRows<const T>{},
                      .y = device_rows<T>(p.y),
                      .weight = device_rows<T>(p.weight),
-                     .scale = p.scale ? p.scale.data<float>() : nullptr,
+                     .scale = p.scale.data<float>(),
                      .partial = nullptr,
                      .rows = detail::row_count(p.x),
                      .columns = static_cast<int>(p.y.dim(-1)),
                      .depth = static_cast<int>(p.x.dim(-1))};
   const auto with_panels = [&]<int kPanels, int kPasses>() {
-    if (p.other)
+    if (p.across)
       launch<Tile<T, kPanels, kPasses, true, true>>(ctx, args, p.dscale);
-    else if (p.across)
-      launch<Tile<T, kPanels, kPasses, true, false>>(ctx, args, p.dscale);
     else
       launch<Tile<T, kPanels, kPasses, false, false>>(ctx, args, p.dscale);
   };

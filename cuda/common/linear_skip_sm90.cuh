@@ -12,16 +12,22 @@ namespace lrnn::cuda::linear_skip {
 struct Problem {
   TensorView x;       // [..., depth]
   TensorView weight;  // [columns, depth]
-  bool across;        // weight is [depth, columns] instead
-  TensorView skip;    // [..., columns]; may be y
-  TensorView scale;   // [columns], float32; absent: 1
+  bool across;        // weight is [depth, columns] instead; then with dscale
+  TensorView skip;    // [..., columns]
+  TensorView scale;   // [columns], float32
   MutableTensorView y;
-  TensorView other = {};  // [..., columns], with dscale
+  TensorView other = {};  // [..., columns]
   MutableTensorView dscale = {};
 };
 
-constexpr std::int64_t kLeastRows = 512;  // below, there are too few tiles of rows to fill a device
-constexpr std::int64_t kMostDepthBytes = 1024;  // of a column of W, which stays in shared memory
+/// Where one pass was faster than two. In bfloat16, whose passes are short, only over many rows of
+/// little depth; below 512 rows there are too few tiles to fill a device.
+constexpr std::int64_t least_rows(DType dtype) {
+  return dtype == DType::bfloat16 ? std::int64_t{1} << 15 : 512;
+}
+constexpr std::int64_t most_depth(DType dtype) {
+  return dtype == DType::bfloat16 ? 128 : 256;
+}
 
 /// Whether device, operands and precision suit.
 inline bool applies(const Context& ctx, const Problem& p) {
@@ -29,7 +35,7 @@ inline bool applies(const Context& ctx, const Problem& p) {
   const std::int64_t size = static_cast<std::int64_t>(size_of(dtype));
   const std::int64_t depth = p.x.dim(-1);
   if (dtype == DType::float32 ? !ctx.allow_tf32() : dtype != DType::bfloat16) return false;
-  if (detail::row_count(p.x) < kLeastRows || depth * size > kMostDepthBytes) return false;
+  if (detail::row_count(p.x) < least_rows(dtype) || depth > most_depth(dtype)) return false;
   const auto walks = [&](TensorView t, int n) {
     return !t ||
            (reinterpret_cast<std::uintptr_t>(t.raw()) % static_cast<std::uintptr_t>(n * size) ==

@@ -86,6 +86,7 @@ const RegisterOpCases kRegister({
     linear_skip_case({530, 72, 520}),
     linear_skip_case({600, 130, 40}),
     linear_skip_case({9001, 132, 16}),
+    linear_skip_case({32777, 40, 24}),  // enough for it in bfloat16
 });
 const RegisterBenchCases kRegisterBench({
     linear_skip_case({65536, 768, 128}),
