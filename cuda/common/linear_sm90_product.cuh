@@ -469,16 +469,19 @@ void launch(cudaStream_t stream, const Product& f, const Epilogue& epilogue) {
 template <class Epilogue>
 void launch(cudaStream_t stream, const Product& f, const Epilogue& epilogue) {
   const std::int64_t rows = detail::row_count(f.x);
-  // Many columns of short rows: a block takes more of them, else it ends as soon as it has begun.
+  // Buffers for two blocks of a multiprocessor, that of the next product being resident early, if
+  // rows are few. Many columns of short rows: a block takes more of them, else it ends as soon as
+  // it has begun.
   const bool short_rows = f.weight.dim(0) >= 16384 && f.weight.dim(1) <= 1024;
   if (rows <= 16 && short_rows) return launch<Tile<16, 2, 1, 6>>(stream, f, epilogue);
   if (rows <= 16) return launch<Tile<16, 1, 1, 10>>(stream, f, epilogue);
   if (rows <= 32 && short_rows) return launch<Tile<32, 2, 1, 5>>(stream, f, epilogue);
-  if (rows <= 32) return launch<Tile<32, 1, 1, 9>>(stream, f, epilogue);
+  if (rows <= 32) return launch<Tile<32, 1, 1, 8>>(stream, f, epilogue);
   // Two tiles of rows read W twice, from L2 the second time.
   if (rows <= 64 || f.weight.numel() < kSmallWeight)
-    return launch<Tile<64, 1, 1, 6>>(stream, f, epilogue);
-  launch<Tile<128, 1, 2, 7>>(stream, f, epilogue);
+    return launch<Tile<64, 1, 1, 5>>(stream, f, epilogue);
+  if (f.weight.numel() < 2 * kSmallWeight) return launch<Tile<128, 1, 2, 7>>(stream, f, epilogue);
+  launch<Tile<128, 1, 2, 4>>(stream, f, epilogue);
 }
 
 }  // namespace lrnn::cuda::linear_sm90
