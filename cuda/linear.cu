@@ -14,6 +14,7 @@
 #include "common/dtype.cuh"
 #include "common/linear_few_rows.cuh"
 #include "common/linear_sm90.cuh"
+#include "common/linear_thin_sm90.cuh"
 #include "ops/dispatch.hpp"
 #include "runtime.hpp"
 
@@ -171,6 +172,20 @@ void few_rows_forward(Context& ctx, const LinearForward& a) {
   few_rows::launch(ctx.stream().handle, args, store);
 }
 
+void input_gradient(Context& ctx, const LinearBackward& a) {
+#ifdef LRNN_WITH_SM90A
+  if (linear_thin::multiply(ctx, {.x = a.dy,
+                                  .weight = a.weight,
+                                  .bias = {},
+                                  .y = a.dx,
+                                  .accumulate = a.accumulate_dx,
+                                  .transposed = true}))
+    return;
+#endif
+  Product{columns_of(a.weight), columns_of(a.dy), columns_of(a.dx), a.accumulate_dx, nullptr}.run(
+      ctx);
+}
+
 }  // namespace
 
 void linear_forward(Context& ctx, const LinearForward& a) {
@@ -181,6 +196,13 @@ void linear_forward(Context& ctx, const LinearForward& a) {
         (few ? linear_sm90::streams(a.weight)
              : linear_sm90::pays(detail::row_count(a.x), a.weight, a.y)))
       return linear_sm90::forward(ctx, a);
+    if (linear_thin::multiply(ctx, {.x = a.x,
+                                    .weight = a.weight,
+                                    .bias = a.bias,
+                                    .y = a.y,
+                                    .accumulate = a.accumulate,
+                                    .transposed = false}))
+      return;
 #endif
     if (few) return few_rows_forward<T>(ctx, a);
     Product{columns_of(a.weight, true), columns_of(a.x), columns_of(a.y), a.accumulate,
@@ -190,9 +212,7 @@ void linear_forward(Context& ctx, const LinearForward& a) {
 }
 
 void linear_backward(Context& ctx, const LinearBackward& a) {
-  if (a.dx)
-    Product{columns_of(a.weight), columns_of(a.dy), columns_of(a.dx), a.accumulate_dx, nullptr}.run(
-        ctx);
+  if (a.dx) input_gradient(ctx, a);
   if (a.dweight)
     Product{columns_of(a.x), columns_of(a.dy, true), columns_of(a.dweight), true, nullptr}.run(ctx);
   if (a.dbias) lrnn::sum_columns(ctx, {.a = a.dy, .out = a.dbias});

@@ -153,6 +153,13 @@ const RegisterOpCases kRegister({
     without_gradcheck(linear_case({4097, 200, 80, false, 8, true})),
     without_gradcheck(linear_case({4100, 40, 136, false})),
     without_gradcheck(linear_case({4099, 64, 72, false, 8})),
+    // So many that those of little depth have a kernel of their own, in tiles whole and broken.
+    without_gradcheck(linear_case({6208, 344, 80})),
+    without_gradcheck(linear_case({6203, 40, 344, true, 8, true})),
+    without_gradcheck(linear_case({8461, 264, 128, false, 8})),
+    without_gradcheck(linear_case({8461, 120, 264})),
+    without_gradcheck(accumulate_case(6203, 344, 96)),
+    without_gradcheck(accumulate_case(6203, 72, 344)),
 });
 const RegisterBenchCases kRegisterBench({
     without_gradcheck(linear_case({16384, 768, 3072, false})),
