@@ -5,8 +5,9 @@
 // the weight once and overlap the kernel before: cuBLASLt takes several microseconds for any of
 // them.
 //
-// On Hopper gradients of wide weights in TF32 go to a kernel of their own (linear_weight_sm90.cu).
-// Large products of float32 go to Hopper's tensor cores, split so that they keep the accuracy of
+// On Hopper products of little depth in bfloat16 go to a kernel that keeps W in shared memory
+// (linear_thin_sm90.cu), gradients of wide weights in TF32 to one of their own
+// (linear_weight_sm90.cu). Large products of float32 go to Hopper's tensor cores, split so that they keep the accuracy of
 // float32, unless TF32 is allowed.
 //
 // Algorithms come from the library's heuristic and are kept per shape. In-place split-K reductions,
@@ -19,6 +20,7 @@
 #include "common/linear_few_rows.cuh"
 #include "common/linear_float32_sm90.cuh"
 #include "common/linear_sm90.cuh"
+#include "common/linear_thin_sm90.cuh"
 #include "common/linear_weight_sm90.cuh"
 #include "ops/dispatch.hpp"
 #include "runtime.hpp"
@@ -217,6 +219,15 @@ bool transposing_pays(const Context& ctx, const LinearBackward& a) {
 }
 
 void backward_input(Context& ctx, const LinearBackward& a) {
+#ifdef LRNN_WITH_SM90A
+  if (linear_thin::multiply(ctx, {.x = a.dy,
+                                  .weight = a.weight,
+                                  .bias = {},
+                                  .y = a.dx,
+                                  .accumulate = a.accumulate_dx,
+                                  .transposed = true}))
+    return;
+#endif
   if (a.dy.dtype() == DType::float32 &&
       multiply_float32(ctx, rows_of(a.dy, false), rows_of(a.weight, true), a.dx, a.dy.dim(-1),
                        a.accumulate_dx))
@@ -252,6 +263,13 @@ void linear_forward(Context& ctx, const LinearForward& a) {
         (few ? linear_sm90::streams(a.weight)
              : linear_sm90::pays(detail::row_count(a.x), a.weight, a.y)))
       return linear_sm90::forward(ctx, a);
+    if (linear_thin::multiply(ctx, {.x = a.x,
+                                    .weight = a.weight,
+                                    .bias = a.bias,
+                                    .y = a.y,
+                                    .accumulate = a.accumulate,
+                                    .transposed = false}))
+      return;
 #endif
     if (few) return few_rows_forward<T>(ctx, a);
     if constexpr (sizeof(T) == 4)

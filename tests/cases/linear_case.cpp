@@ -163,6 +163,14 @@ const RegisterOpCases kRegister({
     without_gradcheck(linear_case({4212, 388, 452, false, 4})),
     without_gradcheck(linear_case({8200, 452, 64, false, 4, true})),
     without_gradcheck(accumulate_case(4100, 384, 516)),
+    // So many that those of little depth have a kernel of their own, in tiles whole and broken.
+    without_gradcheck(linear_case({6208, 344, 80})),
+    without_gradcheck(linear_case({6203, 40, 344, true, 8, true})),
+    without_gradcheck(linear_case({8461, 264, 128, false, 8})),
+    without_gradcheck(linear_case({8461, 120, 264})),
+    without_gradcheck(linear_case({16903, 264, 24})),
+    without_gradcheck(accumulate_case(6203, 344, 96)),
+    without_gradcheck(accumulate_case(6203, 72, 344)),
 });
 const RegisterBenchCases kRegisterBench({
     without_gradcheck(linear_case({16384, 768, 3072, false})),
