@@ -7,8 +7,8 @@
 //
 // On Hopper products of little depth in bfloat16 go to a kernel that keeps W in shared memory
 // (linear_thin_sm90.cu), gradients of wide weights in TF32 to one of their own
-// (linear_weight_sm90.cu). Large products of float32 go to Hopper's tensor cores, split so that they keep the accuracy of
-// float32, unless TF32 is allowed.
+// (linear_weight_sm90.cu). Large products of float32 go to Hopper's tensor cores, split so that
+// they keep the accuracy of float32, unless TF32 is allowed.
 //
 // Algorithms come from the library's heuristic and are kept per shape. In-place split-K reductions,
 // whose order is not fixed, are excluded.
