@@ -15,15 +15,6 @@
 namespace lrnn::cpu {
 namespace {
 
-template <class T>
-const T* data_or_null(TensorView t) {
-  return t ? t.data<T>() : nullptr;
-}
-template <class T>
-T* data_or_null(MutableTensorView t) {
-  return t ? t.data<T>() : nullptr;
-}
-
 /// Operands as pointers, and sizes.
 template <class T>
 struct Problem {

@@ -26,4 +26,14 @@ Rows<T> rows_of(MutableTensorView t) {
   return {t.data<T>(), detail::row_count(t), t.dim(-1), detail::row_stride(t)};
 }
 
+/// Of an operand that may be absent.
+template <class T>
+const T* data_or_null(TensorView t) {
+  return t ? t.data<T>() : nullptr;
+}
+template <class T>
+T* data_or_null(MutableTensorView t) {
+  return t ? t.data<T>() : nullptr;
+}
+
 }  // namespace lrnn::cpu
