@@ -8,6 +8,8 @@
 /// Gradients of weights and of the states are those of `linear`. All rows may be column slices of
 /// wider tensors (one row stride). float32 products on CUDA use full float32 unless
 /// Context::allow_tf32().
+/// Paper: Orvieto et al., "Resurrecting Recurrent Neural Networks for Long Sequences",
+/// arXiv:2303.06349.
 #pragma once
 
 #include "lrnn/core/context.hpp"

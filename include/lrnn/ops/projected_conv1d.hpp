@@ -6,6 +6,7 @@
 ///
 /// Columns of v are rounded to the dtype of x, so the result is that of the ops one by one. For few
 /// sequences CUDA does it in one launch.
+/// Paper: Gu and Dao, "Mamba", arXiv:2312.00752.
 #pragma once
 
 #include "lrnn/ops/activation.hpp"

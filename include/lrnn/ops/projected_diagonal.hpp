@@ -7,6 +7,8 @@
 /// D is a factor per column or a matrix. v and s are rounded to the dtype of x, so the result is
 /// that of the ops one by one, but for a rounding of D x. For few sequences CUDA does it in two
 /// launches.
+/// Paper: Orvieto et al., "Resurrecting Recurrent Neural Networks for Long Sequences",
+/// arXiv:2303.06349.
 #pragma once
 
 #include "lrnn/core/context.hpp"

@@ -4,6 +4,7 @@
 ///
 /// Both products are rounded to the dtype of x, so the result is that of the ops one by one. For
 /// few rows CUDA does it in one launch. No gradient: for passes that keep nothing.
+/// Paper: Shazeer, "GLU Variants Improve Transformer", arXiv:2002.05202.
 #pragma once
 
 #include "lrnn/ops/activation.hpp"

@@ -7,6 +7,7 @@
 ///
 /// pre_r, pre_i and h are rounded to the dtype of v, so the result is that of the ops one by one.
 /// For few sequences CUDA does it in one launch.
+/// Paper: De et al., "Griffin", arXiv:2402.19427.
 #pragma once
 
 #include "lrnn/core/context.hpp"

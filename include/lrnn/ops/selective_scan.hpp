@@ -12,6 +12,9 @@
 /// B and C are shared by all channels. The state that enters every chunk of kSelectiveScanChunk
 /// tokens is saved; backward recomputes the states inside a chunk.
 /// Paper: Gu and Dao, arXiv:2312.00752. Matches: lrnnx/models/ltv/mamba.py.
+///
+/// On CUDA a value that is not finite need not reach outputs a long way behind it, where its weight
+/// in the state has become 0 in float32: long sequences are cut, and forgotten tokens are skipped.
 #pragma once
 
 #include "lrnn/core/context.hpp"
