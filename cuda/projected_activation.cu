@@ -14,8 +14,14 @@ struct Activated {
   const T* bias;  // or null
   DeviceRows<T> y;
 
-  __device__ __forceinline__ void operator()(int r, int c, float sum) const {
-    if (bias != nullptr) sum += to_float(bias[c]);
+  struct Operands {
+    float bias;
+  };
+  __device__ __forceinline__ Operands load(int, int c) const {
+    return {bias != nullptr ? to_float(bias[c]) : 0.0F};
+  }
+  __device__ __forceinline__ void operator()(int r, int c, float sum, const Operands& o) const {
+    sum += o.bias;
     y.row(r)[c] = from_float<T>(activate<kind>(to_float(from_float<T>(sum))));
   }
 };

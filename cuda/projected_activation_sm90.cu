@@ -26,12 +26,7 @@ struct Activated : StoreSum {
 
 bool takes(const ProjectedActivation& a) {
   if (a.kind != Activation::Gelu || !applies(a.x, a.weight)) return false;
-#ifndef EXPERIMENT_SM90
-  if (few_rows::fuses<bf16>(a.x, a.weight)) return false;
-#else
-  if (few_rows::applies<bf16>(a.x, a.weight)) return streams(a.weight);
-#endif
-  return pays(detail::row_count(a.x), a.weight, a.y);
+  return !few_rows::fuses<bf16>(a.x, a.weight) && pays(detail::row_count(a.x), a.weight, a.y);
 }
 
 void projected_activation(Context& ctx, const ProjectedActivation& a) {
