@@ -1,5 +1,6 @@
 // One token of dplr_scan of rank 1 with one read-out per head. Ownership: common/state_step.cuh.
-// Bound by the states, in and out; few sequences by latency.
+// Bound by the states, in and out: 32 sequences, 768 heads, 32 states (6.3 MB, in L2) take 4.0 us
+// in a recorded step on an H200. Few sequences are bound by latency.
 #include "common/dplr_scan.cuh"
 #include "common/state_step.cuh"
 

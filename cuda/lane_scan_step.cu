@@ -1,5 +1,6 @@
 // One token of lane_scan where every lane has one output of its own. Ownership:
-// common/state_step.cuh. Bound by the states, in and out; few sequences by latency.
+// common/state_step.cuh. Bound by the states, in and out: 32 sequences, 768 lanes, 32 states (6.3
+// MB, in L2) take 3.5 us in a recorded step on an H200. Few sequences are bound by latency.
 #include "common/lane_scan.cuh"
 #include "common/state_step.cuh"
 
