@@ -28,25 +28,33 @@ __global__ __launch_bounds__(64 * kMaxWarpsOfTwo) void two_products_kernel(Args<
   const int warp = thread / 32;
   const int warps = threads / 32;
   const int column = static_cast<int>(blockIdx.x) * kColumns;
-  const auto for_each_sum = [&](auto&& f) {
-    for (int k = thread; k < a.rows * kColumns; k += threads)
-      if (column + k % kColumns < a.columns) f(k / kColumns, k % kColumns);
-  };
+  const int count = a.rows * kColumns;
+  const auto exists = [&](int k) { return k < count && column + k % kColumns < a.columns; };
   if constexpr (requires { epilogue.prefetch(0, 0); })
-    for_each_sum([&](int r, int c) { epilogue.prefetch(group.first + r, column + c); });
+    for (int k = thread; k < count; k += threads)
+      if (exists(k)) epilogue.prefetch(group.first + k / kColumns, column + k % kColumns);
+  OperandsOf<Epilogue> operands;
+  const auto load = [&](int k) {
+    if (exists(k)) operands.load(epilogue, group.first + k / kColumns, column + k % kColumns);
+  };
   const bool second = warp >= a_warps;
   const Args<T> mine = second ? b : a;
   const Part part = second ? part_of_warp<T>(mine.depth, warp - a_warps, warps - a_warps)
                            : part_of_warp<T>(mine.depth, warp, a_warps);
-  warp_sums<1, kPerLane>(mine, column, part, thread % 32, sums + warp * kSums, [] {});
+  warp_sums<1, kPerLane>(mine, column, part, thread % 32, sums + warp * kSums,
+                         [&] { load(thread); });
   __syncthreads();
-  for_each_sum([&](int r, int c) {
-    const float* const at = sums + r * kPitch<1> + c;
+#pragma unroll 1
+  for (int k = thread; k < count;) {
+    const float* const at = sums + k / kColumns * kPitch<1> + k % kColumns;
     float sum[2] = {};
     for (int w = 0; w < a_warps; ++w) sum[0] += at[w * kSums];
     for (int w = a_warps; w < warps; ++w) sum[1] += at[w * kSums];
-    epilogue(group.first + r, column + c, sum[0], sum[1]);
-  });
+    if (exists(k))
+      operands.finish(epilogue, group.first + k / kColumns, column + k % kColumns, sum[0], sum[1]);
+    k += threads;
+    load(k);
+  }
 }
 
 /// Whether a product is done here if its epilogue saves launches: then it may read the weight
@@ -54,7 +62,9 @@ __global__ __launch_bounds__(64 * kMaxWarpsOfTwo) void two_products_kernel(Args<
 template <class T>
 bool fuses(TensorView x, TensorView weight) {
 #ifdef LRNN_WITH_SM90A
-  if (linear_sm90::applies(x, weight) && linear_sm90::streams(weight)) return false;
+  // A small weight of little depth is slower here by less than a launch.
+  const bool small = weight.dim(1) <= 128 && weight.numel() <= kSmallWeight;
+  if (!small && linear_sm90::applies(x, weight) && linear_sm90::streams(weight)) return false;
 #endif
   return applies<T>(x, weight, 2 * kMaxRows<T>);
 }
