@@ -574,4 +574,8 @@ void dplr_scan_backward(Context&, const DplrScanBackward& args) {
   });
 }
 
+void dplr_scan_step(Context& ctx, const DplrScanStep& args) {
+  detail::dplr_scan_step_by_parts(ctx, args);
+}
+
 }  // namespace lrnn::cpu

@@ -576,4 +576,8 @@ void lane_scan_backward(Context&, const LaneScanBackward& args) {
   });
 }
 
+void lane_scan_step(Context& ctx, const LaneScanStep& args) {
+  detail::lane_scan_step_by_parts(ctx, args);
+}
+
 }  // namespace lrnn::cpu

@@ -277,7 +277,7 @@ void backward_weight(Context& ctx, const LinearBackward& a) {
 
 void linear_forward(Context& ctx, const LinearForward& a) {
   visit_float("linear_forward", a.x.dtype(), [&]<class T>() {
-    const bool few = few_rows::applies<T>(a.x, a.weight);
+    const bool few = few_rows::applies<T>(a.x, a.weight, few_rows::most_rows<T>(a.weight));
 #ifdef LRNN_WITH_SM90A
     if (linear_sm90::applies(a.x, a.weight) &&
         (few ? linear_sm90::streams(a.weight)

@@ -25,16 +25,24 @@ struct Lane {
     prefetch_to_l2(state + at);
     prefetch_to_l2(state + at + sizes.lanes);
   }
-  __device__ __forceinline__ void operator()(int row, int lane, float re, float im) const {
-    const diagonal::Multiplier<diagonal::Form::Fixed> m(multiplier, sizes, lane);
+  struct Operands {
+    diagonal::Multiplier<diagonal::Form::Fixed> multiplier;
+    float2 gamma, x;
+  };
+  __device__ __forceinline__ Operands load(int row, int lane) const {
+    return {{multiplier, sizes, lane},
+            diagonal::load_pair(gamma, 0, sizes, lane),
+            diagonal::load_pair(state, row, sizes, lane)};
+  }
+  __device__ __forceinline__ void operator()(int row, int lane, float re, float im,
+                                             const Operands& o) const {
     const float2 v{to_float(from_float<T>(re)), to_float(from_float<T>(im))};
-    const float2 drive = diagonal::multiply(diagonal::load_pair(gamma, 0, sizes, lane), v);
-    const float2 x = m.advance(diagonal::load_pair(state, row, sizes, lane), drive);
+    const float2 x = o.multiplier.advance(o.x, diagonal::multiply(o.gamma, v));
     diagonal::store_pair(state, row, sizes, lane, x);
     diagonal::store_pair(states, row, sizes, lane, x);
   }
-  __device__ __forceinline__ void operator()(int row, int lane, float re) const {
-    (*this)(row, lane, re, 0.0F);
+  __device__ __forceinline__ void operator()(int row, int lane, float re, const Operands& o) const {
+    (*this)(row, lane, re, 0.0F, o);
   }
 };
 
@@ -45,8 +53,14 @@ struct AddScaled {
   const float* D;
   DeviceRows<T> y;
 
-  __device__ __forceinline__ void operator()(int r, int c, float sum) const {
-    y.row(r)[c] = from_float<T>(fmaf(D[c], to_float(x.row(r)[c]), sum));
+  struct Operands {
+    float D, x;
+  };
+  __device__ __forceinline__ Operands load(int r, int c) const {
+    return {D[c], to_float(x.row(r)[c])};
+  }
+  __device__ __forceinline__ void operator()(int r, int c, float sum, const Operands& o) const {
+    y.row(r)[c] = from_float<T>(fmaf(o.D, o.x, sum));
   }
 };
 /// y = read-out + D x, both of them products.

@@ -28,17 +28,22 @@ struct Recurrence {
     prefetch_to_l2(state_of(row, e));
     prefetch_to_l2(in.a_log + e);
   }
-  __device__ __forceinline__ void operator()(int row, int e, float r_sum, float i_sum) const {
+  struct Operands {
+    float rate, v, r_bias, i_bias, h, gate;
+  };
+  __device__ __forceinline__ Operands load(int row, int e) const {
+    return {in.rate(e),          to_float(in.v.row(row)[e]), to_float(r_bias[e]),
+            to_float(i_bias[e]), *state_of(row, e),          to_float(gate.row(row)[e])};
+  }
+  __device__ __forceinline__ void operator()(int row, int e, float r_sum, float i_sum,
+                                             const Operands& o) const {
     const auto rounded = [](float v) { return to_float(from_float<T>(v)); };
     float a;
     float drive;
-    rglru::token<T>(in.rate(e), to_float(in.v.row(row)[e]), rounded(r_sum + to_float(r_bias[e])),
-                    rounded(i_sum + to_float(i_bias[e])), a, drive);
-    float* const h = state_of(row, e);
-    const float next = fmaf(a, *h, drive);
-    *h = next;
-    const float open = activate<Activation::Gelu>(to_float(gate.row(row)[e]));
-    y.row(row)[e] = from_float<T>(rounded(next) * open);
+    rglru::token<T>(o.rate, o.v, rounded(r_sum + o.r_bias), rounded(i_sum + o.i_bias), a, drive);
+    const float next = fmaf(a, o.h, drive);
+    *state_of(row, e) = next;
+    y.row(row)[e] = from_float<T>(rounded(next) * activate<Activation::Gelu>(o.gate));
   }
 };
 

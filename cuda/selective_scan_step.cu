@@ -5,12 +5,14 @@
 // states: a block owns 64 channels of up to 16 sequences, four lanes a channel, and projects dt on
 // tensor cores, so that the weight is read once for all of them. It moves four sequences on at a
 // time, while the states of the next four are on their way; each lane prepares and finishes one.
+// As many of 32, 64 or 128 states go to selective_scan_step_wide.cu.
 //
 // Few sequences are bound by latency, many by HBM, the states in and out: within a recorded step of
 // 128 sequences on an H200, 4096 channels (67 MB) take about 21 us, 1536 channels (25 MB) about 7.
 #include "common/capability.cuh"
 #include "common/mma.cuh"
 #include "common/selective_scan.cuh"
+#include "common/selective_scan_step_wide.cuh"
 #include "ops/selective_scan_parts.hpp"
 
 namespace lrnn::cuda {
@@ -519,6 +521,7 @@ void selective_scan_step(Context& ctx, const SelectiveScanStep& a) {
   // Most sequences for which the general kernel projects: each reads the weight of its own accord.
   constexpr std::int64_t kFewSequences = 16;
   const std::int64_t batch = a.in.u.dim(0);
+  if (selective::step_wide(ctx, a)) return;
   visit_float("selective_scan_step", a.in.u.dtype(), [&]<class T>() {
     if (batch >= kSeveralSequences && selective::tiled::applies<T>(a) &&
         (!a.dt_low || selective::tiled::projects<T>(a)))

@@ -159,9 +159,9 @@ bool may_be_of_any_form(const std::string& case_name, const std::string& operand
 // Cases of which an op has run when a later one refuses.
 bool has_several_ops(const std::string& case_name) {
   static constexpr const char* kSeveral[] = {
-      "adamw",  "cross_entropy", "diagonal_scan", "dplr_scan",    "fill_and_add_to", "lane_scan",
-      "linear", "mamba_stack",   "projected",     "scale_columns", "mask_padding",    "rotary",
-      "sample"};
+      "adamw",         "cross_entropy", "diagonal_scan", "dplr_scan", "fill_and_add_to",
+      "lane_scan",     "linear",        "mamba_stack",   "projected", "s7_gated_step",
+      "scale_columns", "mask_padding",  "rotary",        "sample",    "selective_scan_step"};
   return std::any_of(std::begin(kSeveral), std::end(kSeveral),
                      [&](const char* name) { return case_name.starts_with(name); });
 }

@@ -15,6 +15,14 @@ __device__ __forceinline__ void cluster_sync() {
 #endif
 }
 
+/// The same without order of memory, but for mailboxes made before: it waits for no access.
+__device__ __forceinline__ void cluster_meet() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+#endif
+}
+
 /// Counts what other blocks have sent to this one. It takes no fence, which would wait for
 /// everything that the sender has on its way to global memory.
 struct Mailbox {

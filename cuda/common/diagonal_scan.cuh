@@ -155,6 +155,7 @@ struct Multiplier {
   float2 slope{0.0F, 0.0F};  // event: derivative of a by tau z
   float re_high = 0.0F, re_low = 0.0F, turns_high = 0.0F, turns_low = 0.0F;
 
+  Multiplier() = default;
   __device__ Multiplier(const MultiplierArgs& m, const Sizes& s, std::int64_t lane) {
     if constexpr (kEvent) {
       re_high = m.z[lane];

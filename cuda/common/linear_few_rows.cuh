@@ -260,12 +260,14 @@ struct RowGroup {
   }
 };
 
-/// What an epilogue needs beside a sum: what its load(row, column) returns, if it has one.
+/// What an epilogue needs beside its sums: what its load(row, column) returns, if it has one.
 template <class Epilogue>
 struct OperandsOf {
   __device__ __forceinline__ void load(const Epilogue&, int, int) {}
-  __device__ __forceinline__ void finish(const Epilogue& epilogue, int row, int column, float sum) {
-    epilogue(row, column, sum);
+  template <class... Sums>
+  __device__ __forceinline__ void finish(const Epilogue& epilogue, int row, int column,
+                                         Sums... sums) {
+    epilogue(row, column, sums...);
   }
 };
 template <class Epilogue>
@@ -276,8 +278,10 @@ struct OperandsOf<Epilogue> {
   __device__ __forceinline__ void load(const Epilogue& epilogue, int row, int column) {
     held = epilogue.load(row, column);
   }
-  __device__ __forceinline__ void finish(const Epilogue& epilogue, int row, int column, float sum) {
-    epilogue(row, column, sum, held);
+  template <class... Sums>
+  __device__ __forceinline__ void finish(const Epilogue& epilogue, int row, int column,
+                                         Sums... sums) {
+    epilogue(row, column, sums..., held);
   }
 };
 
@@ -360,11 +364,22 @@ bool applies(TensorView x, TensorView weight, std::int64_t most_rows = kMaxRows<
          (sizeof(T) == 4 || has_mma());
 }
 
-/// Warps of a block: what a warp reads fits in the loads that it has in flight, if kMaxWarps do.
+/// Elements of a weight that may be read twice.
+constexpr std::int64_t kSmallWeight = std::int64_t{1} << 20;
+
+/// Rows up to which the kernel is the fastest.
+template <class T>
+std::int64_t most_rows(TensorView weight) {
+  return weight.numel() <= kSmallWeight ? 2 * kMaxRows<T> : kMaxRows<T>;
+}
+
+/// Warps of a block: what a warp reads fits in the loads that it has in flight, if kMaxWarps do. A
+/// few at least, for the epilogue.
 template <class T>
 int warps_of(int depth) {
   constexpr int kPerWarp = kAhead * kStep<T>;
-  return std::min((depth + kPerWarp - 1) / kPerWarp, kMaxWarps);
+  constexpr int kMinWarps = 4;
+  return std::clamp((depth + kPerWarp - 1) / kPerWarp, kMinWarps, kMaxWarps);
 }
 
 /// Calls f.operator()<kTiles, kRows>(). More tiles where there are enough blocks without, because

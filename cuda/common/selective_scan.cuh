@@ -21,6 +21,7 @@
 #include "common/check.cuh"
 #include "common/dtype.cuh"
 #include "common/rows.cuh"
+#include "common/transpose_add.cuh"
 
 namespace lrnn::cuda::selective {
 
@@ -218,30 +219,6 @@ __device__ __forceinline__ float softplus_of_step(float x) {
     p = fmaf(p, e, 0.999998731F);
   }
   return fmaf(p, e, fmaxf(x, 0.0F));
-}
-
-/// Adds v[0 .. kCount) over the kLanes lanes that differ in lane / kStride % kLanes = id. After it
-/// lane id holds sums id kCount / kLanes + i in v[i]; if kCount < kLanes, sum id kCount / kLanes
-/// (rounded down) in v[0].
-template <int kCount, int kLanes, int kStride, int kSize>
-__device__ __forceinline__ void transpose_add(float (&v)[kSize], int id) {
-  if constexpr (kLanes > 1) {
-    constexpr int kBit = kLanes / 2;
-    if constexpr (kCount > 1) {
-      constexpr int kHalf = kCount / 2;
-      const bool upper = (id & kBit) != 0;
-#pragma unroll
-      for (int i = 0; i < kHalf; ++i) {
-        const float keep = upper ? v[i + kHalf] : v[i];
-        const float send = upper ? v[i] : v[i + kHalf];
-        v[i] = keep + __shfl_xor_sync(0xFFFFFFFFU, send, kBit * kStride);
-      }
-      transpose_add<kHalf, kBit, kStride>(v, id);
-    } else {
-      v[0] += __shfl_xor_sync(0xFFFFFFFFU, v[0], kBit * kStride);
-      transpose_add<1, kBit, kStride>(v, id);
-    }
-  }
 }
 
 /// kCount floats of shared memory, aligned to 16 bytes.

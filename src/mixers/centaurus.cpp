@@ -3,6 +3,7 @@
 #include <cmath>
 #include <numbers>
 
+#include "lrnn/ops/elementwise.hpp"
 #include "lrnn/ops/linear.hpp"
 
 #include "mixers/diagonal_recurrence.hpp"
@@ -133,7 +134,19 @@ std::unique_ptr<MixerState> Centaurus::make_state(Context& ctx, std::int64_t bat
   }
   auto state = std::make_unique<LaneState>();
   state->lrnn_state = ctx.zeros({batch, 2, dstate_, substates_}, accumulate_dtype(dtype));
+  tabulate(ctx, dtype, *state);
   return state;
+}
+
+void Centaurus::tabulate(Context& ctx, DType dtype, LaneState& state) const {
+  detail::tabulate_recurrence(ctx, recurrence(), state.tables);
+  if (!projects()) return;
+  const auto keep = [&](const Parameter& parameter, Tensor& table) {
+    if (!table) table = ctx.empty(parameter.shape, dtype);
+    cast(ctx, {.src = parameter.value, .dst = table});
+  };
+  keep(B_, state.B);
+  keep(C_, state.C);
 }
 
 bool Centaurus::projects() const {
@@ -216,6 +229,8 @@ std::unique_ptr<MixerSaved> Centaurus::do_forward(Context& ctx, const MixerForwa
   const std::int64_t seqlen = args.x.dim(1);
   const DType dtype = args.x.dtype();
   const bool pointwise = mode_ == CentaurusMode::Pointwise;
+  if (args.state_out != nullptr && !pointwise)
+    tabulate(ctx, dtype, state_as<LaneState>(*args.state_out));
   auto saved = std::make_unique<Saved>();
   saved->x = detail::without_padding(ctx, args.x, args.lengths, saved->x_storage);
   if (projects()) {
@@ -302,8 +317,27 @@ void Centaurus::do_backward(Context& ctx, MixerSaved& base, const MixerBackward&
 }
 
 void Centaurus::do_step(Context& ctx, const MixerStep& args) const {
-  static_cast<void>(do_forward(
-      ctx, {.x = args.x, .state_in = &args.state, .y = args.y, .state_out = &args.state}, false));
+  if (mode_ == CentaurusMode::Pointwise) {
+    static_cast<void>(do_forward(
+        ctx, {.x = args.x, .state_in = &args.state, .y = args.y, .state_out = &args.state}, false));
+    return;
+  }
+  auto& state = state_as<LaneState>(args.state);
+  LaneScanStep step{.a = state.tables.a,
+                    .a_low = state.tables.a_low,
+                    .W = state.tables.W,
+                    .v = args.x,
+                    .y = args.y,
+                    .state = state.lrnn_state};
+  if (!projects()) return lane_scan_step(ctx, step);
+  const Shape lanes = {args.x.dim(0), 1, dstate_};
+  Tensor v = ctx.empty(lanes, args.x.dtype());
+  Tensor w = ctx.empty(lanes, args.x.dtype());
+  linear_forward(ctx, {.x = args.x, .weight = state.B, .y = v, .stable_weight = true});
+  step.v = v;
+  step.y = w;
+  lane_scan_step(ctx, step);
+  linear_forward(ctx, {.x = w, .weight = state.C, .y = args.y, .stable_weight = true});
 }
 
 }  // namespace lrnn

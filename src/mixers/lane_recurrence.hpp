@@ -19,8 +19,10 @@ struct LaneRecurrence {
 /// The state of a mixer with N lanes of M sub-states.
 struct LaneState final : MixerState {
   Tensor lrnn_state;  // [B, 2, N, M], planes
-  /// What a step derives from the parameters alone, as DiagonalTables are kept. Not of every mixer.
+  /// What a step derives from the parameters alone, as DiagonalTables are kept.
   LaneRecurrence tables;
+  Tensor B;  // [N, H] projections in the dtype of the activations, if the mixer has any
+  Tensor C;  // [H, N]
 
   void visit(const Visitor& visitor) override { visitor("lrnn_state", lrnn_state); }
 

@@ -204,18 +204,18 @@ void S4::do_step(Context& ctx, const MixerStep& args) const {
   auto& state = state_as<S4State>(args.state);
   const Transition& t = *state.transition;
   Tensor s = ctx.empty({args.x.dim(0), 1, config_.channels * d_model()}, args.x.dtype());
-  dplr_scan_forward(ctx, {.e = t.e,
-                          .e_low = t.e_low,
-                          .w = t.w,
-                          .k = t.k,
-                          .b = t.b,
-                          .C = p_->C->value,
-                          .D = p_->D->value,
-                          .u = args.x,
-                          .state_in = state.lrnn_state,
-                          .y = s,
-                          .state_out = state.lrnn_state});
-  head_->forward(ctx, args.x, s, args.y);
+  dplr_scan_step(ctx, {.e = t.e,
+                       .w = t.w,
+                       .k = t.k,
+                       .b = t.b,
+                       .C = p_->C->value,
+                       .D = p_->D->value,
+                       .u = args.x,
+                       .y = s,
+                       .state = state.lrnn_state,
+                       .activation = head_->step_activation(),
+                       .twice = true});
+  head_->step(ctx, args.x, s, args.y);
 }
 
 void S4::import_tensors(HostTensors& tensors) const {

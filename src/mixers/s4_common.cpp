@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <cmath>
 
-#include "lrnn/ops/activation.hpp"
 #include "lrnn/ops/gated_activation.hpp"
+#include "lrnn/ops/projected_activation.hpp"
 
 #include "mixers/hippo.hpp"
 
@@ -90,7 +90,7 @@ double inverse_transform(LaneTransform transform, double value, const std::strin
   throw InternalError("unknown LaneTransform");
 }
 
-Initializer transformed(const SharedHippo& hippo, std::vector<double> HippoInit::*values,
+Initializer transformed(const SharedHippo& hippo, std::vector<double> HippoInit::* values,
                         LaneTransform transform, const char* option) {
   return [=](std::span<double> out, const Shape&, Rng&) {
     const std::vector<double>& from = hippo->get().*values;
@@ -264,10 +264,21 @@ S4Head::Values S4Head::values(Context& ctx, TensorView u, TensorView s) const {
 }
 
 void S4Head::forward(Context& ctx, TensorView u, TensorView s, MutableTensorView y) const {
-  const Values x = values(ctx, u, s);
-  if (!output_linear_) return ctx.copy(y, x.second);
-  output_linear_->forward(ctx, x.second, y);
-  activation_forward(ctx, {.kind = Activation::Gelu, .x = y, .y = y});
+  project(ctx, values(ctx, u, s).second, y);
+}
+
+void S4Head::step(Context& ctx, TensorView u, TensorView s, MutableTensorView y) const {
+  if (uses_input()) return forward(ctx, u, s, y);
+  project(ctx, s, y);
+}
+
+void S4Head::project(Context& ctx, TensorView activated, MutableTensorView y) const {
+  if (!output_linear_) return ctx.copy(y, activated);
+  projected_activation(ctx, {.kind = Activation::Gelu,
+                             .x = activated,
+                             .weight = output_linear_->weight_value(),
+                             .bias = output_linear_->bias_value(),
+                             .y = y});
 }
 
 void S4Head::backward(Context& ctx, TensorView u, TensorView s, TensorView dy, MutableTensorView ds,

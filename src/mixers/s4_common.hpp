@@ -8,6 +8,7 @@
 #include "lrnn/mixers/mixer.hpp"
 #include "lrnn/mixers/state_space_config.hpp"
 #include "lrnn/nn/linear.hpp"
+#include "lrnn/ops/activation.hpp"
 
 namespace lrnn::detail {
 
@@ -41,6 +42,11 @@ class S4Head {
 
   /// u [B, L, H], s [B, L, channels H], y [B, L, H].
   void forward(Context& ctx, TensorView u, TensorView s, MutableTensorView y) const;
+  /// The same for one token, to whose s step_activation(), twice, has been applied.
+  void step(Context& ctx, TensorView u, TensorView s, MutableTensorView y) const;
+  [[nodiscard]] Activation step_activation() const {
+    return uses_input() ? Activation::Identity : Activation::Gelu;
+  }
   /// Overwrites ds and, with a gate, du with the gradient through the gate; accumulates those of
   /// the parameters.
   void backward(Context& ctx, TensorView u, TensorView s, TensorView dy, MutableTensorView ds,
@@ -51,6 +57,8 @@ class S4Head {
  private:
   struct Values;
   [[nodiscard]] Values values(Context& ctx, TensorView u, TensorView s) const;
+  /// y from GELU(v).
+  void project(Context& ctx, TensorView activated, MutableTensorView y) const;
 
   std::optional<Linear> input_gate_;
   std::optional<Linear> output_gate_;

@@ -121,15 +121,16 @@ void S4d::do_backward(Context& ctx, MixerSaved& base, const MixerBackward& args)
 void S4d::do_step(Context& ctx, const MixerStep& args) const {
   auto& state = state_as<LaneState>(args.state);
   Tensor s = ctx.empty({args.x.dim(0), 1, config_.channels * d_model()}, args.x.dtype());
-  lane_scan_forward(ctx, {.a = state.tables.a,
-                          .a_low = state.tables.a_low,
-                          .W = state.tables.W,
-                          .skip = p_->D->value,
-                          .v = args.x,
-                          .state_in = state.lrnn_state,
-                          .y = s,
-                          .state_out = state.lrnn_state});
-  head_->forward(ctx, args.x, s, args.y);
+  lane_scan_step(ctx, {.a = state.tables.a,
+                       .a_low = state.tables.a_low,
+                       .W = state.tables.W,
+                       .skip = p_->D->value,
+                       .v = args.x,
+                       .y = s,
+                       .state = state.lrnn_state,
+                       .activation = head_->step_activation(),
+                       .twice = true});
+  head_->step(ctx, args.x, s, args.y);
 }
 
 }  // namespace lrnn

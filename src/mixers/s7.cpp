@@ -3,6 +3,7 @@
 #include "lrnn/ops/activation.hpp"
 #include "lrnn/ops/elementwise.hpp"
 #include "lrnn/ops/gated_activation.hpp"
+#include "lrnn/ops/s7_gated_step.hpp"
 #include "lrnn/ops/s7_scan.hpp"
 
 namespace lrnn {
@@ -125,18 +126,15 @@ void S7::do_backward(Context& ctx, MixerSaved& base, const MixerBackward& args) 
 }
 
 void S7::do_step(Context& ctx, const MixerStep& args) const {
-  const Shape& shape = args.x.shape();
-  const DType dtype = args.x.dtype();
-  Tensor x = ctx.empty(shape, dtype);
-  Tensor y = ctx.empty(shape, dtype);
-  Tensor pre_gate = ctx.empty(shape, dtype);
+  Tensor x = ctx.empty(args.x.shape(), args.x.dtype());
   in_proj_.forward(ctx, args.x, x);
-  s7_scan_step(ctx, {.x = x,
-                     .weight = x_proj_.value,
-                     .base = base_params_.value,
-                     .y = y,
-                     .state = state_as<State>(args.state).lrnn_state});
-  gate(ctx, y, args.x, pre_gate, args.y);
+  s7_gated_step(ctx, {.x = x,
+                      .weight = x_proj_.value,
+                      .base = base_params_.value,
+                      .gate = gate_proj_.weight_value(),
+                      .hid = args.x,
+                      .y = args.y,
+                      .state = state_as<State>(args.state).lrnn_state});
 }
 
 }  // namespace lrnn

@@ -7,9 +7,9 @@ namespace {
 
 using detail::DplrScanSizes;
 
-// Operands that forward and backward share.
+// Operands that all passes share.
 template <class Args>
-DplrScanSizes check_shared(const char* op, const Context& ctx, const Args& args) {
+DplrScanSizes check_parameters(const char* op, const Context& ctx, const Args& args) {
   detail::check_rank(op, "w", args.w, 4);
   detail::check_rank(op, "C", args.C, 4);
   detail::check_rank(op, "u", args.u, 3);
@@ -27,6 +27,12 @@ DplrScanSizes check_shared(const char* op, const Context& ctx, const Args& args)
   detail::check_operand(op, "C", ctx, args.C, {s.channels, s.heads, s.states, 2}, state);
   detail::check_optional(op, "D", ctx, args.D, {s.channels, s.heads}, state);
   detail::check_operand(op, "u", ctx, args.u, args.u.shape(), args.u.dtype());
+  return s;
+}
+// Those that forward and backward share.
+template <class Args>
+DplrScanSizes check_shared(const char* op, const Context& ctx, const Args& args) {
+  const DplrScanSizes s = check_parameters(op, ctx, args);
   detail::check_lengths_operand(op, ctx, args.lengths, s.batch);
   return s;
 }
@@ -67,6 +73,31 @@ void dplr_scan_backward(Context& ctx, const DplrScanBackward& args) {
   detail::check_optional(op, "dD", ctx, args.dD, {s.channels, s.heads}, state);
   detail::check_optional(op, "dstate_in", ctx, args.dstate_in, states, state);
   LRNN_DISPATCH(dplr_scan_backward, ctx, args);
+}
+
+void dplr_scan_step(Context& ctx, const DplrScanStep& args) {
+  constexpr const char* op = "dplr_scan_step";
+  const DplrScanSizes s = check_parameters(op, ctx, args);
+  LRNN_CHECK(s.seqlen == 1, ShapeError, op, ": u: expected one token, got ", args.u.shape());
+  detail::check_operand(op, "y", ctx, args.y, {s.batch, 1, s.channels * s.heads}, args.u.dtype());
+  detail::check_operand(op, "state", ctx, args.state, {s.batch, 2, s.heads, s.states},
+                        accumulate_dtype(args.u.dtype()));
+  LRNN_DISPATCH(dplr_scan_step, ctx, args);
+}
+
+void detail::dplr_scan_step_by_parts(Context& ctx, const DplrScanStep& a) {
+  dplr_scan_forward(ctx, {.e = a.e,
+                          .w = a.w,
+                          .k = a.k,
+                          .b = a.b,
+                          .C = a.C,
+                          .D = a.D,
+                          .u = a.u,
+                          .state_in = a.state,
+                          .y = a.y,
+                          .state_out = a.state});
+  if (a.activation != Activation::Identity)
+    activation_forward(ctx, {.kind = a.activation, .x = a.y, .y = a.y, .twice = a.twice});
 }
 
 }  // namespace lrnn

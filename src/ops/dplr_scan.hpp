@@ -30,4 +30,7 @@ struct DplrScanSizes {
   [[nodiscard]] std::int64_t fields() const { return 2 + 2 * rank + channels; }
 };
 
+/// dplr_scan_step by the ops that it stands for.
+void dplr_scan_step_by_parts(Context& ctx, const DplrScanStep& args);
+
 }  // namespace lrnn::detail

@@ -24,9 +24,10 @@ LaneScanSizes check_sizes(const char* op, const TensorView& a, const TensorView&
   return s;
 }
 
-// Operands that forward and backward share.
+// Operands that all passes share.
 template <class Args>
-void check_shared(const char* op, const Context& ctx, const Args& args, const LaneScanSizes& s) {
+void check_parameters(const char* op, const Context& ctx, const Args& args,
+                      const LaneScanSizes& s) {
   const DType state = accumulate_dtype(args.v.dtype());
   const Shape plane = {2, s.lanes, s.substates};
   detail::check_operand(op, "a", ctx, args.a, plane, state);
@@ -39,6 +40,11 @@ void check_shared(const char* op, const Context& ctx, const Args& args, const La
   LRNN_CHECK(!args.skip || s.groups == 1, ShapeError, op,
              ": skip: expected as many lanes as inputs");
   detail::check_optional(op, "skip", ctx, args.skip, {s.channels, s.lanes}, state);
+}
+// Those that forward and backward share.
+template <class Args>
+void check_shared(const char* op, const Context& ctx, const Args& args, const LaneScanSizes& s) {
+  check_parameters(op, ctx, args, s);
   detail::check_lengths_operand(op, ctx, args.lengths, s.batch);
 }
 
@@ -77,6 +83,30 @@ void lane_scan_backward(Context& ctx, const LaneScanBackward& args) {
   detail::check_optional(op, "dskip", ctx, args.dskip, {s.channels, s.lanes}, state);
   detail::check_optional(op, "dstate_in", ctx, args.dstate_in, states, state);
   LRNN_DISPATCH(lane_scan_backward, ctx, args);
+}
+
+void lane_scan_step(Context& ctx, const LaneScanStep& args) {
+  constexpr const char* op = "lane_scan_step";
+  const LaneScanSizes s = check_sizes(op, args.a, args.W, args.v);
+  LRNN_CHECK(s.seqlen == 1, ShapeError, op, ": v: expected one token, got ", args.v.shape());
+  check_parameters(op, ctx, args, s);
+  detail::check_operand(op, "y", ctx, args.y, {s.batch, 1, s.outputs}, args.v.dtype());
+  detail::check_operand(op, "state", ctx, args.state, {s.batch, 2, s.lanes, s.substates},
+                        accumulate_dtype(args.v.dtype()));
+  LRNN_DISPATCH(lane_scan_step, ctx, args);
+}
+
+void detail::lane_scan_step_by_parts(Context& ctx, const LaneScanStep& a) {
+  lane_scan_forward(ctx, {.a = a.a,
+                          .a_low = a.a_low,
+                          .W = a.W,
+                          .skip = a.skip,
+                          .v = a.v,
+                          .state_in = a.state,
+                          .y = a.y,
+                          .state_out = a.state});
+  if (a.activation != Activation::Identity)
+    activation_forward(ctx, {.kind = a.activation, .x = a.y, .y = a.y, .twice = a.twice});
 }
 
 }  // namespace lrnn

@@ -34,4 +34,7 @@ struct LaneScanSizes {
   [[nodiscard]] std::int64_t plane() const { return lanes * substates; }
 };
 
+/// lane_scan_step by the ops that it stands for.
+void lane_scan_step_by_parts(Context& ctx, const LaneScanStep& args);
+
 }  // namespace lrnn::detail

@@ -39,8 +39,7 @@ TensorView optional(Tensors& t, const char* name) {
   return t.contains(name) ? TensorView(t[name]) : TensorView();
 }
 
-void run_forward(const Options& o, Context& ctx, Tensors& t, TensorView state_in,
-                 MutableTensorView state_out) {
+void make_transition(const Options& o, Context& ctx, Tensors& t) {
   if (o.discretized)
     dplr_discretize_forward(ctx, {.parameters = parameters(o, t),
                                   .e = t["e"],
@@ -48,6 +47,11 @@ void run_forward(const Options& o, Context& ctx, Tensors& t, TensorView state_in
                                   .w = t["w"],
                                   .k = t["k"],
                                   .b = t["b"]});
+}
+
+void run_forward(const Options& o, Context& ctx, Tensors& t, TensorView state_in,
+                 MutableTensorView state_out) {
+  make_transition(o, ctx, t);
   dplr_scan_forward(ctx, {.e = t["e"],
                           .e_low = optional(t, "e_low"),
                           .w = t["w"],
@@ -61,6 +65,22 @@ void run_forward(const Options& o, Context& ctx, Tensors& t, TensorView state_in
                           .y = t["y"],
                           .state_out = state_out,
                           .chunk_states = t["chunk_states"]});
+}
+
+void run_step(const Options& o, Context& ctx, Tensors& t, MutableTensorView state,
+              Activation activation = Activation::Identity, bool twice = false) {
+  make_transition(o, ctx, t);
+  dplr_scan_step(ctx, {.e = t["e"],
+                       .w = t["w"],
+                       .k = t["k"],
+                       .b = t["b"],
+                       .C = t["C"],
+                       .D = optional(t, "D"),
+                       .u = t["u"],
+                       .y = t["y"],
+                       .state = state,
+                       .activation = activation,
+                       .twice = twice});
 }
 
 void run_backward(const Options& o, Context& ctx, Tensors& t) {
@@ -128,7 +148,7 @@ OpCase dplr_scan_case(const Options& o) {
       .forward = [o](Context& ctx,
                      Tensors& t) { run_forward(o, ctx, t, t["state_in"], t["state_out"]); },
       .backward = [o](Context& ctx, Tensors& t) { run_backward(o, ctx, t); },
-      .step = [o](Context& ctx, Tensors& t) { run_forward(o, ctx, t, t["state"], t["state"]); },
+      .step = [o](Context& ctx, Tensors& t) { run_step(o, ctx, t, t["state"]); },
       .gradcheck = o.gradcheck,
       .bytes_forward = 4.0 * tokens * static_cast<double>(h * (1 + o.channels)),
       .bytes_backward = 4.0 * tokens * static_cast<double>(h * (2 + o.channels)),
@@ -163,6 +183,48 @@ OpCase dplr_scan_case(const Options& o) {
        {std::pair{"e", plane}, {"e_low", plane}, {"w", planes}, {"k", planes}, {"b", plane}})
     c.saved.push_back(accumulated(name, shape, 0, 0));
   return c;
+}
+
+// One token, whose outputs go through an activation.
+OpCase step_case(Options o, Activation activation, bool twice) {
+  o.seqlen = 1;
+  OpCase c = dplr_scan_case(o);
+  c.name = detail::concat("dplr_scan_step/", o.name, "/B:", o.batch, "/H:", o.heads,
+                          "/N:", o.states, activation == Activation::Gelu ? "/gelu" : "",
+                          activation == Activation::Silu ? "/silu" : "", twice ? "/twice" : "");
+  std::erase_if(c.saved, [](const Operand& saved) { return saved.name == "chunk_states"; });
+  c.forward = [=](Context& ctx, Tensors& t) {
+    ctx.copy(t["state_out"], t["state_in"]);
+    run_step(o, ctx, t, t["state_out"], activation, twice);
+  };
+  c.backward = {};
+  c.step = {};
+  c.at_length = {};
+  return c;
+}
+
+std::vector<OpCase> step_cases() {
+  constexpr auto kIdentity = Activation::Identity;
+  constexpr auto kGelu = Activation::Gelu;
+  std::vector<OpCase> all;
+  // Every number of threads of a head, sequences in part, and heads that do not fill a block.
+  for (const std::int64_t n : {4, 8, 16, 32, 64})
+    for (const std::int64_t batch : {1, 5, 17})
+      all.push_back(step_case({.name = "width", .batch = batch, .heads = 37, .states = n},
+                              batch == 5 ? kIdentity : kGelu, true));
+  const auto add = [&](const Options& o, Activation activation, bool twice) {
+    all.push_back(step_case(o, activation, twice));
+  };
+  add({.name = "s4", .batch = 32, .heads = 768, .states = 32, .discretized = true}, kGelu, true);
+  add({.name = "no_skip", .batch = 3, .heads = 9, .states = 8, .skip = false}, kIdentity, false);
+  // The ops one by one.
+  add({.name = "odd", .heads = 6, .states = 6}, kGelu, true);
+  add({.name = "wide", .heads = 3, .states = 100}, kIdentity, false);
+  add({.name = "once", .heads = 5, .states = 8}, kGelu, false);
+  add({.name = "silu", .heads = 5, .states = 8}, Activation::Silu, true);
+  add({.name = "channels", .heads = 5, .states = 8, .channels = 3}, kGelu, true);
+  add({.name = "rank", .heads = 4, .states = 8, .rank = 2}, kGelu, true);
+  return all;
 }
 
 std::vector<OpCase> cases() {
@@ -260,6 +322,7 @@ std::vector<OpCase> cases() {
 }
 
 const RegisterOpCases kRegister(cases());
+const RegisterOpCases kRegisterSteps(step_cases());
 
 // One layer of S4 at the sizes of the published comparison.
 std::vector<OpCase> bench_cases() {

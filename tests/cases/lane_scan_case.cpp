@@ -49,11 +49,15 @@ TensorView optional(Tensors& t, const char* name) {
   return t.contains(name) ? TensorView(t[name]) : TensorView();
 }
 
-void run_forward(const Options& o, Context& ctx, Tensors& t, TensorView state_in,
-                 MutableTensorView state_out) {
+void make_multipliers(const Options& o, Context& ctx, Tensors& t) {
   if (o.discretized)
     discretize_forward(
         ctx, {.parameters = parameters(o, t), .a = flat(o, t["a"]), .a_low = flat(o, t["a_low"])});
+}
+
+void run_forward(const Options& o, Context& ctx, Tensors& t, TensorView state_in,
+                 MutableTensorView state_out) {
+  make_multipliers(o, ctx, t);
   lane_scan_forward(ctx, {.a = t["a"],
                           .a_low = optional(t, "a_low"),
                           .W = t["W"],
@@ -64,6 +68,20 @@ void run_forward(const Options& o, Context& ctx, Tensors& t, TensorView state_in
                           .y = t["y"],
                           .state_out = state_out,
                           .chunk_states = t["chunk_states"]});
+}
+
+void run_step(const Options& o, Context& ctx, Tensors& t, MutableTensorView state,
+              Activation activation = Activation::Identity, bool twice = false) {
+  make_multipliers(o, ctx, t);
+  lane_scan_step(ctx, {.a = t["a"],
+                       .a_low = optional(t, "a_low"),
+                       .W = t["W"],
+                       .skip = optional(t, "skip"),
+                       .v = t["v"],
+                       .y = t["y"],
+                       .state = state,
+                       .activation = activation,
+                       .twice = twice});
 }
 
 void run_backward(const Options& o, Context& ctx, Tensors& t) {
@@ -120,7 +138,7 @@ OpCase lane_scan_case(const Options& o) {
       .forward = [o](Context& ctx,
                      Tensors& t) { run_forward(o, ctx, t, t["state_in"], t["state_out"]); },
       .backward = [o](Context& ctx, Tensors& t) { run_backward(o, ctx, t); },
-      .step = [o](Context& ctx, Tensors& t) { run_forward(o, ctx, t, t["state"], t["state"]); },
+      .step = [o](Context& ctx, Tensors& t) { run_step(o, ctx, t, t["state"]); },
       .gradcheck = o.gradcheck,
       .bytes_forward = 4.0 * tokens * static_cast<double>(o.inputs + o.outputs()),
       .bytes_backward = 4.0 * tokens * static_cast<double>(2 * o.inputs + o.outputs()),
@@ -149,6 +167,50 @@ OpCase lane_scan_case(const Options& o) {
   return c;
 }
 
+// One token, whose outputs go through an activation.
+OpCase step_case(Options o, Activation activation, bool twice) {
+  o.seqlen = 1;
+  OpCase c = lane_scan_case(o);
+  c.name = detail::concat("lane_scan_step/", o.name, "/B:", o.batch, "/N:", o.lanes(),
+                          "/M:", o.substates, activation == Activation::Gelu ? "/gelu" : "",
+                          activation == Activation::Silu ? "/silu" : "", twice ? "/twice" : "");
+  std::erase_if(c.saved, [](const Operand& saved) { return saved.name == "chunk_states"; });
+  c.forward = [=](Context& ctx, Tensors& t) {
+    ctx.copy(t["state_out"], t["state_in"]);
+    run_step(o, ctx, t, t["state_out"], activation, twice);
+  };
+  c.backward = {};
+  c.step = {};
+  c.at_length = {};
+  return c;
+}
+
+std::vector<OpCase> step_cases() {
+  constexpr auto kIdentity = Activation::Identity;
+  constexpr auto kGelu = Activation::Gelu;
+  std::vector<OpCase> all;
+  // Every number of threads of a lane, sequences in part, and lanes that do not fill a block.
+  for (const std::int64_t m : {4, 8, 16, 32, 64})
+    for (const std::int64_t batch : {1, 5, 17})
+      all.push_back(step_case({.name = "width", .batch = batch, .inputs = 37, .substates = m},
+                              batch == 5 ? kIdentity : kGelu, true));
+  const auto add = [&](const Options& o, Activation activation, bool twice) {
+    all.push_back(step_case(o, activation, twice));
+  };
+  add({.name = "s4d", .batch = 32, .inputs = 768, .substates = 32, .discretized = true}, kGelu,
+      true);
+  add({.name = "real", .batch = 3, .inputs = 9, .substates = 8, .real_weight = true, .skip = false},
+      kIdentity, false);
+  // The ops one by one.
+  add({.name = "odd", .inputs = 6, .substates = 6}, kGelu, true);
+  add({.name = "wide", .inputs = 3, .substates = 100}, kIdentity, false);
+  add({.name = "once", .inputs = 5, .substates = 8}, kGelu, false);
+  add({.name = "silu", .inputs = 5, .substates = 8}, Activation::Silu, true);
+  add({.name = "channels", .inputs = 5, .substates = 8, .channels = 3}, kGelu, true);
+  add({.name = "sums", .inputs = 4, .substates = 8, .groups = 3, .skip = false}, kGelu, true);
+  return all;
+}
+
 std::vector<OpCase> cases() {
   constexpr std::int64_t kQ = kLaneScanChunk;
   std::vector<OpCase> all;
@@ -157,11 +219,7 @@ std::vector<OpCase> cases() {
     all.push_back(lane_scan_case({.name = "plain", .seqlen = seqlen}));
   const auto add = [&](const Options& o) { all.push_back(lane_scan_case(o)); };
   add({.name = "one", .batch = 1, .seqlen = 7, .inputs = 1, .substates = 1, .skip = false});
-  add({.name = "real",
-       .seqlen = kQ + 3,
-       .inputs = 17,
-       .real_weight = true,
-       .gradient_step = 3e-4});
+  add({.name = "real", .seqlen = kQ + 3, .inputs = 17, .real_weight = true, .gradient_step = 3e-4});
   add({.name = "channels", .seqlen = kQ + 2, .substates = 3, .channels = 3});
   add({.name = "lengths", .batch = 3, .seqlen = 2 * kQ + 5, .inputs = 5, .lengths = true});
   add({.name = "channels_lengths", .batch = 3, .seqlen = kQ + 5, .channels = 2, .lengths = true});
@@ -254,6 +312,7 @@ std::vector<OpCase> cases() {
 }
 
 const RegisterOpCases kRegister(cases());
+const RegisterOpCases kRegisterSteps(step_cases());
 
 // One layer of S4D, one of Centaurus neck, both at the sizes of the published comparison.
 std::vector<OpCase> bench_cases() {

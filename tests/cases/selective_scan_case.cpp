@@ -60,14 +60,12 @@ void backward(const Sizes& z, Context& ctx, Tensors& t) {
                                 .dintegration_timesteps = t["dtau"],
                                 .dstate_in = t["dstate_in"]});
 }
-void step(const Sizes& z, Context& ctx, Tensors& t) {
+void step(const Sizes& z, Context& ctx, Tensors& t, MutableTensorView state) {
   SelectiveScanInputs in = inputs(z, t);
   in.state_in = {};
-  selective_scan_step(ctx, {.in = in,
-                            .dt_low = t["dt_low"],
-                            .dt_weight = t["dt_weight"],
-                            .y = t["y"],
-                            .state = t["state"]});
+  selective_scan_step(
+      ctx,
+      {.in = in, .dt_low = t["dt_low"], .dt_weight = t["dt_weight"], .y = t["y"], .state = state});
 }
 
 std::string case_name(const Sizes& z) {
@@ -98,7 +96,7 @@ OpCase selective_scan_case(const Sizes& z) {
                  .storage = accumulate}},
       .forward = [z](Context& ctx, Tensors& t) { forward(z, ctx, t); },
       .backward = [z](Context& ctx, Tensors& t) { backward(z, ctx, t); },
-      .step = [z](Context& ctx, Tensors& t) { step(z, ctx, t); },
+      .step = [z](Context& ctx, Tensors& t) { step(z, ctx, t, t["state"]); },
       .at_length =
           [z](std::int64_t seqlen) {
             Sizes other = z;
@@ -162,6 +160,17 @@ std::vector<OpCase> cases() {
     all.push_back(selective_scan_case(z));  // many sequences, few of a block
     all.back().gradcheck = false;
   }
+  // Many states of several sequences, and channels that do not fill a block.
+  for (const Sizes& z :
+       {Sizes{8, 2, 37, 32}, Sizes{17, 2, 33, 64, Disc::Mamba, false, false}, Sizes{9, 2, 19, 128},
+        Sizes{32, 2, 40, 64, Disc::Mamba, false, true, false, 48},
+        Sizes{11, 2, 21, 32, Disc::Mamba, false, true, false, 72},
+        Sizes{8, 2, 9, 128, Disc::Mamba, false, true, false, 4},
+        Sizes{8, 2, 9, 64, Disc::Zoh, false, true, false, 16},
+        Sizes{8, 2, 9, 64, Disc::Mamba, true}}) {
+    all.push_back(selective_scan_case(z));
+    all.back().gradcheck = false;
+  }
   for (const Disc disc : {Disc::Mamba, Disc::Bilinear}) {  // so many that a thread steps several
     all.push_back(selective_scan_case({66, 2, 3, 16, disc}));
     all.back().gradcheck = false;
@@ -182,6 +191,34 @@ std::vector<OpCase> cases() {
   return all;
 }
 const RegisterOpCases kRegister(cases());
+
+// One token in every dtype.
+std::vector<OpCase> step_cases() {
+  std::vector<OpCase> all;
+  const auto add = [&](const Sizes& z) {
+    OpCase c = selective_scan_case(z);
+    c.name.insert(std::string("selective_scan").size(), "_step");
+    std::erase_if(c.saved, [](const Operand& saved) { return saved.name == "chunk_states"; });
+    c.forward = [z](Context& ctx, Tensors& t) {
+      ctx.copy(t["state_out"], t["state_in"]);
+      step(z, ctx, t, t["state_out"]);
+    };
+    c.backward = {};
+    c.step = {};
+    c.at_length = {};
+    all.push_back(c);
+  };
+  for (const std::int64_t rank : {0, 5, 48}) {
+    add({1, 1, 24, 16, Disc::Mamba, false, true, false, rank});
+    add({9, 1, 70, 16, Disc::Mamba, false, true, false, rank});
+    add({8, 1, 37, 32, Disc::Mamba, false, true, false, rank});
+    add({17, 1, 33, 64, Disc::Mamba, false, true, false, rank});
+    add({32, 1, 21, 128, Disc::Mamba, false, true, false, rank});
+    add({3, 1, 7, 5, Disc::Zoh, true, true, false, rank});
+  }
+  return all;
+}
+const RegisterOpCases kRegisterSteps(step_cases());
 
 std::vector<OpCase> bench_cases() {
   std::vector<OpCase> all;

@@ -24,6 +24,7 @@ struct LaneParameters;
 namespace detail {
 struct LaneRecurrenceParameters;
 struct LaneRecurrenceGradients;
+struct LaneState;
 }  // namespace detail
 
 enum class CentaurusMode { Neck, Pointwise, Dws, Full };
@@ -82,6 +83,8 @@ class Centaurus final : public Mixer {
   void do_backward(Context& ctx, MixerSaved& saved, const MixerBackward& args) const override;
   void do_step(Context& ctx, const MixerStep& args) const override;
 
+  /// What a step derives from the parameters, of all modes but pointwise.
+  void tabulate(Context& ctx, DType dtype, detail::LaneState& state) const;
   [[nodiscard]] bool projects() const;  // whether B and C are matrices
   [[nodiscard]] LaneParameters lanes() const;
   [[nodiscard]] detail::LaneRecurrenceParameters recurrence() const;

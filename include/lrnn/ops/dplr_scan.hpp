@@ -18,11 +18,12 @@
 ///
 /// Complex operands are planes: [..., 2, H, N] holds the real parts, then the imaginary parts; C
 /// has the pairs of its parameter. Forward saves the state that enters every chunk; backward
-/// recomputes the states from them. One token is forward with L = 1 and state_out = state_in.
+/// recomputes the states from them. One token is forward with L = 1 and state_out = state_in, or
+/// dplr_scan_step.
 /// Paper: arXiv:2111.00396 (S4).
 #pragma once
 
-#include "lrnn/core/context.hpp"
+#include "lrnn/ops/activation.hpp"
 
 namespace lrnn {
 
@@ -71,18 +72,37 @@ struct DplrScanBackward {
   MutableTensorView dstate_in = {};  ///< [B, 2, H, N], overwritten
 };
 
+/// One token, with the state in place and what an activation makes of the outputs, rounded before
+/// it: y = f(y), or f(f(y)).
+struct DplrScanStep {
+  TensorView e;             ///< as in forward
+  TensorView w;             ///< as in forward
+  TensorView k;             ///< as in forward
+  TensorView b;             ///< as in forward
+  TensorView C;             ///< as in forward
+  TensorView D = {};        ///< as in forward
+  TensorView u;             ///< [B, 1, H]
+  MutableTensorView y;      ///< [B, 1, C H]
+  MutableTensorView state;  ///< [B, 2, H, N], float32 (float64), updated in place
+  Activation activation = Activation::Identity;
+  bool twice = false;
+};
+
 /// @throws ShapeError, DTypeError, DeviceError
 void dplr_scan_forward(Context& ctx, const DplrScanForward& args);
 void dplr_scan_backward(Context& ctx, const DplrScanBackward& args);
+void dplr_scan_step(Context& ctx, const DplrScanStep& args);
 
 // Backends. Unchecked: call the functions above.
 namespace cpu {
 void dplr_scan_forward(Context& ctx, const DplrScanForward& args);
 void dplr_scan_backward(Context& ctx, const DplrScanBackward& args);
+void dplr_scan_step(Context& ctx, const DplrScanStep& args);
 }  // namespace cpu
 namespace cuda {
 void dplr_scan_forward(Context& ctx, const DplrScanForward& args);
 void dplr_scan_backward(Context& ctx, const DplrScanBackward& args);
+void dplr_scan_step(Context& ctx, const DplrScanStep& args);
 }  // namespace cuda
 
 }  // namespace lrnn

@@ -21,11 +21,11 @@
 ///
 /// Complex operands are planes: [..., 2, N, M] holds the real parts, then the imaginary parts.
 /// Forward saves the state that enters every chunk; backward recomputes the states from them.
-/// One token is forward with L = 1 and state_out = state_in.
+/// One token is forward with L = 1 and state_out = state_in, or lane_scan_step.
 /// Papers: arXiv:2206.11893 (S4D), arXiv:2501.13230 (Centaurus).
 #pragma once
 
-#include "lrnn/core/context.hpp"
+#include "lrnn/ops/activation.hpp"
 
 namespace lrnn {
 
@@ -67,18 +67,35 @@ struct LaneScanBackward {
   MutableTensorView dstate_in = {};  ///< [B, 2, N, M], overwritten
 };
 
+/// One token, with the state in place and what an activation makes of the outputs, rounded before
+/// it: y = f(y), or f(f(y)). It takes every token as a chunk of its own.
+struct LaneScanStep {
+  TensorView a;             ///< as in forward
+  TensorView a_low = {};    ///< as in forward
+  TensorView W;             ///< as in forward
+  TensorView skip = {};     ///< as in forward
+  TensorView v;             ///< [B, 1, I]
+  MutableTensorView y;      ///< [B, 1, C I] or [B, 1, G]
+  MutableTensorView state;  ///< [B, 2, N, M], float32 (float64), updated in place
+  Activation activation = Activation::Identity;
+  bool twice = false;
+};
+
 /// @throws ShapeError, DTypeError, DeviceError
 void lane_scan_forward(Context& ctx, const LaneScanForward& args);
 void lane_scan_backward(Context& ctx, const LaneScanBackward& args);
+void lane_scan_step(Context& ctx, const LaneScanStep& args);
 
 // Backends. Unchecked: call the functions above.
 namespace cpu {
 void lane_scan_forward(Context& ctx, const LaneScanForward& args);
 void lane_scan_backward(Context& ctx, const LaneScanBackward& args);
+void lane_scan_step(Context& ctx, const LaneScanStep& args);
 }  // namespace cpu
 namespace cuda {
 void lane_scan_forward(Context& ctx, const LaneScanForward& args);
 void lane_scan_backward(Context& ctx, const LaneScanBackward& args);
+void lane_scan_step(Context& ctx, const LaneScanStep& args);
 }  // namespace cuda
 
 }  // namespace lrnn
