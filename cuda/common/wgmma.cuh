@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cuda.h>
+#include <cuda_fp16.h>
 
 #include "common/check.cuh"
 #include "common/mma.cuh"
@@ -69,11 +70,12 @@ __device__ __forceinline__ void pin(float (&c)[kTiles][4]) {
   "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
 /// c = [c +] a b^T over 16 columns, both operands in shared memory; a [64, 16], b [8 kTiles, 16].
-/// A transposed operand is given by the descriptor of [16, rows] instead.
-template <bool kTransposeA, bool kTransposeB, int kTiles>
+/// A transposed operand is given by the descriptor of [16, rows] instead. T is bfloat16 or float16.
+template <bool kTransposeA, bool kTransposeB, class T = bf16, int kTiles>
 __device__ __forceinline__ void multiply_shared(float (&c)[kTiles][4], std::uint64_t a,
                                                 std::uint64_t b, bool accumulate) {
   static_assert(kTiles == 2 || kTiles == 4 || kTiles == 8 || kTiles == 16);
+  static_assert(std::is_same_v<T, bf16> || (std::is_same_v<T, __half> && kTiles == 16));
   if constexpr (kTiles == 2) {
     asm volatile(
         "{\n.reg .pred p;\nsetp.ne.b32 p, %10, 0;\n"
@@ -98,6 +100,15 @@ __device__ __forceinline__ void multiply_shared(float (&c)[kTiles][4], std::uint
         "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " LRNN_C_32
         "}, %32, %33, p, 1, 1, %35, %36;\n}\n"
         : LRNN_C_TILES_8(0)
+        : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(kTransposeA ? 1 : 0),
+          "n"(kTransposeB ? 1 : 0)
+        : "memory");
+  } else if constexpr (std::is_same_v<T, __half>) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 " LRNN_C_64
+        "}, %64, %65, p, 1, 1, %67, %68;\n}\n"
+        : LRNN_C_TILES_8(0), LRNN_C_TILES_8(8)
         : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(kTransposeA ? 1 : 0),
           "n"(kTransposeB ? 1 : 0)
         : "memory");

@@ -1,5 +1,5 @@
-/// Products in float32 on Hopper's tensor cores: all three forms, broken tiles, cut depths,
-/// operands that are not finite.
+/// Products in float32 on Hopper's tensor cores, by both ways: all three forms, broken tiles, cut
+/// depths, numbers of all sizes, operands that are not finite.
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -14,8 +14,19 @@
 namespace lrnn {
 namespace {
 
-using cuda::linear_float32_sm90::Operand;
-using cuda::linear_float32_sm90::Product;
+namespace float32 = cuda::linear_float32_sm90;
+using float32::Operand;
+using float32::Product;
+
+struct Way {
+  const char* name;
+  bool (*applies)(const Product&);
+  void (*run)(Context&, const Product&);
+};
+constexpr Way kWays[] = {
+    {"bfloat16x3", float32::bfloat16x3::applies, float32::bfloat16x3::run},
+    {"float16x2", float32::float16x2::applies, float32::float16x2::run},
+};
 
 struct Problem {
   std::int64_t rows, columns, depth;
@@ -38,8 +49,7 @@ class Float32OnTensorCores : public ::testing::Test {
     if (Context::cuda_device_count() == 0) GTEST_SKIP() << "no CUDA device";
     ctx = Context::cuda();
     make({128, 128, 64});
-    if (!cuda::linear_float32_sm90::applies(product({128, 128, 64})))
-      GTEST_SKIP() << "not a Hopper device";
+    if (!float32::applies(product({128, 128, 64}))) GTEST_SKIP() << "not a Hopper device";
   }
 
   Matrix matrix(const char* name, std::int64_t rows, std::int64_t columns, std::int64_t margin) {
@@ -85,30 +95,46 @@ class Float32OnTensorCores : public ::testing::Test {
     return static_cast<std::size_t>(r * m.stride + c);
   }
 
+  /// y[r, c] as it should be, and the sum of the magnitudes of its terms.
+  [[nodiscard]] std::pair<double, double> sum_of(const Problem& p, std::int64_t r,
+                                                 std::int64_t c) const {
+    double sum = p.bias         ? double{bias.host[static_cast<std::size_t>(c)]}
+                 : p.accumulate ? double{y.host[place(y, r, c)]}
+                                : 0.0;
+    double magnitude = std::abs(sum);
+    for (std::int64_t k = 0; k < p.depth; ++k) {
+      const double term =
+          double{at(left, p.left_across, r, k)} * double{at(right, p.right_across, c, k)};
+      sum += term;
+      magnitude += std::abs(term);
+    }
+    return {sum, magnitude};
+  }
+  /// By a way, from the operands as they are on the host.
+  [[nodiscard]] std::vector<float> run(const Way& way, const Problem& p) {
+    send_all();
+    way.run(ctx, product(p));
+    return ctx.to_host<float>(y.device);
+  }
   /// Every element against a sum in double, relative to the sum of magnitudes.
-  void expect_sums(const Problem& p) {
-    make(p);
-    ASSERT_TRUE(cuda::linear_float32_sm90::applies(product(p)));
-    cuda::linear_float32_sm90::run(ctx, product(p));
-    const auto got = ctx.to_host<float>(y.device);
+  void expect_close(const Way& way, const Problem& p, double relative, double absolute = 0) {
+    SCOPED_TRACE(way.name);
+    const auto got = run(way, p);
     for (std::int64_t r = 0; r < p.rows; ++r) {
       for (std::int64_t c = 0; c < p.columns; ++c) {
-        const auto at_y = place(y, r, c);
-        double sum = p.bias         ? double{bias.host[static_cast<std::size_t>(c)]}
-                     : p.accumulate ? double{y.host[at_y]}
-                                    : 0.0;
-        double magnitude = std::abs(sum);
-        for (std::int64_t k = 0; k < p.depth; ++k) {
-          const double term =
-              double{at(left, p.left_across, r, k)} * double{at(right, p.right_across, c, k)};
-          sum += term;
-          magnitude += std::abs(term);
-        }
-        ASSERT_NEAR(double{got[at_y]}, sum, 0x1p-22 * magnitude) << r << ' ' << c;
+        const auto [sum, magnitude] = sum_of(p, r, c);
+        ASSERT_NEAR(double{got[place(y, r, c)]}, sum, relative * magnitude + absolute)
+            << r << ' ' << c;
       }
       for (std::int64_t c = p.columns; c < y.stride; ++c)
         ASSERT_EQ(got[place(y, r, c)], y.host[place(y, r, c)]) << "beside y";
     }
+  }
+  void expect_sums(const Problem& p) {
+    make(p);
+    ASSERT_TRUE(float32::applies(product(p)));
+    for (const Way& way : kWays)
+      if (way.applies(product(p))) expect_close(way, p, 0x1p-22);
   }
 
   Context ctx = Context::cpu();
@@ -139,20 +165,26 @@ TEST_F(Float32OnTensorCores, NumbersOfAllSizes) {
     left.host[i] *= std::ldexp(1.0F, static_cast<int>(i / 68 % 120) - 60);
   for (std::size_t i = 0; i < right.host.size(); ++i)
     right.host[i] *= std::ldexp(1.0F, static_cast<int>(i / 68 % 120) - 60);
-  send_all();
-  cuda::linear_float32_sm90::run(ctx, product(p));
-  const auto got = ctx.to_host<float>(y.device);
-  for (std::int64_t r = 0; r < p.rows; ++r)
-    for (std::int64_t c = 0; c < p.columns; ++c) {
-      double sum = 0;
-      double magnitude = 0;
-      for (std::int64_t k = 0; k < p.depth; ++k) {
-        const double term = double{at(left, false, r, k)} * double{at(right, false, c, k)};
-        sum += term;
-        magnitude += std::abs(term);
+  for (const Way& way : kWays) expect_close(way, p, 0x1p-22, 0x1p-140);
+}
+
+// Terms of one size whose factors differ by 2^40: tiny ones of either operand meet large ones.
+TEST_F(Float32OnTensorCores, NumbersFarBelowTheirNeighbours) {
+  for (const bool across : {false, true}) {
+    const Problem p{
+        .rows = 68, .columns = 132, .depth = 260, .left_across = across, .right_across = across};
+    make(p);
+    const auto scale = [&](Matrix& m, int sign) {
+      for (std::size_t i = 0; i < m.host.size(); ++i) {
+        const auto width = static_cast<std::size_t>(m.stride);
+        const auto k = across ? i / width : i % width;
+        m.host[i] *= std::ldexp(1.0F, sign * static_cast<int>(k * 7 % 41));
       }
-      ASSERT_NEAR(double{got[place(y, r, c)]}, sum, 0x1p-22 * magnitude + 0x1p-140);
-    }
+    };
+    scale(left, 1);
+    scale(right, -1);
+    for (const Way& way : kWays) expect_close(way, p, 0x1p-20);
+  }
 }
 
 // Infinity and NaN where a sum in float32 has them.
@@ -166,23 +198,24 @@ TEST_F(Float32OnTensorCores, OperandsThatAreNotFinite) {
   left.host[100 * 132 + 3] = std::numeric_limits<float>::max();
   right.host[40 * 132 + 9] = kInfinity;
   right.host[41 * 132 + 5] = 0;
-  send_all();
-  cuda::linear_float32_sm90::run(ctx, product(p));
-  const auto got = ctx.to_host<float>(y.device);
-  for (std::int64_t r = 0; r < p.rows; ++r)
-    for (std::int64_t c = 0; c < p.columns; ++c) {
-      float sum = 0;
-      for (std::int64_t k = 0; k < p.depth; ++k)
-        sum = std::fma(at(left, false, r, k), at(right, false, c, k), sum);
-      const float v = got[place(y, r, c)];
-      ASSERT_EQ(std::isnan(v), std::isnan(sum)) << r << ' ' << c;
-      if (std::isinf(sum) || std::isinf(v)) {
-        ASSERT_EQ(v, sum) << r << ' ' << c;
+  for (const Way& way : kWays) {
+    SCOPED_TRACE(way.name);
+    const auto got = run(way, p);
+    for (std::int64_t r = 0; r < p.rows; ++r)
+      for (std::int64_t c = 0; c < p.columns; ++c) {
+        float sum = 0;
+        for (std::int64_t k = 0; k < p.depth; ++k)
+          sum = std::fma(at(left, false, r, k), at(right, false, c, k), sum);
+        const float v = got[place(y, r, c)];
+        ASSERT_EQ(std::isnan(v), std::isnan(sum)) << r << ' ' << c;
+        if (std::isinf(sum) || std::isinf(v)) {
+          ASSERT_EQ(v, sum) << r << ' ' << c;
+        }
       }
-    }
+  }
 }
 
-// linear takes this way for products that are large enough, unless TF32 is allowed.
+// linear takes one of these ways for products that are large enough, unless TF32 is allowed.
 TEST_F(Float32OnTensorCores, LinearTakesThem) {
   constexpr std::int64_t kRows = 8192;
   constexpr std::int64_t kWidth = 512;
@@ -192,7 +225,7 @@ TEST_F(Float32OnTensorCores, LinearTakesThem) {
     linear();
     const auto got = ctx.to_host<float>(y.device);
     if (p.accumulate) ctx.zero(y.device);
-    cuda::linear_float32_sm90::run(ctx, product(p));
+    float32::run(ctx, product(p));
     const auto want = ctx.to_host<float>(y.device);
     return std::memcmp(got.data(), want.data(), want.size() * sizeof(float)) == 0;
   };
