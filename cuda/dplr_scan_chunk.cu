@@ -75,6 +75,11 @@ struct BlockShape {
   static constexpr int kFirstTile = kEnds ? kTokenTiles : 0;
   static constexpr int kWarps = kTiles - kFirstTile;  // that own rows
   static constexpr int kThreads = 32 * kWarps + kTransferThreads;
+  // Roles of warps.
+  static constexpr int kTransfer = 0;
+  static constexpr int kStates = 1;
+  static constexpr int kOutputs = 2;
+  static constexpr int kRoles = kEnds ? 2 : 3;
 };
 
 template <bool kReverse, int kTiles>
@@ -136,7 +141,7 @@ class Transfer {
     load<2>(2);
     load<3>(3);
     hand_over<0>();
-    meet<kBlock>();
+    meet<Shape::kThreads, Shape::kTransfer, Shape::kRoles>(0);
     for (int chunk = 0; chunk < longest; chunk += kAhead) {
       step<0>(chunk);
       if (chunk + 1 < longest) step<1>(chunk + 1);
@@ -156,7 +161,7 @@ class Transfer {
     load<kSlot>(chunk + kAhead);
     if (chunk > 0) store<(kSlot + 1) % 2>(chunk - 1);
     hand_over<(kSlot + 1) % kAhead>();
-    meet<kBlock>();
+    meet<Shape::kThreads, Shape::kTransfer, Shape::kRoles>(kSlot + 1);
   }
   template <int kSlot>
   __device__ __forceinline__ void load(int chunk) {
@@ -203,7 +208,7 @@ class Transfer {
   }
 
   static constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
-  static constexpr int kBlock = BlockShape<kTiles, kEnds>::kThreads;
+  using Shape = BlockShape<kTiles, kEnds>;
 
   Shared<kReverse, kTiles>& shared_;
   int column_;
@@ -326,15 +331,16 @@ class States {
 };
 
 // Calls step<chunk % 2>() for all chunks, with a barrier before and after each.
-template <int kThreads, class F>
+template <class Shape, int kRole, class F>
 __device__ __forceinline__ void for_each_chunk(int longest, F&& step) {
-  meet<kThreads>();
+  constexpr auto meet_others = meet<Shape::kThreads, kRole, Shape::kRoles>;
+  meet_others(0);
   for (int chunk = 0; chunk < longest; chunk += 2) {
     step.template operator()<0>();
-    meet<kThreads>();
+    meet_others(1);
     if (chunk + 1 == longest) break;
     step.template operator()<1>();
-    meet<kThreads>();
+    meet_others(0);
   }
 }
 
@@ -368,7 +374,7 @@ __global__ __launch_bounds__(BlockShape<kMapTiles<kStates>, kEnds>::kThreads,
   float sum[4];
   if (tile < kTokenTiles) {
     float* const output = &shared.outputs[0][lane % 4 * 2][tile * 16 + lane / 4];
-    for_each_chunk<Shape::kThreads>(longest, [&]<int kParity>() {
+    for_each_chunk<Shape, Shape::kOutputs>(longest, [&]<int kParity>() {
       apply_map<kTiles, kExact>(sum, map, shared.operands[kParity], lane);
 #pragma unroll
       for (int i = 0; i < 4; ++i)
@@ -379,7 +385,7 @@ __global__ __launch_bounds__(BlockShape<kMapTiles<kStates>, kEnds>::kThreads,
   States<T, kReverse, kEnds, kTiles> states(a, shared, head, tile - kTokenTiles, lane);
   states.keep();
   states.template hand_over<0>();
-  for_each_chunk<Shape::kThreads>(longest, [&]<int kParity>() {
+  for_each_chunk<Shape, Shape::kStates>(longest, [&]<int kParity>() {
     apply_map<kTiles, kExact>(sum, map, shared.operands[kParity], lane);
     states.template advance<kParity>(sum);
     states.template hand_over<1 - kParity>();

@@ -23,6 +23,7 @@ constexpr int kMapWarps = 4;
 constexpr int kSumWarps = 8;
 constexpr int kLoadWarps = 4;
 constexpr int kThreads = 32 * (kMapWarps + kSumWarps + kLoadWarps);
+enum Role { kMapRole, kSumRole, kLoadRole, kRoles };
 constexpr int kColumnsPerWarp = kGroup / kLoadWarps;
 constexpr int kStages = 3;
 constexpr int kFlush = 8;  // groups whose products are added up before they join the totals
@@ -488,10 +489,10 @@ __global__ __launch_bounds__(kThreads, 1) void dplr_chunk_sum_kernel(KernelArgs<
   // In step i group i + 1 is loaded, i mapped and i - 1 summed.
   if (warp < kMapWarps) {
     const ProductRows<kStates> map(shared.maps, warp, lane);
-    meet<kThreads>();
+    meet<kThreads, kMapRole, kRoles>(0);
     for (int i = 0; i <= groups.count; ++i) {
       if (i < groups.count) map.apply(shared.operands[i % kStages]);
-      meet<kThreads>();
+      meet<kThreads, kMapRole, kRoles>(i + 1);
     }
   } else if (warp < kMapWarps + kSumWarps) {
     constexpr int kStateTiles = 2 * kStates / 16;
@@ -510,7 +511,7 @@ __global__ __launch_bounds__(kThreads, 1) void dplr_chunk_sum_kernel(KernelArgs<
     const int second_right = of_x ? R::kR : R::kS;
     const int lag_left = (own / 4 == 0 ? R::kU : R::kS) + own / 2 % 2 * 16;
     const int lag_right = own % 2 == 0 ? R::kG : R::kR;
-    meet<kThreads>();
+    meet<kThreads, kSumRole, kRoles>(0);
     for (int i = 0; i <= groups.count; ++i) {
       if (i > 0) {
         const auto& operand = shared.operands[(i - 1) % kStages];
@@ -522,22 +523,22 @@ __global__ __launch_bounds__(kThreads, 1) void dplr_chunk_sum_kernel(KernelArgs<
           lags.flush(lag_totals, lane, overwrite);
         }
       }
-      meet<kThreads>();
+      meet<kThreads, kSumRole, kRoles>(i + 1);
     }
   } else {
     Loader<T, kStates> loader(groups, head, warp - kMapWarps - kSumWarps, lane);
     loader.template load<0>(0);
     loader.template load<1>(1);
     loader.template hand_over<0>(shared.operands[0]);
-    meet<kThreads>();
+    meet<kThreads, kLoadRole, kRoles>(0);
     for (int i = 0; i <= groups.count; i += 2) {
       loader.template load<0>(i + 2);
       loader.template hand_over<1>(shared.operands[(i + 1) % kStages]);
-      meet<kThreads>();
+      meet<kThreads, kLoadRole, kRoles>(1);
       if (i == groups.count) break;
       loader.template load<1>(i + 3);
       loader.template hand_over<0>(shared.operands[(i + 2) % kStages]);
-      meet<kThreads>();
+      meet<kThreads, kLoadRole, kRoles>(0);
     }
     loader.finish(shared.a_conj_x[warp - kMapWarps - kSumWarps]);
   }

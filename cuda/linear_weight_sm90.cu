@@ -8,10 +8,13 @@
 // hit all banks.
 // A block owns kLeft columns of one by kRight of the other and a part of the tokens; each of two
 // more warpgroups multiplies 128 by kRight, one while the other converts and waits. Parts are
-// added in order by a second kernel. They depend on the sizes alone.
-// 768 x 768 x 16384 on an H200, cold L2: 105 us, 184 TFLOP/s, where cuBLASLt takes 137. A panel
-// takes 1.3 us, twice the time of its products. Prefetches into L2 (155 us) and copies of both
-// operands into shared memory ahead of their use (212) made it slower.
+// added in order by a second kernel. They depend on the sizes alone: so many that the waves of
+// blocks are full.
+// H200, cold L2, 16384 tokens: 768 x 768 takes 105 us (184 TFLOP/s), 768 x 1536 194 (199), 3072 x
+// 768 391 (198), where cuBLASLt takes 137, 211 and 377; 65536 tokens of 3072 x 768 1.39 ms, 2.12
+// there. A panel takes 1.25 us, twice the time of its products: reading operands from L2, at 5.1
+// TB/s, binds. Prefetches into L2 (155 us) and copies of both operands into shared memory ahead of
+// their use (212) made it slower.
 #include "common/linear_weight_sm90.cuh"
 #include "common/wgmma_wide.cuh"
 
@@ -27,7 +30,7 @@ constexpr int kTokens = 32;  // of a panel
 constexpr int kStages = 6;
 constexpr int kPanelBytes = kRight * kPanelRowBytes;
 constexpr int kShared = 1024 + kStages * (kPanelBytes + 16);
-constexpr int kMaxBlocks = 132;   // up to which tokens are cut: one for each SM of an H200
+constexpr int kWave = 132;        // blocks: one for each SM of an H200
 constexpr int kLeastPerPart = 8;  // panels
 // Of a thread of those that transpose and those that multiply.
 constexpr int kTransposeRegisters = 88;
@@ -252,10 +255,30 @@ __global__ __launch_bounds__(kSumThreads) void add_parts_kernel(const float* __r
   to[3] += sum.w;
 }
 
+std::int64_t ceil_div(std::int64_t n, std::int64_t d) {
+  return (n + d - 1) / d;
+}
+
+/// Parts that `panels` are cut into: those of the least time, in panels. More parts fill the last
+/// wave of blocks better, but each is written and read again.
+std::int64_t parts_of(std::int64_t tiles, std::int64_t panels, std::int64_t elements) {
+  constexpr double kStart = 3;          // of a block, until its first product
+  constexpr double kElements = 600000;  // of a part, moved in the time of a panel
+  const auto time = [&](std::int64_t parts) {
+    return static_cast<double>(ceil_div(tiles * parts, kWave)) *
+               (static_cast<double>(ceil_div(panels, parts)) + kStart) +
+           static_cast<double>(parts * elements) / kElements;
+  };
+  std::int64_t best = 1;
+  for (std::int64_t parts = 2; parts <= std::min<std::int64_t>(kWave, panels / kLeastPerPart);
+       ++parts)
+    if (time(parts) < time(best)) best = parts;
+  return best;
+}
+
 }  // namespace
 
 void add(Context& ctx, const LinearBackward& a) {
-  const auto ceil_div = [](std::int64_t n, std::int64_t d) { return (n + d - 1) / d; };
   const bool swapped = a.dy.dim(-1) < a.x.dim(-1);
   const TensorView left = swapped ? a.x : a.dy;
   const TensorView right = swapped ? a.dy : a.x;
@@ -263,9 +286,8 @@ void add(Context& ctx, const LinearBackward& a) {
   const std::int64_t across = ceil_div(left.dim(-1), kLeft);
   const std::int64_t down = ceil_div(right.dim(-1), kRight);
   const std::int64_t panels = ceil_div(tokens, kTokens);
-  const std::int64_t most = std::clamp<std::int64_t>(
-      kMaxBlocks / (across * down), 1, std::max<std::int64_t>(1, panels / kLeastPerPart));
-  const std::int64_t per_part = ceil_div(panels, most) * kTokens;
+  const std::int64_t per_part =
+      ceil_div(panels, parts_of(across * down, panels, a.dweight.numel())) * kTokens;
   const std::int64_t parts = ceil_div(tokens, per_part);
   const Shape shape = {parts, a.dweight.dim(0), a.dweight.dim(1)};
   const Tensor partial = ctx.empty(shape, DType::float32);

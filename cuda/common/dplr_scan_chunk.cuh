@@ -65,10 +65,18 @@ Tensor make_segment_powers(Context& ctx, const Sizes& s, const ChunkTable& table
 Tensor make_product_maps(Context& ctx, const Sizes& s, const Parameters& parameters);
 
 /// A barrier of all kThreads threads of a block whose warps reach it at different places of the
-/// code: __syncthreads() and bar.sync ask for the same one of all.
-template <int kThreads>
-__device__ __forceinline__ void meet() {
-  asm volatile("barrier.sync 1, %0;" ::"n"(kThreads) : "memory");
+/// code, by their role. Each role waits at a hardware barrier of its own, where the others only
+/// arrive: that all who wait do so at one place is what synccheck asks for, and what spares the
+/// compiler the tests for diverged warps that it puts around barrier.sync. A role may be one turn
+/// ahead of another, so that neighbouring turns have different barriers.
+template <int kThreads, int kRole, int kRoles>
+__device__ __forceinline__ void meet(int turn) {
+  const int first = 1 + turn % 2 * kRoles;  // barrier 0 is that of __syncthreads()
+#pragma unroll
+  for (int role = 0; role < kRoles; ++role)
+    if (role != kRole)
+      asm volatile("bar.arrive %0, %1;" ::"r"(first + role), "n"(kThreads) : "memory");
+  asm volatile("bar.sync %0, %1;" ::"r"(first + kRole), "n"(kThreads) : "memory");
 }
 
 /// Three bfloat16 whose sum is x, of two numbers each, the first in the low half.

@@ -38,6 +38,9 @@ void backward(const Sizes& z, Context& ctx, Tensors& t) {
 
 OpCase linear_case(const Sizes& z) {
   const double flops = 2.0 * static_cast<double>(z.rows * z.in * z.out);
+  const auto x = static_cast<double>(z.rows * z.in);
+  const auto y = static_cast<double>(z.rows * z.out);
+  const auto w = static_cast<double>(z.in * z.out);
   OpCase c{
       .name =
           detail::concat("linear/T:", z.rows, "/I:", z.in, "/O:", z.out, z.bias ? "" : "/no_bias",
@@ -48,6 +51,8 @@ OpCase linear_case(const Sizes& z) {
       .outputs = {{.name = "y", .shape = {z.rows, z.out + z.margin}}},
       .forward = [z](Context& ctx, Tensors& t) { forward(z, ctx, t); },
       .backward = [z](Context& ctx, Tensors& t) { backward(z, ctx, t); },
+      .bytes_forward = 4.0 * (x + w + y),
+      .bytes_backward = 4.0 * (2.0 * x + 3.0 * w + y),
       .flops_forward = flops,
       .flops_backward = 2.0 * flops,
   };
@@ -171,6 +176,12 @@ const RegisterOpCases kRegister({
     without_gradcheck(linear_case({16903, 264, 24})),
     without_gradcheck(accumulate_case(6203, 344, 96)),
     without_gradcheck(accumulate_case(6203, 72, 344)),
+    // And those of few columns.
+    without_gradcheck(linear_case({8200, 1032, 80})),
+    without_gradcheck(linear_case({12003, 760, 104, false, 8})),
+    without_gradcheck(linear_case({8205, 40, 1096, true, 8, true})),
+    without_gradcheck(accumulate_case(8200, 1096, 72)),
+    without_gradcheck(accumulate_case(8200, 48, 1096)),
 });
 const RegisterBenchCases kRegisterBench({
     without_gradcheck(linear_case({16384, 768, 3072, false})),
