@@ -13,7 +13,9 @@ namespace {
 // Whose state and rate stay in the second cache: rows are read in pieces as long as can be.
 constexpr std::int64_t kMostStates = std::int64_t{1} << 16;
 constexpr int kFloatChannels = 16;  // of a group: a cache line
-constexpr int kFloatTile = 16;      // tokens in scratch
+// In scratch: what a piece has there stays in the first cache.
+constexpr int kFloatTile = 16;            // tokens
+constexpr std::int64_t kFloatPiece = 64;  // channels
 
 // Between buffers that are read and one that is written at the same time: loads wait for a store
 // whose address is a multiple of 4 KiB away.
@@ -21,6 +23,7 @@ constexpr std::int64_t kFloatSkew = 192;
 constexpr std::int64_t kFloatParts = 16;  // of dB and dC of a few tokens and a state
 // Of rows of kFloatGroup channels in scratch: neighbours lie in different sets of the first cache.
 constexpr std::int64_t kRowStride = kFloatGroup + kFloatChannels;
+constexpr std::int64_t kPieceStride = kFloatPiece + kFloatChannels;  // likewise, of pieces
 // Floats of a group in the backward pass; see Work.
 std::int64_t group_scratch(std::int64_t dstate) {
   return 3 * kFloatGroup * dstate + 2 * kFloatGroup;
@@ -32,8 +35,7 @@ std::int64_t group_scratch(std::int64_t dstate) {
 // Floats that a chunk of the widest vectors takes; see Work.
 std::int64_t chunk_scratch(std::int64_t dstate) {
   constexpr std::int64_t kVectors = (kSelectiveScanChunk + 1) + 2 * kSelectiveScanChunk;
-  return kVectors * dstate * kFloatChannels + 2 * kSelectiveScanChunk * kFloatChannels +
-         7 * kSelectiveScanChunk * kRowStride + kFloatSkew;
+  return kVectors * dstate * kFloatChannels + 7 * kSelectiveScanChunk * kRowStride + kFloatSkew;
 }
 
 // Groups that a thread takes through time together: as many as leave every thread some, up to
@@ -53,7 +55,7 @@ void run_float_scan(const FloatScan& p) {
   {
     const FlushDenormals flush;
     const auto scratch =
-        lines_of(groups * 2 * kFloatChannels * (p.dstate + 1) + 3 * kFloatTile * kRowStride);
+        lines_of(groups * 2 * kFloatChannels * (p.dstate + 1) + 3 * kFloatTile * kPieceStride);
 #pragma omp for collapse(2) schedule(dynamic)
     for (std::int64_t b = 0; b < p.batch; ++b)
       for (std::int64_t g = 0; g < all; g += groups)

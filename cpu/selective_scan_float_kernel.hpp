@@ -15,47 +15,7 @@ inline void rates(float* A, std::int64_t size) {
   }
 }
 
-// Runs `count` <= kTokens tokens from row `row` on through all states of a vector of channels and
-// adds sum C h to y. Inlined, so that `count` and `in_range` are constants.
-LRNN_INLINE void advance_states(const FloatScan& p, std::int64_t row, const int count,
-                                const float* A, float* h, const Vec* delta, const Vec* drive,
-                                Vec* y, const bool in_range) {
-  const std::int64_t dstate = p.dstate;
-  const float* B[kTokens];
-  const float* C[kTokens];
-  Vec sum[kTokens];
-  LRNN_EACH {
-    B[j] = p.B + (row + j) * p.B_stride;
-    C[j] = p.C + (row + j) * p.C_stride;
-    sum[j] = y[j];
-  }
-  for (std::int64_t n = 0; n < dstate; ++n) {
-    const Vec log_a = load(A + n * kFloatChannels);
-    Vec state = load(h + n * kFloatChannels);
-    Vec a[kTokens];
-    LRNN_EACH a[j] = delta[j] * log_a;
-    exp2_of_negative(a, count, in_range);
-    LRNN_EACH {
-      state = a[j] * state + drive[j] * B[j][n];
-      sum[j] += state * C[j][n];
-    }
-    store(h + n * kFloatChannels, state);
-  }
-  LRNN_EACH y[j] = sum[j];
-}
-// The bound of exponents is a fifteenth of the work of a state, and models seldom reach it.
-LRNN_INLINE void advance(const FloatScan& p, std::int64_t row, const int count, const float* A,
-                         float* h, const Vec* delta, const Vec* drive, Vec* y) {
-  Vec longest = delta[0];
-  LRNN_EACH longest = LRNN_MAX(longest, delta[j]);
-  const Vec lowest = longest * load(A + p.dstate * kFloatChannels);
-  if (all_at_least(lowest, kLeastExponent))
-    advance_states(p, row, count, A, h, delta, drive, y, true);
-  else
-    advance_states(p, row, count, A, h, delta, drive, y, false);
-}
-
-// The tokens of a tile in scratch, [kTile, kRowStride] each: some channels of their rows.
+// The tokens of a tile in scratch, [kTile, kPieceStride] each: some channels of their rows.
 struct Tile {
   float *delta, *drive, *y;
 };
@@ -74,16 +34,40 @@ LRNN_INLINE void store_vectors(float* to, const Place& at, const Vec* v, const i
   LRNN_EACH store(to + j * kLanes, v[j]);
 }
 
+// Before softplus.
+LRNN_INLINE void load_steps(const FloatScan& p, const Place& at, Vec* v, const int count) {
+  Vec bias[kMost];
+  load_vectors(p.dt + at.row * p.dt_stride + at.first, at, v, count);
+  load_vectors(p.dt_bias + at.first, at, bias, count);
+  LRNN_EACH v[j] += bias[j];
+}
+// Steps and gates take two passes along a row: e^x first, then what becomes of it. The chain of
+// all operations would be twice as long, and the processor sees few of them at once.
+LRNN_INLINE void exponentials_of_steps(const FloatScan& p, const Place& at, float* to,
+                                       const int count) {
+  Vec e[kMost];
+  load_steps(p, at, e, count);
+  exp_of_magnitude(e, count);
+  LRNN_EACH store(to + at.at + j * kLanes, e[j]);
+}
+LRNN_INLINE void exponentials_of_gates(const FloatScan& p, const Place& at, float* to,
+                                       const int count) {
+  if (p.z == nullptr) return;
+  Vec e[kMost];
+  load_vectors(p.z + at.row * p.z_stride + at.first, at, e, count);
+  LRNN_EACH e[j] = -e[j];
+  exp(e, count);
+  LRNN_EACH store(to + at.at + j * kLanes, e[j]);
+}
 LRNN_INLINE void read_vectors(const FloatScan& p, const Tile& tile, const Place& at,
                               const int count) {
   Vec delta[kMost];
-  Vec bias[kMost];
+  Vec e[kMost];
   Vec u[kMost];
   Vec D[kMost] = {};
-  load_vectors(p.dt + at.row * p.dt_stride + at.first, at, delta, count);
-  load_vectors(p.dt_bias + at.first, at, bias, count);
-  LRNN_EACH delta[j] += bias[j];
-  softplus(delta, count);
+  load_steps(p, at, delta, count);
+  LRNN_EACH e[j] = load(tile.delta + at.at + j * kLanes);
+  softplus(delta, e, count);
   load_vectors(p.u + at.row * p.u_stride + at.first, at, u, count);
   if (p.D != nullptr) load_vectors(p.D + at.first, at, D, count);
   LRNN_EACH {
@@ -98,59 +82,133 @@ LRNN_INLINE void write_vectors(const FloatScan& p, const Tile& tile, const Place
   LRNN_EACH y[j] = load(tile.y + at.at + j * kLanes);
   if (p.z != nullptr) {
     Vec z[kMost];
-    Vec gate[kMost];
     load_vectors(p.z + at.row * p.z_stride + at.first, at, z, count);
-    LRNN_EACH gate[j] = z[j];
-    sigmoid(gate, count);
-    LRNN_EACH y[j] *= z[j] * gate[j];
+    LRNN_EACH y[j] *= z[j] / (1.0F + load(tile.delta + at.at + j * kLanes));
   }
   store_vectors(p.y + at.row * p.y_stride + at.first, at, y, count);
 }
-// Reads into the tile or writes from it along `tokens` rows from `row` on, for `channels` channels
-// from `first` on. Inlined, so that `reading` is a constant.
-LRNN_INLINE void walk_rows(const FloatScan& p, const Tile& tile, const bool reading,
-                           std::int64_t row, int tokens, std::int64_t first,
-                           std::int64_t channels) {
-  for (int i = 0; i < tokens; ++i) {
-    Place at = {row + i, first, channels, i * kRowStride};
-    while (at.channels > 0) {
-      const int count = at.channels >= kMost * kLanes ? kMost : 1;
-      if (reading && count > 1)
-        read_vectors(p, tile, at, kMost);
-      else if (reading)
-        read_vectors(p, tile, at, 1);
-      else if (count > 1)
-        write_vectors(p, tile, at, kMost);
-      else
-        write_vectors(p, tile, at, 1);
-      at.first += count * kLanes;
-      at.channels -= count * kLanes;
-      at.at += count * kLanes;
+
+// Some channels of a tile of tokens; `tokens` of them come before the end of the sequence.
+struct Piece {
+  std::int64_t row, first, channels;
+  int tokens;
+};
+// Calls pass(at, second, count) of all rows, the second passes a row behind the first ones: neither
+// waits for the other. Inlined, so that `second` and `count` are constants.
+template <class F>
+LRNN_INLINE void walk_rows(const Piece& piece, std::int64_t stride, const F& pass) {
+  const auto at = [&](std::int64_t i, std::int64_t e) LRNN_INLINE_LAMBDA {
+    return Place{piece.row + i, piece.first + e, piece.channels - e, e + i * stride};
+  };
+  for (int i = 0; i <= piece.tokens; ++i) {
+    std::int64_t e = 0;
+    for (; e + kMost * kLanes <= piece.channels; e += kMost * kLanes) {
+      if (i < piece.tokens) pass(at(i, e), false, kMost);
+      if (i > 0) pass(at(i - 1, e), true, kMost);
+    }
+    for (; e < piece.channels; e += kLanes) {
+      if (i < piece.tokens) pass(at(i, e), false, 1);
+      if (i > 0) pass(at(i - 1, e), true, 1);
     }
   }
 }
+inline void read_rows(const FloatScan& p, const Tile& tile, const Piece& piece) {
+  walk_rows(piece, kPieceStride,
+            [&](const Place& at, const bool second, const int count) LRNN_INLINE_LAMBDA {
+              if (second)
+                read_vectors(p, tile, at, count);
+              else
+                exponentials_of_steps(p, at, tile.delta, count);
+            });
+}
+// The exponentials take the place of the steps.
+inline void write_rows(const FloatScan& p, const Tile& tile, const Piece& piece) {
+  walk_rows(piece, kPieceStride,
+            [&](const Place& at, const bool second, const int count) LRNN_INLINE_LAMBDA {
+              if (second)
+                write_vectors(p, tile, at, count);
+              else
+                exponentials_of_gates(p, at, tile.delta, count);
+            });
+}
 
-LRNN_INLINE void advance_tokens(const FloatScan& p, std::int64_t row, const float* A, float* h,
-                                const Tile& tile, std::int64_t at, const int count) {
+struct Fetched {
+  const float* rows;
+  std::int64_t stride;
+};
+// Fetches, of tokens [i, i + count) of a piece, the cache lines at channel e: each vector of a line
+// takes a share of the operands. Rows lie too far apart for the hardware to do so.
+LRNN_INLINE void fetch(const Fetched* operands, const int size, const Piece& piece, std::int64_t e,
+                       std::int64_t i, const int count) {
+  constexpr std::int64_t kShares = kFloatChannels / kLanes;
+  if (e >= piece.channels || i + count > piece.tokens) return;
+  for (std::int64_t k = e / kLanes % kShares; k < size; k += kShares) {
+    const Fetched o = operands[k];
+    if (o.rows == nullptr) continue;
+    const float* const at = o.rows + (piece.row + i) * o.stride + piece.first + e;
+    LRNN_EACH __builtin_prefetch(at + j * o.stride, 0, 2);
+  }
+}
+
+// Runs `count` tokens from token i of a piece on through all states of its vector of channels at e.
+// Inlined, so that `count` and `in_range` are constants.
+LRNN_INLINE void advance_tokens(const FloatScan& p, const Piece& piece, std::int64_t e, int i,
+                                const float* A, float* h, const Tile& tile, const int count,
+                                const bool in_range) {
+  const std::int64_t dstate = p.dstate;
+  const std::int64_t at = e + i * kPieceStride;
+  const float* B[kTokens];
+  const float* C[kTokens];
   Vec delta[kTokens];
   Vec drive[kTokens];
   Vec y[kTokens];
   LRNN_EACH {
-    delta[j] = load(tile.delta + at + j * kRowStride);
-    drive[j] = load(tile.drive + at + j * kRowStride);
-    y[j] = load(tile.y + at + j * kRowStride);
+    B[j] = p.B + (piece.row + i + j) * p.B_stride;
+    C[j] = p.C + (piece.row + i + j) * p.C_stride;
+    delta[j] = load(tile.delta + at + j * kPieceStride);
+    drive[j] = load(tile.drive + at + j * kPieceStride);
+    y[j] = load(tile.y + at + j * kPieceStride);
   }
-  advance(p, row, count, A, h, delta, drive, y);
-  LRNN_EACH store(tile.y + at + j * kRowStride, y[j]);
+  for (std::int64_t n = 0; n < dstate; ++n) {
+    const Vec log_a = load(A + n * kFloatChannels);
+    Vec state = load(h + n * kFloatChannels);
+    // One after the other: what waits for its operands fills the scheduler of a processor.
+    LRNN_EACH {
+      Vec a = delta[j] * log_a;
+      if (j % 2 == 0) a = unfused(a);
+      exp2_of_negative(&a, 1, in_range);
+      state = a * state + drive[j] * B[j][n];
+      y[j] += state * C[j][n];
+    }
+    store(h + n * kFloatChannels, state);
+  }
+  LRNN_EACH store(tile.y + at + j * kPieceStride, y[j]);
 }
-// Takes a vector of channels, at `at` in the tile, through `tokens` tokens. A, times log2(e) and
-// with the least of all N after them, and h are [N + 1, kFloatChannels] and begin with these.
-inline void advance_vector(const FloatScan& p, std::int64_t row, int tokens, const float* A,
-                           float* h, const Tile& tile, std::int64_t at) {
+// Takes the vector of channels at e of a piece through its tokens, and fetches what lies there in
+// the next one. A, times log2(e) and with the least of all N after them, and h are
+// [N + 1, kFloatChannels] and begin with these.
+LRNN_INLINE void advance_vector(const FloatScan& p, const Piece& piece, const Piece& next,
+                                std::int64_t e, const float* A, float* h, const Tile& tile,
+                                const bool in_range) {
+  const Fetched operands[] = {
+      {p.u, p.u_stride}, {p.dt, p.dt_stride}, {p.z, p.z_stride}, {p.y, p.y_stride}};
   int i = 0;
-  for (; i + kTokens <= tokens; i += kTokens)
-    advance_tokens(p, row + i, A, h, tile, at + i * kRowStride, kTokens);
-  for (; i < tokens; ++i) advance_tokens(p, row + i, A, h, tile, at + i * kRowStride, 1);
+  for (; i + kTokens <= piece.tokens; i += kTokens) {
+    fetch(operands, 4, next, e, i, kTokens);
+    advance_tokens(p, piece, e, i, A, h, tile, kTokens, in_range);
+  }
+  for (; i < piece.tokens; ++i) advance_tokens(p, piece, e, i, A, h, tile, 1, in_range);
+}
+// The bound of exponents is a fifteenth of the work of a state, and models seldom reach it.
+inline void advance(const FloatScan& p, const Piece& piece, const Piece& next, std::int64_t e,
+                    const float* A, float* h, const Tile& tile) {
+  Vec longest = {};
+  for (int i = 0; i < piece.tokens; ++i)
+    longest = LRNN_MAX(longest, load(tile.delta + e + i * kPieceStride));
+  if (all_at_least(longest * load(A + p.dstate * kFloatChannels), kLeastExponent))
+    advance_vector(p, piece, next, e, A, h, tile, true);
+  else
+    advance_vector(p, piece, next, e, A, h, tile, false);
 }
 
 // States of `channels` channels, to [E, N].
@@ -191,32 +249,49 @@ inline float* states_of(const FloatScan& p, float* states, std::int64_t g) {
   return states + 2 * g * (p.dstate + 1) * kFloatChannels;
 }
 
-// The tile that begins at token t of sequence b, for `channels` channels from `first` on, whose
-// states are given.
-inline void run_piece(const FloatScan& p, std::int64_t b, std::int64_t first, std::int64_t channels,
-                      std::int64_t t, float* states, const Tile& tile) {
-  const std::int64_t row = b * p.seqlen + t;
-  const auto tokens_before = [&](std::int64_t end) {
-    const std::int64_t left = end - t;
-    return static_cast<int>(left < 0 ? 0 : left < kTile ? left : kTile);
-  };
-  const int tokens = tokens_before(p.seqlen);
-  const int valid = tokens_before(p.lengths != nullptr ? p.lengths[b] : p.seqlen);
-  walk_rows(p, tile, true, row, valid, first, channels);
-  for (std::int64_t e = 0; e < channels; e += kFloatChannels) {
-    float* const A = states_of(p, states, e / kFloatChannels);
+// `groups` times kFloatChannels channels of sequence b from `first` on.
+struct Item {
+  std::int64_t b, first, groups;
+};
+constexpr std::int64_t kPieceGroups = kFloatPiece / kFloatChannels;
+inline std::int64_t pieces_of_tile(const Item& item) {
+  return (item.groups + kPieceGroups - 1) / kPieceGroups;
+}
+// Tile by tile.
+inline Piece piece_of(const FloatScan& p, const Item& item, std::int64_t index) {
+  const std::int64_t t = index / pieces_of_tile(item) * kTile;
+  const std::int64_t first = item.first + index % pieces_of_tile(item) * kFloatPiece;
+  const std::int64_t end = item.first + item.groups * kFloatChannels;
+  const std::int64_t left = (end < p.channels ? end : p.channels) - first;
+  const std::int64_t length = p.lengths != nullptr ? p.lengths[item.b] : p.seqlen;
+  const std::int64_t tokens = length - t < kTile ? length - t : kTile;
+  return {.row = item.b * p.seqlen + t,
+          .first = first,
+          .channels = left < kFloatPiece ? left : kFloatPiece,
+          .tokens = static_cast<int>(tokens < 0 ? 0 : tokens)};
+}
+
+// `states` are those of the item, `chunk` where those before the piece go to, if anywhere.
+inline void run_piece(const FloatScan& p, const Item& item, const Piece& piece, const Piece& next,
+                      float* states, const Tile& tile, float* chunk) {
+  read_rows(p, tile, piece);
+  for (std::int64_t e = 0; e < piece.channels; e += kFloatChannels) {
+    const std::int64_t first = piece.first + e;
+    float* const A = states_of(p, states, (first - item.first) / kFloatChannels);
     float* const h = A + (p.dstate + 1) * kFloatChannels;
-    if (p.chunk_states != nullptr && t % kSelectiveScanChunk == 0)
-      write_states(
-          p, h, channels_of(p, first + e),
-          p.chunk_states +
-              ((b * p.chunks + t / kSelectiveScanChunk) * p.channels + first + e) * p.dstate);
-    for (std::int64_t v = 0; v < kFloatChannels && e + v < channels; v += kLanes)
-      advance_vector(p, row, valid, A + v, h + v, tile, e + v);
+    if (chunk != nullptr) write_states(p, h, channels_of(p, first), chunk + first * p.dstate);
+    for (std::int64_t v = 0; v < kFloatChannels && e + v < piece.channels; v += kLanes)
+      advance(p, piece, next, e + v, A + v, h + v, tile);
   }
-  walk_rows(p, tile, false, row, valid, first, channels);
-  for (int i = valid; i < tokens; ++i)
-    for (std::int64_t e = first; e < first + channels; ++e) p.y[(row + i) * p.y_stride + e] = 0.0F;
+  write_rows(p, tile, piece);
+}
+
+inline void clear_padding(const FloatScan& p, const Item& item) {
+  if (p.lengths == nullptr) return;
+  const std::int64_t end = item.first + item.groups * kFloatChannels;
+  for (std::int64_t t = p.lengths[item.b]; t < p.seqlen; ++t)
+    for (std::int64_t e = item.first; e < end && e < p.channels; ++e)
+      p.y[(item.b * p.seqlen + t) * p.y_stride + e] = 0.0F;
 }
 
 // Sequence b, `groups` times kFloatChannels channels from `first` on. Tokens lie kilobytes apart,
@@ -225,21 +300,25 @@ inline void run_piece(const FloatScan& p, std::int64_t b, std::int64_t first, st
 // the processor knows. `scratch` has room for a tile, and two times N + 1 kFloatChannels per group.
 void run(const FloatScan& p, std::int64_t b, std::int64_t first, std::int64_t groups,
          float* scratch) {
-  const Tile tile = {scratch, scratch + kTile * kRowStride, scratch + 2 * kTile * kRowStride};
-  float* const states = scratch + 3 * kTile * kRowStride;
+  const Item item = {b, first, groups};
+  const Tile tile = {scratch, scratch + kTile * kPieceStride, scratch + 2 * kTile * kPieceStride};
+  float* const states = scratch + 3 * kTile * kPieceStride;
   const std::int64_t size = (p.dstate + 1) * kFloatChannels;
   for (std::int64_t g = 0; g < groups; ++g) {
     float* const A = states_of(p, states, g);
     begin_group(p, b, first + g * kFloatChannels, A, A + size);
   }
-  constexpr std::int64_t kPiece = kFloatGroup / kFloatChannels;
-  for (std::int64_t t = 0; t < p.seqlen; t += kTile)
-    for (std::int64_t g = 0; g < groups; g += kPiece) {
-      const std::int64_t from = first + g * kFloatChannels;
-      const std::int64_t left = p.channels - from;
-      const std::int64_t room = (groups - g < kPiece ? groups - g : kPiece) * kFloatChannels;
-      run_piece(p, b, from, left < room ? left : room, t, states_of(p, states, g), tile);
-    }
+  const std::int64_t tiles = (p.seqlen + kTile - 1) / kTile;
+  const std::int64_t pieces = pieces_of_tile(item);
+  for (std::int64_t i = 0; i < tiles * pieces; ++i) {
+    const std::int64_t t = i / pieces * kTile;
+    const bool kept = p.chunk_states != nullptr && t % kSelectiveScanChunk == 0;
+    float* const chunk =
+        kept ? p.chunk_states + (b * p.chunks + t / kSelectiveScanChunk) * p.channels * p.dstate
+             : nullptr;
+    run_piece(p, item, piece_of(p, item, i), piece_of(p, item, i + 1), states, tile, chunk);
+  }
+  clear_padding(p, item);
   if (p.state_out == nullptr) return;
   for (std::int64_t g = 0; g < groups; ++g) {
     const std::int64_t from = first + g * kFloatChannels;

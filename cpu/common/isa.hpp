@@ -41,8 +41,10 @@
 #undef LRNN_UNROLL
 #define LRNN_UNROLL
 #define LRNN_INLINE inline
+#define LRNN_INLINE_LAMBDA
 #else
 #define LRNN_INLINE __attribute__((always_inline)) inline
+#define LRNN_INLINE_LAMBDA __attribute__((always_inline))
 #endif
 /// A few vectors in turn, as many as the `count` of the function.
 #define LRNN_EACH LRNN_UNROLL for (int j = 0; j < count; ++j)

@@ -54,6 +54,9 @@ inline Vec each_root(Vec v) {
   for (int i = 0; i < kLanes; ++i) v[i] = __builtin_sqrtf(v[i]);
   return v;
 }
+inline Vec multiply_add(Vec a, Vec b, Vec c) {
+  return a * b + c;
+}
 #elif LRNN_LANES == 8  // with one rounding
 inline Vec multiply_add(Vec a, Vec b, Vec c) {
   return _mm256_fmadd_ps(a, b, c);
@@ -92,8 +95,8 @@ LRNN_INLINE void polynomial(Vec* p, const Vec* f, const int count, const float* 
   for (int k = 2; k < coefficients; ++k) LRNN_EACH p[j] = p[j] * f[j] + c[k];
 }
 
-// Adds two sums over lanes of each of 2 kMost vectors to `sums`: those of v[i] and v[kMost + i] at
-// 4 i, in turn; of the first of both alone, if `count` is 1.
+// Adds two sums over lanes of each of 2 `count` vectors to `sums`: those of v[i] and v[kMost + i] at
+// 4 i, in turn. `count` is kMost, 1 or, with AVX2, 2.
 LRNN_INLINE void add_lanes(const Vec* v, float* sums, const int count) {
   if (count == 1) {
     for (int l = 0; l < kLanes; ++l) {
@@ -119,17 +122,20 @@ LRNN_INLINE void add_lanes(const Vec* v, float* sums, const int count) {
   store(sums, load(sums) + (_mm512_shuffle_ps(quarter[0], quarter[1], 0x44) +
                             _mm512_shuffle_ps(quarter[0], quarter[1], 0xEE)));
 #elif LRNN_LANES == 8
-  Vec half[4];
   LRNN_UNROLL
-  for (int i = 0; i < 4; ++i)
-    half[i] = _mm256_permute2f128_ps(v[2 * i], v[2 * i + 1], 0x20) +
-              _mm256_permute2f128_ps(v[2 * i], v[2 * i + 1], 0x31);
-  LRNN_UNROLL
-  for (int i = 0; i < 2; ++i)
-    store(sums + 8 * i, load(sums + 8 * i) + (_mm256_shuffle_ps(half[i], half[i + 2], 0x44) +
-                                              _mm256_shuffle_ps(half[i], half[i + 2], 0xEE)));
+  for (int i = 0; i < count; i += 2) {
+    Vec half[2];
+    LRNN_UNROLL
+    for (int k = 0; k < 2; ++k) {
+      const Vec a = v[k * kMost + i];
+      const Vec b = v[k * kMost + i + 1];
+      half[k] = _mm256_permute2f128_ps(a, b, 0x20) + _mm256_permute2f128_ps(a, b, 0x31);
+    }
+    store(sums + 4 * i, load(sums + 4 * i) + (_mm256_shuffle_ps(half[0], half[1], 0x44) +
+                                              _mm256_shuffle_ps(half[0], half[1], 0xEE)));
+  }
 #else
-  for (int i = 0; i < kMost; ++i)
+  for (int i = 0; i < count; ++i)
     for (int k = 0; k < 2; ++k) {
       sums[4 * i + k] += v[i][k] + v[i][k + 2];
       sums[4 * i + 2 + k] += v[kMost + i][k] + v[kMost + i][k + 2];
@@ -200,6 +206,15 @@ LRNN_INLINE void exp2_split(Vec* x, const Vec* rounded, const Vec* f, const int 
 }
 #endif
 
+// A product that compilers do not fuse with the addition it goes into. With AVX2 additions have a
+// unit that multiplications lack: of exponents, half are multiplied first.
+inline Vec unfused(Vec v) {
+#if LRNN_LANES == 8
+  asm("" : "+x"(v));
+#endif
+  return v;
+}
+
 // Where exp2_of_negative() stops; nothing lies below if its `in_range`, a constant.
 constexpr float kLeastExponent = -125.0F;
 
@@ -214,11 +229,10 @@ LRNN_INLINE void exp2_of_negative(Vec* x, const int count, const bool in_range) 
   }
   exp2_split(x, rounded, f, count);
 }
-// x := e^x.
-LRNN_INLINE void exp(Vec* x, const int count) {
+// x := e^x for x in [-86, 86].
+LRNN_INLINE void exp_in_range(Vec* x, const int count) {
   Vec rounded[kMost];
   Vec f[kMost];
-  LRNN_EACH x[j] = at_most(at_least(x[j], -86.0F), 86.0F);
 #if LRNN_LANES == 4  // ln 2 in two parts; relative error of the polynomial 5e-11
   Vec p[kMost];
   LRNN_EACH {
@@ -240,19 +254,37 @@ LRNN_INLINE void exp(Vec* x, const int count) {
 #endif
 }
 
-// x := max(x, 0) + log1p(e), e = exp(-|x|), by log1p(e) = 2 atanh(s), s = e / (2 + e): a polynomial
-// in s^2 <= 1/9 with relative error 4e-9.
-LRNN_INLINE void softplus(Vec* x, const int count) {
+// x := e^x.
+LRNN_INLINE void exp(Vec* x, const int count) {
+  LRNN_EACH x[j] = at_most(at_least(x[j], -86.0F), 86.0F);
+  exp_in_range(x, count);
+}
+// x := e^-|x|.
+LRNN_INLINE void exp_of_magnitude(Vec* x, const int count) {
+  LRNN_EACH {
+    const Int negative = reinterpret_cast<Int>(x[j]) | INT32_MIN;
+    x[j] = at_least(reinterpret_cast<Vec>(negative), -86.0F);
+  }
+  exp_in_range(x, count);
+}
+
+// x := max(x, 0) + log1p(e), given e = exp(-|x|), by log1p(e) = 2 atanh(s), s = e / (2 + e): a
+// polynomial in s^2 <= 1/9 with relative error 4e-9.
+LRNN_INLINE void softplus(Vec* x, const Vec* e, const int count) {
   Vec s[kMost];
   Vec w[kMost];
   Vec p[kMost];
-  LRNN_EACH s[j] = reinterpret_cast<Vec>(reinterpret_cast<Int>(x[j]) | INT32_MIN);
-  exp(s, count);
-  LRNN_EACH s[j] /= 2.0F + s[j];
+  LRNN_EACH s[j] = e[j] / (2.0F + e[j]);
   LRNN_EACH w[j] = s[j] * s[j];
   constexpr float kSeries[] = {0.281577784F, 0.279651577F, 0.400245952F, 0.666663216F, 2.0F};
   polynomial(p, w, count, kSeries, 5);
   LRNN_EACH x[j] = p[j] * s[j] + at_least(x[j], 0.0F);
+}
+LRNN_INLINE void softplus(Vec* x, const int count) {
+  Vec e[kMost];
+  LRNN_EACH e[j] = x[j];
+  exp_of_magnitude(e, count);
+  softplus(x, e, count);
 }
 // x := 1 / (1 + e^-x), and what is left to 1, without cancellation.
 LRNN_INLINE void sigmoid(Vec* x, Vec* rest, const int count) {
