@@ -14,6 +14,12 @@
 // memory is busy for 60 %. The sub-tiles are 69 % of the instructions and 53 % of the time, of it
 // 13 % where parts of dB and dC are added; replay 14 and 21 %; what a window begins and ends with
 // 15 and 22 %. Special functions ahead of their use, in registers, made all of it slower.
+//
+// In float of up to 16 states shuffles add the channels of a warp (OrderedLayout): 12 instructions
+// for the 8 numbers of a thread and step, and exact; tensor cores took 20, as they see a number in
+// two parts, and waited for each other. 0.613 ms: 126 instructions per warp and step in 69 % of the
+// cycles, L1 and shared memory busy for 68 %. The sub-tiles are 71 % of the instructions and 57 %
+// of the time, replay 13 and 15 %, what a window begins and ends with 16 and 28 %.
 #include "common/quad_sum.cuh"
 #include "common/selective_scan.cuh"
 #include "common/split_barrier.cuh"
@@ -21,6 +27,21 @@
 namespace lrnn::cuda {
 namespace selective {
 namespace {
+
+/// Layout in float, where shuffles add the channels of a warp. Lanes hold their four states in the
+/// order i ^ x, each with its own x, so that none selects what it sends: the first half of its
+/// numbers stays, the second one goes. B and C lie in shared memory in all orders. Lanes i and i ^
+/// 1 have the same channel, i and i ^ 2 the same states and order: shared memory serves half a warp
+/// at once.
+struct OrderedLayout : Layout<4, 4, 32> {
+  static constexpr int kOrders = 4;
+
+  static __device__ int part_of(int thread) { return thread % 2 + thread % 32 / 16 * 2; }
+  static __device__ int channel_of(int thread) { return thread / 32 * 8 + thread % 16 / 2; }
+  static __device__ int order_of(int thread) { return (thread >> 1 & 2) + (thread >> 3 & 1); }
+};
+template <class P>
+constexpr bool kOrdered = std::is_base_of_v<OrderedLayout, P>;
 
 /// How the backward pass splits a chunk: kSteps per staged window, kSubTile steps whose states are
 /// in registers and whose sums over states are added at once, kAdded steps per addition of the
@@ -51,6 +72,10 @@ struct Plan : L {
 /// its channel at once, and lanes that finish one step each meet different banks.
 template <class P>
 using PerStep = float[P::kSteps / 4][P::kChannels][4];
+
+/// The same, unless it is kept in place of an operand.
+template <class P>
+using Apart = float[kOrdered<P> ? 1 : P::kSteps / 4][kOrdered<P> ? 1 : P::kChannels][4];
 
 /// The vectors of a tile of kRows x kWidth that the calling thread copies, `kTurnRows` rows apart.
 template <class T, int kRows, int kWidth, int kThreads>
@@ -103,6 +128,22 @@ struct Window {
 template <class T, class P>
 constexpr int kWindowsHeld = std::is_same_v<T, float> ? 1 : P::kWindowsHeld;
 
+/// How the parts of dB and dC of a turn lie in shared memory.
+template <class P>
+struct SumsLayout {
+  static constexpr int kParts = kOrdered<P> ? P::kWarps : P::kParts;
+  static constexpr int kRow = kOrdered<P> ? P::kSums : P::kSumsRow;
+  static constexpr int kPart = kOrdered<P> ? P::kAdded * kRow : P::kSumsPart;
+  static constexpr int kSize = kParts * kPart - (kOrdered<P> ? 0 : P::kSumsPad);
+};
+
+/// Place of column 0 of a row among columns in shared memory, to be combined by exclusive or: the
+/// lanes that finish steps side by side meet different banks.
+template <class P>
+__device__ __forceinline__ constexpr int spread(int row) {
+  return kOrdered<P> ? row % 4 * 8 : 0;
+}
+
 template <class T, class P, bool kGeneral>
 struct BackwardShared {
   Window<T, P> window[kWindowsHeld<T, P>];
@@ -112,13 +153,16 @@ struct BackwardShared {
   alignas(16) PerStep<P> delta;
   alignas(16) PerStep<P> input;  // delta u; general: u
   alignas(16) PerStep<P> dy_gated;
-  alignas(16) PerStep<P> slope;    // of delta over dt
-  alignas(16) PerStep<P> dz_of_y;  // dz divided by y before the gate
+  alignas(16) Apart<P> slope;    // of delta over dt; kOrdered: in place of dt
+  alignas(16) Apart<P> dz_of_y;  // dz divided by y before the gate; kOrdered: in place of z
   alignas(16) float states[kChunk / P::kSubTile][P::kThreads][P::kStates];
-  alignas(16) float sums[P::kSumsHeld][P::kParts * P::kSumsPart - P::kSumsPad];
+  alignas(16) float sums[P::kSumsHeld][SumsLayout<P>::kSize];
   SplitBarrier added;
-  // B and C in float, unless T is.
-  static constexpr int kWidened = std::is_same_v<T, float> ? 1 : P::kSteps * P::kN;
+  std::int64_t first_states;  // row of the states of channel 0 that enter the sequence
+  // B and C in all orders, or in float, unless T is.
+  static constexpr int kWidened = kOrdered<P> ? P::kSteps * OrderedLayout::kOrders * P::kN
+                                  : std::is_same_v<T, float> ? 1
+                                                             : P::kSteps * P::kN;
   alignas(kWidened > 1 ? 16 : 4) float B[kWidened];
   alignas(kWidened > 1 ? 16 : 4) float C[kWidened];
   float alpha[kGeneral ? P::kSteps : 1][kGeneral ? P::kChannels : 1];
@@ -262,6 +306,7 @@ struct Backward {
   Shared& s;
   Window<T, P>* window;   // in work
   std::int64_t partials;  // row of position 0 among the partial sums of the launch
+  float* partial_sums;    // what the thread writes of its row
   unsigned turn = 0;      // of adding dB and dC over the block
   int turn_step = 0;      // position of the first step of the last turn
   float A[kStates];       // times log2(e) unless general
@@ -277,6 +322,8 @@ struct Backward {
   static constexpr int kCopies = P::kLanes / P::kSubTile;  // lanes with the same step
   int finished;
   int finished_step;
+  int own;   // where the states of the thread begin in a row of B or C
+  int kept;  // place of the sum that the lane keeps
   // Of the channel of the calling thread while a window is prepared.
   float prepared_bias = 0.0F;
   float prepared_rate = 0.0F;
@@ -287,21 +334,23 @@ struct Backward {
         s(shared),
         window(shared.window),
         partials(place.tile * args.rows + (place.first_row - args.first_row)) {
+    const auto thread = static_cast<int>(threadIdx.x);
+    partial_sums = p.dBC + (partials * P::kSums + thread * kAddedAtOnce);
     const int step = at.part / kCopies;
-    finished = step * P::kChannels + at.local;
+    finished = step * P::kChannels + (at.local ^ spread<P>(step));
     finished_step = step / 4 * P::kChannels * 4 + at.local * 4 + step % 4;
+    kept = thread / 32 * SumsLayout<P>::kPart + at.part * 8 + (thread & 2) * 2 + own_order();
+    asm volatile("" : "+r"(kept));  // not computed again
+    own = kOrdered<P> ? place_of(at.part, own_order()) : at.part * kStates;
     const Operands<T>& in = p.in;
     read_A<L>(in.A_log, at, in.sizes.dstate, kGeneral ? 1.0F : kLog2e, A);
+    reorder(A);
     D = in.D != nullptr && at.active ? in.D[at.channel] : 0.0F;
     if (kGeneral && in.tau != nullptr) rate = at.active ? softplus(in.dtA_bias[at.channel]) : 0.0F;
     if (const int channel = at.tile * P::kChannels + prepared(); channel < in.sizes.channels) {
       prepared_bias = in.dt_bias[channel];
       if (kGeneral && in.tau != nullptr) prepared_rate = softplus(in.dtA_bias[channel]);
     }
-  }
-
-  __device__ std::int64_t chunk_row(int chunk) const {
-    return (std::int64_t{at.batch} * p.in.sizes.chunks + chunk) * p.in.sizes.channels + at.channel;
   }
 
   __device__ int rows_from(int first) const { return min(at.length, at.stop) - first; }
@@ -332,7 +381,22 @@ struct Backward {
     load<StateVectors, P::kN>(tile, from, first, 0, p.in.sizes.dstate, wide);
   }
 
+  /// By one thread, before all others.
+  __device__ void begin() {
+    s.added.init(kThreads);
+    s.first_states =
+        std::int64_t{at.batch} * p.in.sizes.chunks * p.in.sizes.channels + at.tile * P::kChannels;
+  }
+
   static constexpr int kHeld = kWindowsHeld<T, P>;
+  /// Whether the next window is loaded while the gradients of the last one are stored.
+  static constexpr bool kIncoming = kOrdered<P> && kSteps == kChunk;
+
+  /// Where it is loaded to: nobody needs the states then.
+  __device__ __forceinline__ Window<T, P>& incoming() const {
+    static_assert(!kIncoming || sizeof(s.states) >= sizeof(Window<T, P>));
+    return *reinterpret_cast<Window<T, P>*>(s.states[0]);
+  }
 
   /// Begins to load a window. `replay`: only what the states need.
   __device__ __forceinline__ void request(Window<T, P>& to, int first, bool replay) {
@@ -361,11 +425,12 @@ struct Backward {
   /// The window that enter() will ask for first.
   __device__ __forceinline__ void request_first(int first, bool replay) {
     if constexpr (kHeld > 1) request(s.window[1], first, replay);
+    if constexpr (kIncoming) request(incoming(), first, replay);
   }
   /// Makes window `first` the one in work and asks for `next`, unless it precedes the segment.
   template <bool kReplay>
   __device__ __forceinline__ void enter(int first, int next, bool next_replays) {
-    if constexpr (kHeld == 1) {
+    if constexpr (kHeld == 1 && !kIncoming) {
       __syncthreads();  // what was in work is not needed any more
       request(*window, first, kReplay);
     }
@@ -391,17 +456,80 @@ struct Backward {
   /// chains of special functions overlap.
   template <bool kReplay>
   __device__ __forceinline__ void prepare(int first) {
+    prepare_states<kReplay>();
     if (const auto thread = static_cast<int>(threadIdx.x); kFours >= kThreads || thread < kFours)
       prepare_fours<kReplay>(first, thread / P::kChannels);
-    if constexpr (!std::is_same_v<T, float>) {
+  }
+  template <bool kReplay>
+  __device__ __forceinline__ void prepare_states() {
+    if constexpr (kOrdered<P>) {
+      write_orders();
+    } else if constexpr (!std::is_same_v<T, float>) {
       widen_tile<kSteps * P::kN, kThreads>(s.raw_B[0], s.B);
       if constexpr (!kReplay) widen_tile<kSteps * P::kN, kThreads>(s.raw_C[0], s.C);
+    }
+  }
+  /// Own states of B and C at step j.
+  __device__ __forceinline__ const float* own_B(int j) const {
+    if constexpr (std::is_same_v<T, float> && !kOrdered<P>)
+      return s.raw_B[0] + (j * kRow + own);
+    else
+      return s.B + (j * kRow + own);
+  }
+  __device__ __forceinline__ const float* own_C(int j) const {
+    if constexpr (std::is_same_v<T, float> && !kOrdered<P>)
+      return s.raw_C[0] + (j * kRow + (own ^ kFlipped));
+    else
+      return s.C + (j * kRow + (own ^ kFlipped));
+  }
+  static constexpr int kRow = kOrdered<P> ? OrderedLayout::kOrders * P::kN : P::kN;  // of B and C
+  static constexpr int kFlipped = kOrdered<P> ? P::kN : 0;  // places of C that change sides
+  /// Where four states begin in a row of all orders: what half a warp reads meets different banks.
+  static __device__ __forceinline__ int place_of(int part, int order) {
+    return order * P::kN + (part ^ (order & 2)) * 4;
+  }
+  static __device__ __forceinline__ int own_order() {
+    return OrderedLayout::order_of(static_cast<int>(threadIdx.x));
+  }
+  /// From or to the order of the lane.
+  static __device__ __forceinline__ void reorder(float (&v)[kStates]) {
+    if constexpr (kOrdered<P>) {
+#pragma unroll
+      for (int bit = 1; bit < OrderedLayout::kOrders; bit *= 2) {
+        const bool swap = (own_order() & bit) != 0;
+        float w[kStates];
+#pragma unroll
+        for (int i = 0; i < kStates; ++i) w[i] = swap ? v[i ^ bit] : v[i];
+#pragma unroll
+        for (int i = 0; i < kStates; ++i) v[i] = w[i];
+      }
+    }
+  }
+  /// B and C in all orders. Half of the threads write B while the others write C, which lies the
+  /// other way round: they meet different banks.
+  __device__ __forceinline__ void write_orders() {
+    constexpr int kAtOnce = kThreads / (2 * P::kLanes);  // rows
+    static_assert(kSteps % kAtOnce == 0 && P::kLanes == 4);
+    const auto thread = static_cast<int>(threadIdx.x);
+    const bool of_C = (thread & 4) != 0;
+    const int part = thread % 4;
+    const T* const from = (of_C ? s.raw_C[0] : s.raw_B[0]) + (thread / 8 * P::kN + part * 4);
+    float* const to = (of_C ? s.C : s.B) + thread / 8 * kRow;
+#pragma unroll
+    for (int row = 0; row < kSteps; row += kAtOnce) {
+      float v[4];
+      load_vec<T, 4>(from + row * P::kN, v);
+#pragma unroll
+      for (int x = 0; x < OrderedLayout::kOrders; ++x)
+        write_shared<4>(to + (row * kRow + (place_of(part, x) ^ (of_C ? kFlipped : 0))),
+                        {v[x], v[1 ^ x], v[2 ^ x], v[3 ^ x]});
     }
   }
   template <bool kReplay>
   __device__ __forceinline__ void prepare_fours(int first, int four) {
     const bool gated = p.in.z.data != nullptr;
     const int c = prepared();
+    const Window<T, P>& from = kIncoming ? incoming() : *window;
     float dt[kTurns][4];
     float u[kTurns][4] = {};
     float dy[kTurns][4];
@@ -411,19 +539,24 @@ struct Backward {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int j = 4 * (four + k * kTurnFours) + i;
-        dt[k][i] = to_float(window->dt[j][c]);
-        u[k][i] = to_float(window->u[j][c]);
+        dt[k][i] = to_float(from.dt[j][c]);
+        u[k][i] = to_float(from.u[j][c]);
         if constexpr (!kReplay) {
           dy[k][i] = to_float(s.dy[j][c]);
-          if (gated) z[k][i] = to_float(window->z[j][c]);
+          z[k][i] = to_float(from.z[j][c]);  // anything, if there is no gate
         }
       }
     }
+    if constexpr (kOrdered<P> && !kIncoming) __syncwarp();  // one warp reads and replaces a row
 #pragma unroll
     for (int k = 0; k < kTurns; ++k) {
       const int at_four = four + k * kTurnFours;
       if constexpr (!kReplay) {
-        if (gated) apply_gates(dy[k], z[k], s.dz_of_y[at_four][c]);
+        if (gated) {
+          float dz_of_y[4];
+          apply_gates(dy[k], z[k], dz_of_y);
+          write_prepared(window->z, s.dz_of_y, at_four, dz_of_y);
+        }
         write_shared<4>(s.dy_gated[at_four][c], dy[k]);
       }
       float delta[4];
@@ -437,23 +570,35 @@ struct Backward {
       }
       write_shared<4>(s.delta[at_four][c], delta);
       write_shared<4>(s.input[at_four][c], input);
-      if constexpr (!kReplay) write_shared<4>(s.slope[at_four][c], slope);
+      if constexpr (!kReplay) write_prepared(window->dt, s.slope, at_four, slope);
+      if constexpr (kOrdered<P>) write_tile(window->u, at_four, u[k]);
     }
     const int rows = rows_from(first);
     if (rows < kSteps || (kGeneral && p.in.tau != nullptr)) correct_fours(first, four, rows);
   }
+  using Tile = T[kSteps][P::kChannels];
+  /// Four steps of the channel of the calling thread.
+  static __device__ __forceinline__ void write_tile(Tile& tile, int four, const float (&v)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) tile[4 * four + i][prepared() ^ spread<P>(i)] = from_float<T>(v[i]);
+  }
+  static __device__ __forceinline__ void write_prepared(Tile& tile, Apart<P>& apart, int four,
+                                                        const float (&v)[4]) {
+    if constexpr (kOrdered<P>)
+      write_tile(tile, four, v);
+    else
+      write_shared<4>(apart[four][prepared()], v);
+  }
   /// dy becomes that before the gate.
   static __device__ __forceinline__ void apply_gates(float (&dy)[4], const float (&z)[4],
-                                                     float* dz_of_y) {
-    float of_y[4];
+                                                     float (&dz_of_y)[4]) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float gate = gate_of(z[i]);
       const float through = dy[i] * gate;
-      of_y[i] = through * fmaf(z[i], 1.0F - gate, 1.0F);
+      dz_of_y[i] = through * fmaf(z[i], 1.0F - gate, 1.0F);
       dy[i] = through * z[i];
     }
-    write_shared<4>(dz_of_y, of_y);
   }
   /// What depends on the position: padding, and alpha in event mode.
   __device__ void correct_fours(int first, int four, int rows) {
@@ -461,7 +606,13 @@ struct Backward {
 #pragma unroll 1
     for (int k = 0; k < 4 * kTurns; ++k) {
       const int j = 4 * (four + k / 4 * kTurnFours) + k % 4;
-      if (j >= rows) s.delta[j / 4][c][j % 4] = s.slope[j / 4][c][j % 4] = 0.0F;
+      if (j >= rows) {
+        s.delta[j / 4][c][j % 4] = 0.0F;
+        if constexpr (kOrdered<P>)
+          window->dt[j][c ^ spread<P>(j)] = from_float<T>(0.0F);
+        else
+          s.slope[j / 4][c][j % 4] = 0.0F;
+      }
       if constexpr (kGeneral) {
         if (j >= rows)
           s.alpha[j][c] = 0.0F;
@@ -470,19 +621,6 @@ struct Backward {
       }
     }
   }
-  __device__ __forceinline__ const float* row_B(int j) const {
-    if constexpr (std::is_same_v<T, float>)
-      return s.raw_B[j];
-    else
-      return s.B + j * P::kN;
-  }
-  __device__ __forceinline__ const float* row_C(int j) const {
-    if constexpr (std::is_same_v<T, float>)
-      return s.raw_C[j];
-    else
-      return s.C + j * P::kN;
-  }
-
   __device__ __forceinline__ float multiplier(int j, int i, float delta) const {
     if constexpr (kGeneral)
       return GeneralRule{p.in.discretization}.multiplier(s.alpha[j][at.local], A[i]);
@@ -521,27 +659,47 @@ struct Backward {
       for (int n = 0; n < kStates; ++n) m.a[i][n] = multiplier(j + i, n, m.delta[i]);
   }
 
+  /// What a sub-tile of the replay reads.
+  struct Replayed {
+    Multipliers m;
+    float input[P::kSubTile];
+    float B[P::kSubTile][kStates];
+  };
+  __device__ __forceinline__ void read(Replayed& r, int k) const {
+    const int j0 = k * P::kSubTile;
+    compute(r.m, j0);
+    read_steps(s.input, j0, r.input);
+#pragma unroll
+    for (int i = 0; i < P::kSubTile; ++i) read_few<kStates>(own_B(j0 + i), r.B[i]);
+  }
+  /// Runs the states through a sub-tile and keeps them as those that enter sub-tile `next`.
+  __device__ __forceinline__ void run(float (&h)[kStates], const Replayed& r, int next) {
+#pragma unroll
+    for (int i = 0; i < P::kSubTile; ++i)
+#pragma unroll
+      for (int n = 0; n < kStates; ++n)
+        h[n] = fmaf(r.m.a[i][n], h[n], drive(r.m.delta[i], r.input[i], n, r.B[i][n]));
+    write_few<kStates>(s.states[next][threadIdx.x], h);
+  }
   /// Runs the states through the first `sub_tiles` of a window and keeps those that enter them and
-  /// what follows. Sub-tile `index` of the chunk is the first of the window.
+  /// what follows. Sub-tile `index` of the chunk is the first of the window. A sub-tile is read
+  /// while the one before is run: loads do not pass stores.
   __device__ __forceinline__ void replay(float (&h)[kStates], int index, int sub_tiles) {
     write_few<kStates>(s.states[index][threadIdx.x], h);
-#pragma unroll 2
-    for (int k = 0; k < sub_tiles; ++k) {
-      const int j0 = k * P::kSubTile;
-      Multipliers m;
-      compute(m, j0);
-      float input[P::kSubTile];
-      read_steps(s.input, j0, input);
-#pragma unroll
-      for (int i = 0; i < P::kSubTile; ++i) {
-        float B[kStates];
-        read_few<kStates>(row_B(j0 + i) + at.part * kStates, B);
-#pragma unroll
-        for (int n = 0; n < kStates; ++n)
-          h[n] = fmaf(m.a[i][n], h[n], drive(m.delta[i], input[i], n, B[n]));
-      }
-      write_few<kStates>(s.states[index + k + 1][threadIdx.x], h);
+    Replayed even;
+    Replayed odd;
+    read(even, 0);
+    int k = 0;
+#pragma unroll 1
+    for (; k + 2 < sub_tiles; k += 2) {
+      read(odd, k + 1);
+      run(h, even, index + k + 1);
+      read(even, k + 2);
+      run(h, odd, index + k + 2);
     }
+    if (k + 1 < sub_tiles) read(odd, k + 1);
+    run(h, even, index + k + 1);
+    if (k + 1 < sub_tiles) run(h, odd, index + k + 2);
   }
 
   /// Sums over the states of a channel, for the steps of a sub-tile.
@@ -570,7 +728,7 @@ struct Backward {
   __device__ __forceinline__ void retreat(int j, int slot, const Step& d, StateSums& sums,
                                           QuadSums& quad) {
     float C[kStates];
-    read_few<kStates>(row_C(j) + at.part * kStates, C);
+    read_few<kStates>(own_C(j), C);
     float shared_sums[2 * kStates];  // dB and dC of this channel
     float y = 0.0F;
     float du = 0.0F;
@@ -609,7 +767,9 @@ struct Backward {
                                                QuadSums& quad) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const int warp = static_cast<int>(threadIdx.x) / 32;
-    if constexpr (P::kQuads) {
+    if constexpr (kOrdered<P>) {
+      quad.v[0][slot] = add_orders(v);
+    } else if constexpr (P::kQuads) {
       // Results in bfloat16 drop more than one product in TF32 does.
       constexpr bool kExact = std::is_same_v<T, float>;
       const int part = warp * (P::kPerWarp / 4) + lane % P::kPerWarp / 4;
@@ -632,6 +792,25 @@ struct Backward {
 #pragma unroll
       for (int i = 0; i < kOut; ++i) out[id * kOut + i] = v[i];
     }
+  }
+
+  /// Adds dB and dC over the channels of a warp: a lane keeps one sum.
+  static __device__ __forceinline__ float add_orders(float (&v)[2 * kStates]) {
+    const auto from = [](float x, int apart) { return __shfl_xor_sync(0xFFFFFFFFU, x, apart); };
+#pragma unroll
+    for (int sum = 0; sum < 8; sum += 4) {  // dB, dC
+      v[sum] += from(v[sum + 2], 4);
+      v[sum + 1] += from(v[sum + 3], 4);
+      v[sum] += from(v[sum + 1], 8);
+    }
+    const bool upper = (threadIdx.x & 2) != 0;
+    return (upper ? v[4] : v[0]) + from(upper ? v[0] : v[4], 2);
+  }
+  /// Of the steps from j on in a turn, together: loads do not pass stores.
+  __device__ __forceinline__ void write_orders(int j, const float (&sums)[kQuadTurns]) {
+    float* const out = sums_of(turn) + (j * P::kSums + kept);
+#pragma unroll
+    for (int i = 0; i < kQuadTurns; ++i) out[i * P::kSums] = sums[i];
   }
 
   __device__ float* sums_of(unsigned of_turn) const { return s.sums[of_turn % P::kSumsHeld]; }
@@ -658,36 +837,49 @@ struct Backward {
   __device__ __forceinline__ std::int64_t partial_row(int position) const {
     return partials + position;
   }
+  static constexpr int kAddedAtOnce = P::kAdded * P::kSums < 4 * kThreads ? 2 : 4;
+
   /// Adds the parts of dB and dC of a turn and writes them.
   __device__ __forceinline__ void add_parts(unsigned of_turn) {
-    constexpr int kVec = P::kAdded * P::kSums < 4 * kThreads ? 2 : 4;
+    constexpr int kVec = kAddedAtOnce;
+    constexpr int kParts = SumsLayout<P>::kParts;
     constexpr int kPerRow = P::kSums / kVec;
-    float* const out = p.dBC + partial_row(turn_step) * P::kSums;
+    float* const out = partial_sums + std::int64_t{turn_step} * P::kSums;
     const int last = at.stop - turn_step;
+    const auto thread = static_cast<int>(threadIdx.x);
     for_items<P::kAdded * kPerRow, kThreads>([&](int i) {
       const int step = i / kPerRow;
-      const float* const from = sums_of(of_turn) + step * P::kSumsRow + i % kPerRow * kVec;
-      float v[P::kParts][kVec];
+      const float* const from = sums_of(of_turn) + step * SumsLayout<P>::kRow + i % kPerRow * kVec;
+      float v[kParts][kVec];
 #pragma unroll
-      for (int part = 0; part < P::kParts; ++part)
-        read_few<kVec>(from + part * P::kSumsPart, v[part]);
+      for (int part = 0; part < kParts; ++part)
+        read_few<kVec>(from + part * SumsLayout<P>::kPart, v[part]);
 #pragma unroll
-      for (int apart = 1; apart < P::kParts; apart *= 2)  // in pairs: short chains
+      for (int apart = 1; apart < kParts; apart *= 2)  // in pairs: short chains
 #pragma unroll
-        for (int part = 0; part + apart < P::kParts; part += 2 * apart)
+        for (int part = 0; part + apart < kParts; part += 2 * apart)
 #pragma unroll
           for (int k = 0; k < kVec; ++k) v[part][k] += v[part + apart][k];
-      if (step < last) write_few<kVec>(out + i * kVec, v[0]);
+      if (step < last) write_few<kVec>(out + (i - thread) * kVec, v[0]);
     });
   }
 
+  /// transpose_add() over the lanes of a channel.
+  template <int kCount>
+  static __device__ __forceinline__ void add_states(float (&v)[kCount], int part) {
+    if constexpr (kOrdered<P>) {
+      transpose_add<kCount, 2, 16>(v, part / 2);
+      transpose_add<(kCount + 1) / 2, 2, 1>(v, part % 2);
+    } else {
+      transpose_add<kCount, P::kLanes, P::kPerWarp>(v, part);
+    }
+  }
   /// Leaves a lane the sums over all states for the step that it finishes, in front.
   __device__ __forceinline__ void add_lanes(StateSums& sums) const {
-    transpose_add<P::kSubTile, P::kLanes, P::kPerWarp>(sums.y, at.part);
-    transpose_add<P::kSubTile, P::kLanes, P::kPerWarp>(sums.du, at.part);
-    transpose_add<P::kSubTile, P::kLanes, P::kPerWarp>(sums.dalpha, at.part);
-    if constexpr (kGeneral)
-      transpose_add<P::kSubTile, P::kLanes, P::kPerWarp>(sums.ddelta, at.part);
+    add_states(sums.y, at.part);
+    add_states(sums.du, at.part);
+    add_states(sums.dalpha, at.part);
+    if constexpr (kGeneral) add_states(sums.ddelta, at.part);
   }
   /// Gradients of the channel inputs of the sub-tile at j.
   __device__ __forceinline__ void finish_steps(int first, int j, const StateSums& sums) {
@@ -712,24 +904,33 @@ struct Backward {
       du = fmaf(of_step(s.delta), sums.du[0], D * dy);
       ddelta = fmaf(u, sums.du[0], kLn2 * sums.dalpha[0]);
     }
-    const float ddt = ddelta * of_step(s.slope);
+    float slope;
+    float dz_of_y;
+    if constexpr (kOrdered<P>) {
+      slope = to_float(window->dt[j][finished]);
+      dz_of_y = to_float(window->z[j][finished]);
+    } else {
+      slope = of_step(s.slope);
+      dz_of_y = of_step(s.dz_of_y);
+    }
+    const float ddt = ddelta * slope;
     // Without a gate nobody reads dz.
-    window->z[j][finished] = from_float<T>(of_step(s.dz_of_y) * fmaf(D, u, sums.y[0]));
+    window->z[j][finished] = from_float<T>(dz_of_y * fmaf(D, u, sums.y[0]));
     window->u[j][finished] = from_float<T>(du);
     window->dt[j][finished] = from_float<T>(ddt);
     dD = fmaf(dy, u, dD);
     dbias += ddt;
   }
 
+  static constexpr int kPerTurn = P::kAdded / P::kSubTile;
+
   /// The sub-tiles of a window from the right.
   __device__ __forceinline__ void sub_tiles(int first, int index) {
-    constexpr int kPerTurn = P::kAdded / P::kSubTile;
 #pragma unroll 1
     for (int k = kSteps / P::kSubTile - kPerTurn; k >= 0; k -= kPerTurn) {
       StateSums sums;
 #pragma unroll
-      for (int i = kPerTurn - 1; i >= 0; --i)
-        sub_tile(first, k + i, index + k + i, i == kPerTurn - 1, sums);
+      for (int i = kPerTurn - 1; i >= 0; --i) sub_tile(first, k + i, index + k + i, i, sums);
       finish_steps(first, k * P::kSubTile, sums);
       end_turn(first + k * P::kSubTile);
     }
@@ -738,9 +939,10 @@ struct Backward {
   /// Sub-tile k of the window that begins at `first`; `index` counts in the chunk. `sums`: of
   /// sub-tile k + 1, which is finished here unless k begins a turn, so that its shuffles do not
   /// wait; then of this one.
-  __device__ __forceinline__ void sub_tile(int first, int k, int index, bool begins,
+  __device__ __forceinline__ void sub_tile(int first, int k, int index, int in_turn,
                                            StateSums& sums) {
     const int j0 = k * P::kSubTile;
+    const bool begins = in_turn == kPerTurn - 1;
     float h[P::kSubTile + 1][kStates];
     read_few<kStates>(s.states[index][threadIdx.x], h[0]);
     Multipliers m;
@@ -750,21 +952,25 @@ struct Backward {
     read_steps(s.input, j0, input);
 #pragma unroll
     for (int i = 0; i < P::kSubTile; ++i) {
-      read_few<kStates>(row_B(j0 + i) + at.part * kStates, B[i]);
+      read_few<kStates>(own_B(j0 + i), B[i]);
 #pragma unroll
       for (int n = 0; n < kStates; ++n)
         h[i + 1][n] = fmaf(m.a[i][n], h[i][n], drive(m.delta[i], input[i], n, B[i][n]));
     }
-    if (begins)
-      begin_turn();
-    else
+    if (!begins)
       finish_steps(first, j0 + P::kSubTile, sums);
+    else if (!kOrdered<P>)
+      begin_turn();
     float dy[P::kSubTile];
     read_steps(s.dy_gated, j0, dy);
     QuadSums quad;
 #pragma unroll
     for (int i = P::kSubTile - 1; i >= 0; --i)
       retreat(j0 + i, i, {m.delta[i], input[i], dy[i], B[i], h[i], h[i + 1], m.a[i]}, sums, quad);
+    if constexpr (kOrdered<P>) {
+      if (begins) begin_turn();
+      write_orders(in_turn * P::kSubTile, quad.v[0]);
+    }
     add_lanes(sums);
   }
 
@@ -780,7 +986,8 @@ struct Backward {
     v.for_each([&](int i, int r, int behind) {
       if (r >= rows) return;
       const auto bits = [&](const T* tile) {
-        return r < valid ? *reinterpret_cast<const uint4*>(tile + i) : make_uint4(0, 0, 0, 0);
+        return r < valid ? *reinterpret_cast<const uint4*>(tile + (i ^ spread<P>(v.row)))
+                         : make_uint4(0, 0, 0, 0);
       };
       const auto store = [&](T* corner, std::int64_t stride, uint4 q) {
         *reinterpret_cast<uint4*>(corner + behind * static_cast<int>(stride)) = q;
@@ -793,21 +1000,30 @@ struct Backward {
       if (gated) store(dz, p.dz.stride, z_bits);
     });
   }
-  __device__ void store_channels(const T* tile, const DeviceRows<T>& to, int first) {
-    store_tile<kSteps, P::kChannels, kThreads>(tile, to, at.first_row + first, at.stop - first,
-                                               at.length - first, at.tile * P::kChannels,
-                                               p.in.sizes.channels, false);
+  __device__ void store_channels(const Tile& tile, const DeviceRows<T>& to, int first) {
+    const int rows = at.stop - first;
+#pragma unroll 1
+    for (int i = static_cast<int>(threadIdx.x); i < kSteps * P::kChannels; i += kThreads) {
+      const int r = i / P::kChannels;
+      const int c = i % P::kChannels;
+      const int channel = at.tile * P::kChannels + c;
+      if (r >= rows || channel >= p.in.sizes.channels) continue;
+      to.row(at.first_row + first + r)[channel] =
+          first + r < at.length ? tile[r][c ^ spread<P>(r)] : from_float<T>(0.0F);
+    }
   }
 
   __device__ void write_window(int first) {
     __syncthreads();
+    if constexpr (kIncoming)
+      if (first > at.begin) request(incoming(), first - kSteps, false);
     const int rows = at.stop - first;
     if (wide_channels()) {
       store_wide(first, rows, at.length - first);
     } else {
-      store_channels(window->u[0], p.du, first);
-      store_channels(window->dt[0], p.ddt, first);
-      if (p.in.z.data != nullptr) store_channels(window->z[0], p.dz, first);
+      store_channels(window->u, p.du, first);
+      store_channels(window->dt, p.ddt, first);
+      if (p.in.z.data != nullptr) store_channels(window->z, p.dz, first);
     }
     if constexpr (kGeneral) {
       const auto j = static_cast<int>(threadIdx.x);
@@ -837,39 +1053,55 @@ struct Backward {
     return (min(at.stop - begin, kChunk) + kSteps - 1) / kSteps;
   }
 
-  /// The states that enter a chunk; asks for those of the one before.
+  /// The states that enter a chunk, not yet reordered; asks for those of the one before.
   __device__ __forceinline__ void read_saved(int begin, float (&h)[kStates]) const {
-    const std::int64_t row = chunk_row(begin / kChunk);
     const Sizes& z = p.in.sizes;
+    // Nothing of the address is worth a register from one chunk to the next.
+    auto thread = static_cast<int>(threadIdx.x);
+    asm volatile("" : "+r"(thread));
+    Place<L> own = at;
+    own.part = L::part_of(thread);
+    const std::int64_t row =
+        s.first_states + (std::int64_t{begin / kChunk} * z.channels + L::channel_of(thread));
     if (p.wide_saved) {
-      const float* const saved = p.chunk_states + (row * P::kN + at.part * kStates);
+      const float* const saved = p.chunk_states + (row * P::kN + own.part * kStates);
 #pragma unroll
       for (float& v : h) v = 0.0F;
       if (!at.active) return;
       load_vec<float, kStates>(saved, h);
       if (begin > at.begin) prefetch_to_l2(saved - std::int64_t{z.channels} * P::kN);
     } else {
-      read_states<L>(p.chunk_states, row, at, z.dstate, h);
+      read_states<L>(p.chunk_states, row, own, z.dstate, h);
     }
   }
 
   __device__ void chunk(int begin) {
-    const int windows = windows_of(begin);
-    if constexpr (kHeld == 1) prefetch(begin);
+    if constexpr (kHeld == 1 && !kIncoming) prefetch(begin);
     float h[kStates];
     read_saved(begin, h);
+    constexpr int kSubTiles = kSteps / P::kSubTile;
+    if constexpr (kSteps == kChunk) {
+      enter<false>(begin, begin - kChunk, false);
+      reorder(h);  // loaded by now
+      replay(h, 0, kSubTiles - 1);
+      sub_tiles(begin, 0);
+      write_window(begin);
+    } else {
+      reorder(h);
+      const int windows = windows_of(begin);
 #pragma unroll 1
-    for (int w = 0; w < windows - 1; ++w) {
-      enter<true>(begin + w * kSteps, begin + (w + 1) * kSteps, w + 2 < windows);
-      replay(h, w * kSteps / P::kSubTile, kSteps / P::kSubTile);
-    }
+      for (int w = 0; w < windows - 1; ++w) {
+        enter<true>(begin + w * kSteps, begin + (w + 1) * kSteps, w + 2 < windows);
+        replay(h, w * kSubTiles, kSubTiles);
+      }
 #pragma unroll 1
-    for (int w = windows - 1; w >= 0; --w) {
-      const int first = begin + w * kSteps;
-      enter<false>(first, w > 0 ? first - kSteps : begin - kChunk, w == 0 && kSteps < kChunk);
-      if (w == windows - 1) replay(h, w * kSteps / P::kSubTile, kSteps / P::kSubTile - 1);
-      sub_tiles(first, w * kSteps / P::kSubTile);
-      write_window(first);
+      for (int w = windows - 1; w >= 0; --w) {
+        const int first = begin + w * kSteps;
+        enter<false>(first, w > 0 ? first - kSteps : begin - kChunk, w == 0);
+        if (w == windows - 1) replay(h, w * kSubTiles, kSubTiles - 1);
+        sub_tiles(first, w * kSubTiles);
+        write_window(first);
+      }
     }
   }
 
@@ -879,12 +1111,14 @@ struct Backward {
 #pragma unroll
     for (int n = 0; n < kStates; ++n)  // A = -exp(A_log): dA_log = dA A
       dA[n] *= kGeneral ? A[n] : kLn2 * A[n];
+    reorder(dA);
+    reorder(g);
     write_few_states<L>(p.dA_log, at.state_row(z), at, z.dstate, dA);
     if (p.dstate_in != nullptr && at.segment == 0)
       write_few_states<L>(p.dstate_in, std::int64_t{at.batch} * z.channels + at.channel, at,
                           z.dstate, g);
     float v[3][1] = {{dbias}, {dD}, {drate}};
-    for (float (&sum)[1] : v) transpose_add<1, P::kLanes, P::kPerWarp>(sum, at.part);
+    for (float (&sum)[1] : v) add_states(sum, at.part);
     if (at.part != 0 || !at.active) return;
     if (kGeneral && p.in.tau != nullptr) v[2][0] *= fast_sigmoid(p.in.dtA_bias[at.channel]);
     float* const out = p.dvectors +
@@ -903,8 +1137,10 @@ __global__ __launch_bounds__(P::kThreads,
   const Place<typename P::Base> at(sizes, p.in.lengths, sizes.segments, p.first_block);
   Block block(p, at, *reinterpret_cast<typename Block::Shared*>(bytes));
   p.starts.template read<typename P::Base>(sizes, at, sizes.segments - 1 - at.segment, -1, block.g);
+  block.reorder(block.g);
   const int last = (at.stop - 1) / kChunk * kChunk;
-  if (threadIdx.x == 0) block.s.added.init(P::kThreads);  // enter() follows
+  if (threadIdx.x == 0) block.begin();
+  __syncthreads();
   block.request_first(last, block.windows_of(last) > 1);
   for (int begin = last; begin >= at.begin; begin -= kChunk) block.chunk(begin);
   block.finish();
@@ -1115,13 +1351,14 @@ int shared_limit() {
 }
 
 /// Calls f.operator()<P>(). The general rule has fewer layouts: more lanes hold no state.
-template <bool kGeneral, class F>
+template <class T, bool kGeneral, class F>
 void visit_plan(std::int64_t dstate, F&& f) {
   // Shorter windows give the same sums.
   const int limit = shared_limit();
   if (dstate <= 16) {
-    if (limit < 96 * 1024) return f.template operator()<Plan<Layout<4, 4, 32>, 16, 4, 8, 1, 1>>();
-    return f.template operator()<Plan<Layout<4, 4, 32>, 32, 4, 8, 3, 2>>();
+    using L = std::conditional_t<std::is_same_v<T, float>, OrderedLayout, Layout<4, 4, 32>>;
+    if (limit < 96 * 1024) return f.template operator()<Plan<L, 16, 4, 8, 1, 1>>();
+    return f.template operator()<Plan<L, 32, 4, 8, 3, 2>>();
   }
   if constexpr (kGeneral) {
     if (dstate <= 64) return f.template operator()<Plan<Layout<16, 4, 16>, 16, 4, 4, 2, 1>>();
@@ -1146,7 +1383,7 @@ void selective_scan_backward(Context& ctx, const SelectiveScanBackward& a) {
   selective::check_limits(op, a.in);
   visit_float(op, a.in.u.dtype(), [&]<class T>() {
     selective::visit_rule(selective::is_general(a.in), [&]<bool kGeneral>() {
-      selective::visit_plan<kGeneral>(
+      selective::visit_plan<T, kGeneral>(
           dstate, [&]<class P>() { selective::launch_backward<T, P, kGeneral>(ctx, a); });
     });
   });

@@ -13,8 +13,8 @@
 /// tokens is saved; backward recomputes the states inside a chunk.
 /// Paper: Gu and Dao, arXiv:2312.00752. Matches: lrnnx/models/ltv/mamba.py.
 ///
-/// On CUDA a value that is not finite need not reach outputs a long way behind it, where its weight
-/// in the state has become 0 in float32: long sequences are cut, and forgotten tokens are skipped.
+/// On CUDA long sequences are cut, and tokens whose weight in the state at a cut is below 2^-64 are
+/// skipped: a value that is not finite need not reach outputs a long way behind it.
 #pragma once
 
 #include "lrnn/core/context.hpp"
