@@ -4,31 +4,16 @@
 #include "ops/dplr_scan.hpp"
 
 #include <algorithm>
-#include <array>
-#include <vector>
 
 #include "common/eigen.hpp"
+#include "common/lanes.hpp"
 #include "dplr_scan_float.hpp"
 
 namespace lrnn::cpu {
 namespace {
 
 constexpr std::int64_t kChunk = kDplrScanChunk;
-// Heads of one block: a constant, so that sums do not depend on the number of threads. Unused lanes
-// of the last block hold zeros.
-constexpr std::int64_t kLanes = kFloatHeads;
-
-// In cache lines, so that no vector lies across two.
-template <class T>
-struct alignas(64) Lanes : std::array<T, kLanes> {};
-
-template <class T>
-struct Pair {
-  Lanes<T> re{};
-  Lanes<T> im{};
-};
-template <class T>
-using Pairs = std::vector<Pair<T>>;  // one per state
+constexpr std::int64_t kLanes = kBlockLanes;
 
 // 2 Re sum_n conj(p_n) q_n
 template <class T>
@@ -59,13 +44,6 @@ void add_scaled_conj(Pairs<T>& q, const Lanes<T>& factor, const Pairs<T>& p) {
     }
 }
 template <class T>
-void add(Pair<double>& sum, const Pair<T>& value) {
-  for (std::size_t i = 0; i < kLanes; ++i) {
-    sum.re[i] += static_cast<double>(value.re[i]);
-    sum.im[i] += static_cast<double>(value.im[i]);
-  }
-}
-template <class T>
 Lanes<T> scaled(T factor, const Lanes<T>& v) {
   Lanes<T> out;
   for (std::size_t i = 0; i < kLanes; ++i) out[i] = factor * v[i];
@@ -78,16 +56,13 @@ struct Block {
   std::int64_t count;
 };
 
-// The first `count` of the lanes.
 template <class T>
 Lanes<T> load(const T* first, const Block& block) {
-  Lanes<T> out{};
-  std::copy_n(first + block.head, block.count, out.begin());
-  return out;
+  return load_lanes(first + block.head, block.count);
 }
 template <class T>
 void store(T* first, const Block& block, const Lanes<T>& value) {
-  std::copy_n(value.begin(), block.count, first + block.head);
+  store_lanes(first + block.head, block.count, value);
 }
 
 template <class T>
@@ -234,15 +209,6 @@ struct Model {
   }
 };
 
-// As numbers in a row, for the kernels in float; null if there are none.
-inline const float* numbers(const Pairs<float>& v) {
-  static_assert(sizeof(Pair<float>) == 2 * kLanes * sizeof(float));
-  return v.empty() ? nullptr : v.front().re.data();
-}
-inline float* numbers(Pairs<float>& v) {
-  return v.empty() ? nullptr : v.front().re.data();
-}
-
 /// Chunks of one block of heads, token by token.
 template <class T>
 class Chunks {
@@ -257,7 +223,7 @@ class Chunks {
 
   // Overwrites y, [C, chunk], without the skip.
   void forward(std::int64_t steps, const std::vector<Lanes<T>>& u, Pairs<T>& x,
-               std::vector<Lanes<T>>& y) {
+               std::vector<Lanes<T>>& y, const std::vector<Lines>&) {
     for (std::size_t j = 0; j < static_cast<std::size_t>(steps); ++j) {
       model_.advance(x, u[j], s_.data(), x);
       for (std::size_t c = 0; c < model_.C.size(); ++c) y[c * kChunk + j] = model_.read(c, x);
@@ -266,7 +232,7 @@ class Chunks {
   // Overwrites du without the skip, and the gradients of e, b, w, k, C; x is before the chunk.
   void backward(std::int64_t steps, const std::vector<Lanes<T>>& u, const Pairs<T>& x,
                 const std::vector<Lanes<T>>& dy, Pairs<T>& carry, std::vector<Lanes<T>>& du,
-                Pairs<T>& fields) {
+                Pairs<T>& fields, const std::vector<Lines>&) {
     const std::size_t rank = r_.size();
     states_[0] = x;
     for (std::size_t j = 0; j < static_cast<std::size_t>(steps); ++j)
@@ -335,17 +301,20 @@ class Chunks<float> {
                .C = C_.data()} {}
 
   void forward(std::int64_t steps, const std::vector<Lanes<float>>& u, Pairs<float>& x,
-               std::vector<Lanes<float>>& y) {
+               std::vector<Lanes<float>>& y, const std::vector<Lines>& next) {
     run_float_dplr({.model = model_,
                     .steps = steps,
                     .u = u.front().data(),
                     .x = numbers(x),
                     .y = y.front().data(),
-                    .scratch = scratch()});
+                    .scratch = scratch(),
+                    .next = next.data(),
+                    .nexts = static_cast<std::int64_t>(next.size())});
   }
   void backward(std::int64_t steps, const std::vector<Lanes<float>>& u, const Pairs<float>& x,
                 const std::vector<Lanes<float>>& dy, Pairs<float>& carry,
-                std::vector<Lanes<float>>& du, Pairs<float>& fields) {
+                std::vector<Lanes<float>>& du, Pairs<float>& fields,
+                const std::vector<Lines>& next) {
     run_float_dplr_backward({.model = model_,
                              .steps = steps,
                              .u = u.front().data(),
@@ -354,7 +323,9 @@ class Chunks<float> {
                              .carry = numbers(carry),
                              .du = du.front().data(),
                              .fields = numbers(fields),
-                             .scratch = scratch()});
+                             .scratch = scratch(),
+                             .next = next.data(),
+                             .nexts = static_cast<std::int64_t>(next.size())});
   }
 
  private:
@@ -370,6 +341,27 @@ class Chunks<float> {
   FloatDplrModel model_;
 };
 
+// The states of a block in a row of planes, and its tokens in a chunk of rows [.., heads]: what
+// kernels in float fetch.
+template <class T>
+void add_planes(const Problem<T>& problem, const T* planes, const Block& block,
+                std::vector<Lines>& lines) {
+  if (planes == nullptr) return;
+  for (const T* plane : {planes, planes + problem.plane()})
+    lines.push_back(
+        lines_of_row(plane + block.head * problem.states, block.count * problem.states));
+}
+template <class T>
+void add_rows(const Problem<T>& problem, const T* rows, std::int64_t batch, std::int64_t chunk,
+              const Block& block, std::vector<Lines>& lines, std::int64_t channels = 1) {
+  const std::int64_t steps =
+      std::clamp(problem.length(batch) - chunk * kChunk, std::int64_t{0}, kChunk);
+  const std::int64_t token = batch * problem.seqlen + chunk * kChunk;
+  for (std::int64_t c = 0; c < channels && steps > 0; ++c)
+    lines.push_back(lines_at(rows + (token * channels + c) * problem.heads + block.head,
+                             channels * problem.heads, steps));
+}
+
 template <class T>
 void forward_block(const Problem<T>& problem, const DplrScanForward& args, std::int64_t batch,
                    const Block& block) {
@@ -381,6 +373,15 @@ void forward_block(const Problem<T>& problem, const DplrScanForward& args, std::
   std::vector<Lanes<T>> u(kChunk);
   std::vector<Lanes<T>> y(model.C.size() * kChunk);
   Chunks<T> chunks(model, problem);
+  const auto lines = [&](std::int64_t chunk) {
+    std::vector<Lines> to;
+    if (chunk == problem.chunks) return to;
+    add_rows<T>(problem, problem.u, batch, chunk, block, to);
+    add_rows<T>(problem, args.y.data<T>(), batch, chunk, block, to, problem.channels);
+    add_planes<T>(problem, row_of<T>(args.chunk_states, batch * problem.chunks + chunk, size),
+                  block, to);
+    return to;
+  };
   for (std::int64_t chunk = 0; chunk < problem.chunks; ++chunk) {
     const std::int64_t begin = chunk * kChunk;
     const std::int64_t steps = std::clamp(length - begin, std::int64_t{0}, kChunk);
@@ -389,7 +390,7 @@ void forward_block(const Problem<T>& problem, const DplrScanForward& args, std::
     for (std::int64_t j = 0; j < steps; ++j)
       u[static_cast<std::size_t>(j)] =
           load(problem.u + (batch * problem.seqlen + begin + j) * problem.heads, block);
-    if (steps > 0) chunks.forward(steps, u, x, y);
+    if (steps > 0) chunks.forward(steps, u, x, y, lines(chunk + 1));
     for (std::int64_t t = begin; t < std::min(begin + kChunk, problem.seqlen); ++t)
       for (std::size_t c = 0; c < model.C.size(); ++c) {
         const auto j = static_cast<std::size_t>(t - begin);
@@ -462,12 +463,27 @@ class BackwardBlock {
         dy_[static_cast<std::size_t>(c * kChunk + j)] =
             load(args_.dy.data<T>() + (row * problem_.channels + c) * problem_.heads, block_);
     }
-    chunks_.backward(steps, u_, problem_.load_planes(states, block_), dy_, carry_, du_, fields_);
+    chunks_.backward(steps, u_, problem_.load_planes(states, block_), dy_, carry_, du_, fields_,
+                     lines(chunk - 1));
     for (std::int64_t j = 0; j < steps; ++j) {
       add_skip(static_cast<std::size_t>(j));
       store(du(begin + j), block_, du_[static_cast<std::size_t>(j)]);
     }
     for (std::size_t i = 0; i < fields_.size(); ++i) add(sums_[i], fields_[i]);
+  }
+
+  // What it reads and writes in a chunk.
+  [[nodiscard]] std::vector<Lines> lines(std::int64_t chunk) const {
+    std::vector<Lines> to;
+    if (chunk < 0) return to;
+    add_rows<T>(problem_, problem_.u, batch_, chunk, block_, to);
+    add_rows<T>(problem_, args_.du.data<T>(), batch_, chunk, block_, to);
+    add_rows<T>(problem_, args_.dy.data<T>(), batch_, chunk, block_, to, problem_.channels);
+    add_planes<T>(
+        problem_,
+        row_of<T>(args_.chunk_states, batch_ * problem_.chunks + chunk, 2 * problem_.plane()),
+        block_, to);
+    return to;
   }
 
   // What goes through D at token j of the chunk.
@@ -512,7 +528,7 @@ class BackwardBlock {
 // element `place(i)` of each.
 template <class T, class Place>
 void add_sums(const MutableTensorView& out, const std::vector<Partial>& partials,
-              std::vector<double> Partial::* member, Place&& place) {
+              std::vector<double> Partial::*member, Place&& place) {
   if (!out) return;
   T* const target = out.data<T>();
   const std::int64_t count = out.numel();

@@ -5,10 +5,13 @@
 
 #include "lrnn/ops/dplr_scan.hpp"
 
+#include "common/lanes.hpp"
+#include "common/lines.hpp"
+
 namespace lrnn::cpu {
 
 /// Heads of a block. Below, complex numbers are [.., 2, kFloatHeads].
-inline constexpr std::int64_t kFloatHeads = 16;
+inline constexpr std::int64_t kFloatHeads = kBlockLanes;
 
 struct FloatDplrModel {
   std::int64_t states, rank, channels;  // N, R, C
@@ -19,10 +22,12 @@ struct FloatDplrModel {
 struct FloatDplrForward {
   FloatDplrModel model;
   std::int64_t steps;
-  const float* u;  ///< [steps, kFloatHeads]
-  float* x;        ///< [N], before the chunk, then after it
-  float* y;        ///< [C, kDplrScanChunk, kFloatHeads], without the skip; overwritten
-  float* scratch;  ///< [R, kFloatHeads]
+  const float* u;     ///< [steps, kFloatHeads]
+  float* x;           ///< [N], before the chunk, then after it
+  float* y;           ///< [C, kDplrScanChunk, kFloatHeads], without the skip; overwritten
+  float* scratch;     ///< [R, kFloatHeads]
+  const Lines* next;  ///< [nexts], of the chunk after this one
+  std::int64_t nexts;
 };
 struct FloatDplrBackward {
   FloatDplrModel model;  ///< without e_low
@@ -33,6 +38,8 @@ struct FloatDplrBackward {
   float* du;           ///< [steps, kFloatHeads], without the skip; overwritten
   float* fields;       ///< [2 + 2 R + C, N], gradients of e, b, w, k, C; overwritten
   float* scratch;      ///< float_dplr_scratch() floats
+  const Lines* next;   ///< [nexts], of the chunk before this one
+  std::int64_t nexts;
 };
 
 /// That many, for x and q of all tokens, <k, x> and <w, q>.

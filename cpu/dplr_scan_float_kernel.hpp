@@ -120,17 +120,36 @@ LRNN_INLINE void advance(const FloatDplrModel& model, const States& before, cons
   for (; n < model.states; ++n) advance_states(model, before, after, n, at, s, s_stride, u, 1);
 }
 
-void run(const FloatDplrForward& p) {
-  for (std::int64_t at = 0; at < kFloatHeads; at += kLanes) {
-    const States x = {p.x + at, kPair, kPlane};
-    for (std::int64_t t = 0; t < p.steps; ++t) {
-      advance(p.model, x, x, at, p.scratch, kFloatHeads, load(p.u + t * kFloatHeads + at));
-      for (std::int64_t c = 0; c < p.model.channels; ++c) {
-        const Complex sum = products(p.model.C[c] + at, x, p.model.states);
-        store(p.y + (c * kChunk + t) * kFloatHeads + at, 2.0F * (sum.re - sum.im));
-      }
+// Calls f(p); with one w, k and C, the usual case, it knows so and keeps their places in registers.
+template <class P, class F>
+LRNN_INLINE void specialise(const P& p, const F& f) {
+  if (p.model.rank != 1 || p.model.channels != 1) return f(p);
+  const float* const w = p.model.w[0];
+  const float* const k = p.model.k[0];
+  const float* const C = p.model.C[0];
+  P one = p;
+  one.model.w = &w;
+  one.model.k = &k;
+  one.model.C = &C;
+  one.model.rank = one.model.channels = 1;
+  f(one);
+}
+
+LRNN_INLINE void run_vector(const FloatDplrForward& p, std::int64_t at) {
+  const States x = {p.x + at, kPair, kPlane};
+  for (std::int64_t t = 0; t < p.steps; ++t) {
+    for (std::int64_t i = at / kLanes; i < p.nexts; i += kFloatHeads / kLanes) p.next[i].fetch(t);
+    advance(p.model, x, x, at, p.scratch, kFloatHeads, load(p.u + t * kFloatHeads + at));
+    for (std::int64_t c = 0; c < p.model.channels; ++c) {
+      const Complex sum = products(p.model.C[c] + at, x, p.model.states);
+      store(p.y + (c * kChunk + t) * kFloatHeads + at, 2.0F * (sum.re - sum.im));
     }
   }
+}
+void run(const FloatDplrForward& p) {
+  specialise(p, [](const FloatDplrForward& q) LRNN_INLINE_LAMBDA {
+    for (std::int64_t at = 0; at < kFloatHeads; at += kLanes) run_vector(q, at);
+  });
 }
 
 // A vector of heads of a chunk. Histories are [N, kChunk + 1, 2, kLanes], those of q with one token
@@ -190,7 +209,7 @@ LRNN_INLINE void retreat(const Work& w, std::int64_t t, const States& from, cons
 }
 
 // x, s, q, r and du of all tokens.
-inline void walk_tokens(const Work& w) {
+LRNN_INLINE void walk_tokens(const Work& w) {
   const FloatDplrModel& model = w.p.model;
   const std::int64_t steps = w.p.steps;
   const std::int64_t row = kChunk * kLanes;
@@ -199,9 +218,12 @@ inline void walk_tokens(const Work& w) {
     load_each(w.p.x + n * kPair + w.at, kPair, kPlane, &x, 1);
     store_each(w.x_at(0), n, &x, 1);
   }
-  for (std::int64_t t = 0; t < steps; ++t)
+  for (std::int64_t t = 0; t < steps; ++t) {
+    for (std::int64_t i = w.at / kLanes; i < w.p.nexts; i += kFloatHeads / kLanes)
+      w.p.next[i].fetch(t);
     advance(model, w.x_at(t), w.x_at(t + 1), w.at, w.s + t * kLanes, row,
             load(w.p.u + t * kFloatHeads + w.at));
+  }
   const States carry = {w.p.carry + w.at, kPair, kPlane};
   retreat(w, steps, carry, w.q_at(steps - 1), true);
   for (std::int64_t t = steps - 1; t >= 0; --t) {
@@ -246,7 +268,7 @@ LRNN_INLINE Complex conjugate_sum(const Work& w, const float* q, const float* x)
   }
   return {real[0] + real[1], imaginary[0] - imaginary[1]};
 }
-inline void add_fields(const Work& w, std::int64_t n) {
+LRNN_INLINE void add_fields(const Work& w, std::int64_t n) {
   const FloatDplrModel& model = w.p.model;
   const float* const x = w.x + n * kHistory;
   const float* const q = w.q + n * kHistory;
@@ -267,16 +289,18 @@ inline void add_fields(const Work& w, std::int64_t n) {
           weighted_sum(w, w.p.dy + c * kChunk * kFloatHeads + w.at, kFloatHeads, x + 2 * kLanes));
 }
 
-void run_backward(const FloatDplrBackward& p) {
+LRNN_INLINE void run_vector(const FloatDplrBackward& p, std::int64_t at) {
   const std::int64_t states = p.model.states;
-  const std::int64_t sums = p.model.rank * kChunk * kLanes;
-  for (std::int64_t at = 0; at < kFloatHeads; at += kLanes) {
-    float* const q = p.scratch + states * kHistory;
-    float* const s = q + states * kHistory;
-    const Work w = {p, at, p.scratch, q, s, s + sums};
-    walk_tokens(w);
-    for (std::int64_t n = 0; n < states; ++n) add_fields(w, n);
-  }
+  float* const q = p.scratch + states * kHistory;
+  float* const s = q + states * kHistory;
+  const Work w = {p, at, p.scratch, q, s, s + p.model.rank * kChunk * kLanes};
+  walk_tokens(w);
+  for (std::int64_t n = 0; n < states; ++n) add_fields(w, n);
+}
+void run_backward(const FloatDplrBackward& p) {
+  specialise(p, [](const FloatDplrBackward& q) LRNN_INLINE_LAMBDA {
+    for (std::int64_t at = 0; at < kFloatHeads; at += kLanes) run_vector(q, at);
+  });
 }
 
 }  // namespace LRNN_ISA

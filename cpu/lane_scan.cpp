@@ -5,30 +5,17 @@
 #include "ops/lane_scan.hpp"
 
 #include <algorithm>
-#include <array>
 #include <type_traits>
-#include <vector>
 
 #include "common/eigen.hpp"
+#include "common/lanes.hpp"
 #include "lane_scan_float.hpp"
 
 namespace lrnn::cpu {
 namespace {
 
 constexpr std::int64_t kChunk = kLaneScanChunk;
-// Lanes of one block: a constant, so that sums do not depend on the number of threads. Unused lanes
-// of the last block hold zeros.
-constexpr std::int64_t kLanes = kFloatLanes;
-
-// In cache lines, so that no vector lies across two.
-template <class T>
-struct alignas(64) Lanes : std::array<T, kLanes> {};
-
-template <class T>
-struct Pair {
-  Lanes<T> re{};
-  Lanes<T> im{};
-};
+constexpr std::int64_t kLanes = kBlockLanes;
 
 template <class T>
 Pair<T> times(const Pair<T>& a, const Pair<T>& b) {
@@ -48,13 +35,6 @@ Pair<T> times_conj(const Pair<T>& a, const Pair<T>& b) {
     out.im[i] = a.im[i] * b.re[i] - a.re[i] * b.im[i];
   }
   return out;
-}
-template <class T, class U>
-void add(Pair<T>& sum, const Pair<U>& value) {
-  for (std::size_t i = 0; i < kLanes; ++i) {
-    sum.re[i] += value.re[i];
-    sum.im[i] += value.im[i];
-  }
 }
 template <class T>
 Pair<T> scaled(const Lanes<T>& factor, const Pair<T>& value) {
@@ -131,7 +111,7 @@ struct Problem : detail::LaneScanSizes {
     return scaled(factor, out);
   }
   [[nodiscard]] Lanes<T> drive(std::int64_t token, const Block& block) const {
-    return load(v + token * inputs + block.column, 1, block.count);
+    return load_lanes(v + token * inputs + block.column, block.count);
   }
   [[nodiscard]] Block block_at(std::int64_t group, std::int64_t index) const {
     const std::int64_t column = index * kLanes;
@@ -144,9 +124,9 @@ struct Problem : detail::LaneScanSizes {
 // What all chunks of one block of lanes share.
 template <class T>
 struct Model {
-  std::vector<Pair<T>> a;        // [M]
-  std::vector<Pair<T>> weights;  // [C, M]
-  std::vector<Pair<T>> gaps;     // [M], for as many steps
+  Pairs<T> a;        // [M]
+  Pairs<T> weights;  // [C, M]
+  Pairs<T> gaps;     // [M], for as many steps
   std::int64_t gap_steps = 0;
 
   Model(const Problem<T>& problem, const Block& block)
@@ -169,31 +149,35 @@ struct Model {
   }
 };
 
-// As numbers in a row, for the kernels in float.
-inline const float* numbers(const std::vector<Pair<float>>& v) {
-  static_assert(sizeof(Pair<float>) == 2 * kLanes * sizeof(float));
-  return v.front().re.data();
-}
-inline float* numbers(std::vector<Pair<float>>& v) {
-  return v.front().re.data();
-}
-template <std::size_t size>
-FloatLaneChunk float_chunk(const Model<float>& model, const std::array<Lanes<float>, size>& v,
-                           std::size_t steps) {
+FloatLaneChunk float_chunk(const Model<float>& model, const std::array<Lanes<float>, kChunk>& v,
+                           std::size_t steps, const std::vector<Lines>& next) {
   const std::size_t substates = model.a.size();
   return {.v = v.front().data(),
           .a = numbers(model.a),
           .weights = numbers(model.weights),
           .steps = static_cast<std::int64_t>(steps),
           .substates = static_cast<std::int64_t>(substates),
-          .channels = static_cast<std::int64_t>(model.weights.size() / substates)};
+          .channels = static_cast<std::int64_t>(model.weights.size() / substates),
+          .next = next.data(),
+          .nexts = static_cast<std::int64_t>(next.size())};
+}
+
+// The states of one block of lanes in a row of planes, for the kernels in float to fetch.
+template <class T>
+void add_lines(const Problem<T>& problem, const TensorView& states, std::int64_t row,
+               const Block& block, std::vector<Lines>& lines) {
+  if (!states) return;
+  const T* const planes =
+      states.data<T>() + row * 2 * problem.plane() + block.lane * problem.substates;
+  lines.push_back(lines_of_row(planes, block.count * problem.substates));
+  lines.push_back(lines_of_row(planes + problem.plane(), block.count * problem.substates));
 }
 
 // States of one block of lanes, [M].
 template <class T>
-std::vector<Pair<T>> load_states(const Problem<T>& problem, const TensorView& states,
-                                 std::int64_t row, const Block& block) {
-  std::vector<Pair<T>> out(static_cast<std::size_t>(problem.substates));
+Pairs<T> load_states(const Problem<T>& problem, const TensorView& states, std::int64_t row,
+                     const Block& block) {
+  Pairs<T> out(static_cast<std::size_t>(problem.substates));
   if (!states) return out;
   const T* const planes = states.data<T>() + row * 2 * problem.plane();
   for (std::int64_t m = 0; m < problem.substates; ++m)
@@ -202,7 +186,7 @@ std::vector<Pair<T>> load_states(const Problem<T>& problem, const TensorView& st
 }
 template <class T>
 void store_states(const Problem<T>& problem, const MutableTensorView& states, std::int64_t row,
-                  const Block& block, const std::vector<Pair<T>>& values) {
+                  const Block& block, const Pairs<T>& values) {
   if (!states) return;
   T* const planes = states.data<T>() + row * 2 * problem.plane();
   for (std::int64_t m = 0; m < problem.substates; ++m)
@@ -212,10 +196,11 @@ void store_states(const Problem<T>& problem, const MutableTensorView& states, st
 // A chunk of `steps` tokens, without gaps: advances the states and overwrites w, [C, chunk].
 template <class T>
 void advance_chunk(const Model<T>& model, const std::array<Lanes<T>, kChunk>& v, std::size_t steps,
-                   std::vector<Pair<T>>& states, std::vector<Lanes<T>>& w) {
+                   Pairs<T>& states, std::vector<Lanes<T>>& w, const std::vector<Lines>& next) {
   if constexpr (std::is_same_v<T, float>) {
-    run_float_lanes(
-        {.in = float_chunk(model, v, steps), .states = numbers(states), .w = w.front().data()});
+    run_float_lanes({.in = float_chunk(model, v, steps, next),
+                     .states = numbers(states),
+                     .w = w.front().data()});
     return;
   }
   std::fill(w.begin(), w.end(), Lanes<T>{});
@@ -235,6 +220,25 @@ void advance_chunk(const Model<T>& model, const std::array<Lanes<T>, kChunk>& v,
   }
 }
 
+// What forward reads and writes in the tokens of a chunk.
+template <class T>
+std::vector<Lines> forward_lines(const Problem<T>& problem, const LaneScanForward& args,
+                                 std::int64_t b, const Block& block, std::int64_t chunk) {
+  std::vector<Lines> lines;
+  const std::int64_t steps =
+      std::clamp(problem.length(b) - chunk * kChunk, std::int64_t{0}, kChunk);
+  if (steps == 0) return lines;
+  const std::int64_t token = b * problem.seqlen + chunk * kChunk;
+  lines.push_back(
+      lines_at(problem.v + token * problem.inputs + block.column, problem.inputs, steps));
+  for (std::int64_t c = 0; c < problem.channels && problem.groups == 1; ++c)
+    lines.push_back(lines_at(static_cast<const T*>(args.y.data<T>()) + token * problem.outputs +
+                                 c * problem.inputs + block.column,
+                             problem.outputs, steps));
+  add_lines(problem, args.chunk_states, b * problem.chunks + chunk, block, lines);
+  return lines;
+}
+
 // One sequence and one block of lanes, forward. Calls emit(t, c, w) with the read-out of channel c
 // at every valid position.
 template <class T, class Emit>
@@ -243,8 +247,8 @@ void forward_block(const Problem<T>& problem, const LaneScanForward& args, std::
   const std::int64_t length = problem.length(b);
   const auto channels = static_cast<std::size_t>(problem.channels);
   Model<T> model(problem, block);
-  std::vector<Pair<T>> states = load_states(problem, args.state_in, b, block);
-  std::vector<Pair<T>> entering;
+  Pairs<T> states = load_states(problem, args.state_in, b, block);
+  Pairs<T> entering;
   std::vector<Lanes<T>> w(channels * kChunk);
   std::array<Lanes<T>, kChunk> v;
   for (std::int64_t chunk = 0; chunk < problem.chunks; ++chunk) {
@@ -256,7 +260,8 @@ void forward_block(const Problem<T>& problem, const LaneScanForward& args, std::
       v[static_cast<std::size_t>(j)] = problem.drive(b * problem.seqlen + begin + j, block);
     model.prepare_gaps(problem, block, steps);
     if (problem.a_low != nullptr) entering = states;
-    advance_chunk(model, v, static_cast<std::size_t>(steps), states, w);
+    advance_chunk(model, v, static_cast<std::size_t>(steps), states, w,
+                  forward_lines(problem, args, b, block, chunk + 1));
     for (std::size_t m = 0; m < model.gaps.size(); ++m)
       add(states[m], times(model.gaps[m], entering[m]));
     for (std::size_t c = 0; c < channels; ++c)
@@ -279,15 +284,16 @@ void forward_lanes(const Problem<T>& problem, const LaneScanForward& args, std::
   std::vector<Lanes<T>> skip(static_cast<std::size_t>(problem.channels));
   for (std::int64_t c = 0; c < problem.channels && problem.skip != nullptr; ++c)
     skip[static_cast<std::size_t>(c)] =
-        load(problem.skip + c * problem.lanes + block.lane, 1, block.count);
+        load_lanes(problem.skip + c * problem.lanes + block.lane, block.count);
   forward_block(problem, args, b, block,
                 [&](std::int64_t t, std::int64_t c, Lanes<T> w, const Lanes<T>& v) {
                   const Lanes<T>& D = skip[static_cast<std::size_t>(c)];
                   for (std::size_t i = 0; i < kLanes; ++i) w[i] += D[i] * v[i];
-                  store(at(t, c), 1, block.count, w);
+                  store_lanes(at(t, c), block.count, w);
                 });
   for (std::int64_t t = problem.length(b); t < problem.seqlen; ++t)
-    for (std::int64_t c = 0; c < problem.channels; ++c) store(at(t, c), 1, block.count, Lanes<T>{});
+    for (std::int64_t c = 0; c < problem.channels; ++c)
+      store_lanes(at(t, c), block.count, Lanes<T>{});
 }
 
 // All lanes of one group, whose outputs are summed block by block.
@@ -334,13 +340,13 @@ class BackwardBlock {
         skip_(channels_),
         dskip_(channels_) {
     for (std::size_t c = 0; c < channels_ && problem.skip != nullptr; ++c)
-      skip_[c] = load(problem.skip + static_cast<std::int64_t>(c) * problem.lanes + block.lane, 1,
-                      block.count);
+      skip_[c] = load_lanes(
+          problem.skip + static_cast<std::int64_t>(c) * problem.lanes + block.lane, block.count);
   }
 
   // dv is added to what is there unless `first`.
   void run(bool first) {
-    std::vector<Pair<T>> carries = load_states(problem_, args_.dstate_out, b_, block_);
+    Pairs<T> carries = load_states(problem_, args_.dstate_out, b_, block_);
     const std::int64_t length = problem_.length(b_);
     for (std::int64_t chunk = problem_.chunks - 1; chunk >= 0; --chunk) {
       const std::int64_t begin = chunk * kChunk;
@@ -352,8 +358,9 @@ class BackwardBlock {
     store_states(problem_, args_.dstate_in, b_, block_, carries);
     write_partial();
     for (std::size_t c = 0; c < channels_ && problem_.groups == 1; ++c)
-      store(partial_.skip.data() + static_cast<std::int64_t>(c) * problem_.lanes + block_.lane, 1,
-            block_.count, dskip_[c]);
+      store_lanes(
+          partial_.skip.data() + static_cast<std::int64_t>(c) * problem_.lanes + block_.lane,
+          block_.count, dskip_[c]);
   }
 
  private:
@@ -371,22 +378,38 @@ class BackwardBlock {
         const T* const row = dy + token(begin, j) * problem_.outputs;
         Lanes<T>& g = dy_[c * kChunk + j];
         if (problem_.groups == 1)
-          g = load(row + static_cast<std::int64_t>(c) * problem_.inputs + block_.column, 1,
-                   block_.count);
+          g = load_lanes(row + static_cast<std::int64_t>(c) * problem_.inputs + block_.column,
+                         block_.count);
         else
           g.fill(row[group]);
       }
     }
   }
 
-  void walk_chunk(std::int64_t chunk, std::vector<Pair<T>>& carries) {
+  // What it reads and writes in the tokens of a chunk.
+  [[nodiscard]] std::vector<Lines> lines(std::int64_t chunk) const {
+    std::vector<Lines> lines;
+    if (chunk < 0) return lines;
+    const auto rows = [&](const T* first, std::int64_t stride) {
+      const std::int64_t t = b_ * problem_.seqlen + chunk * kChunk;
+      lines.push_back(lines_at(first + t * stride + block_.column, stride, kChunk));
+    };
+    rows(problem_.v, problem_.inputs);
+    rows(args_.dv.data<T>(), problem_.inputs);
+    for (std::size_t c = 0; c < channels_ && problem_.groups == 1; ++c)
+      rows(args_.dy.data<T>() + static_cast<std::int64_t>(c) * problem_.inputs, problem_.outputs);
+    add_lines(problem_, args_.chunk_states, b_ * problem_.chunks + chunk, block_, lines);
+    return lines;
+  }
+
+  void walk_chunk(std::int64_t chunk, Pairs<T>& carries) {
     const auto before =
         load_states(problem_, args_.chunk_states, b_ * problem_.chunks + chunk, block_);
     model_.prepare_gaps(problem_, block_, static_cast<std::int64_t>(steps_));
-    std::vector<Pair<T>> entering;
+    Pairs<T> entering;
     if (problem_.a_low != nullptr) entering = carries;
     if constexpr (std::is_same_v<T, float>)
-      run_float_lanes_backward({.in = float_chunk(model_, v_, steps_),
+      run_float_lanes_backward({.in = float_chunk(model_, v_, steps_, lines(chunk - 1)),
                                 .states = numbers(before),
                                 .dy = dy_.front().data(),
                                 .carries = numbers(carries),
@@ -466,10 +489,10 @@ class BackwardBlock {
         }
       }
       if (!first) {
-        const Lanes<T> there = load(static_cast<const T*>(out), 1, block_.count);
+        const Lanes<T> there = load_lanes(static_cast<const T*>(out), block_.count);
         for (std::size_t i = 0; i < kLanes; ++i) dv[i] += there[i];
       }
-      store(out, 1, block_.count, dv);
+      store_lanes(out, block_.count, dv);
     }
   }
 
@@ -484,9 +507,9 @@ class BackwardBlock {
   std::array<Lanes<T>, kChunk> v_;  // of the chunk
   std::array<Lanes<T>, kChunk> dv_;
   std::vector<Lanes<T>> dy_;                // [C, chunk]
-  std::vector<Pair<T>> da_;                 // of the chunk, [M]
-  std::vector<Pair<T>> dW_;                 // of the chunk, [C, M]
-  std::vector<Pair<double>> sums_;          // of all chunks, [1 + C, M]
+  Pairs<T> da_;                             // of the chunk, [M]
+  Pairs<T> dW_;                             // of the chunk, [C, M]
+  Pairs<double> sums_;                      // of all chunks, [1 + C, M]
   std::array<Pair<T>, kChunk + 1> states_;  // of a sub-state
   std::vector<Lanes<T>> skip_;
   std::vector<Lanes<double>> dskip_;
@@ -495,7 +518,7 @@ class BackwardBlock {
 // out[r, i] += the sum over the sequences of row `row` + r of their partial sums, in order.
 template <class T>
 void add_rows(const MutableTensorView& out, const std::vector<Partial>& partials,
-              std::vector<double> Partial::* member, std::int64_t first, T* target,
+              std::vector<double> Partial::*member, std::int64_t first, T* target,
               std::int64_t count) {
   if (!out) return;
 #pragma omp parallel for

@@ -3,10 +3,13 @@
 
 #include <cstdint>
 
+#include "common/lanes.hpp"
+#include "common/lines.hpp"
+
 namespace lrnn::cpu {
 
 /// Lanes of a block.
-inline constexpr std::int64_t kFloatLanes = 16;
+inline constexpr std::int64_t kFloatLanes = kBlockLanes;
 
 /// A chunk of one block: [steps, kFloatLanes] of v, and complex numbers as [.., 2, kFloatLanes].
 struct FloatLaneChunk {
@@ -14,6 +17,8 @@ struct FloatLaneChunk {
   const float* a;        ///< [M]
   const float* weights;  ///< [C, M]
   std::int64_t steps, substates, channels;
+  const Lines* next;  ///< [nexts], of the chunk after this one
+  std::int64_t nexts;
 };
 struct FloatLaneForward {
   FloatLaneChunk in;

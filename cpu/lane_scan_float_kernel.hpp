@@ -35,6 +35,15 @@ LRNN_INLINE Vec read_out(Vec sum, const Complex* weights, const Complex* x, cons
   return sum;
 }
 
+// What a walk of some sub-states of a vector of lanes through time fetches at token t.
+LRNN_INLINE void fetch(const FloatLaneChunk& in, std::int64_t m, std::int64_t at, std::int64_t t,
+                       const int together) {
+  const std::int64_t walks = (in.substates + together - 1) / together;
+  for (std::int64_t i = at / kLanes * walks + m / together; i < in.nexts;
+       i += walks * (kFloatLanes / kLanes))
+    in.next[i].fetch(t);
+}
+
 // Sub-states m, .. of a vector of lanes, `at` of the block. `alone`: one channel.
 LRNN_INLINE void forward_states(const FloatLaneForward& p, std::int64_t m, std::int64_t at,
                                 const bool alone, const int count) {
@@ -46,6 +55,7 @@ LRNN_INLINE void forward_states(const FloatLaneForward& p, std::int64_t m, std::
   load_each(p.states + m * kPair + at, x, count);
   load_each(in.weights + m * kPair + at, weights, count);
   for (std::int64_t t = 0; t < in.steps; ++t) {
+    fetch(in, m, at, t, kForwardStates);
     step(a, load(in.v + t * kFloatLanes + at), x, count);
     for (std::int64_t c = 0; c < (alone ? 1 : in.channels); ++c) {
       if (!alone) load_each(in.weights + (c * in.substates + m) * kPair + at, weights, count);
@@ -79,9 +89,19 @@ LRNN_INLINE void add_channel(Vec g, const Complex* weights, const Complex* x, Co
     dW[j].im -= g * x[j].im;
   }
 }
-// Adjoints p of a step from `before`; carry := conj(a) p. Returns the sum of their real parts.
-LRNN_INLINE Vec step_back(const Complex* a, const Complex* before, const Complex* p, Complex* carry,
-                          Complex* da, const int count) {
+// to += conj(a) p
+LRNN_INLINE void add_step_back(const Complex* a, const Complex* p, Complex* to, const int count) {
+  LRNN_EACH {
+    to[j].re += p[j].re * a[j].re;
+    to[j].re += p[j].im * a[j].im;
+    to[j].im += p[j].im * a[j].re;
+    to[j].im -= p[j].re * a[j].im;
+  }
+}
+// What adjoints p of a step from `before` add to the gradient of its multiplier. Returns the sum of
+// their real parts.
+LRNN_INLINE Vec add_multiplier(const Complex* before, const Complex* p, Complex* da,
+                               const int count) {
   Vec sum = {};
   LRNN_EACH {
     sum += p[j].re;
@@ -89,8 +109,6 @@ LRNN_INLINE Vec step_back(const Complex* a, const Complex* before, const Complex
     da[j].re += p[j].im * before[j].im;
     da[j].im += p[j].im * before[j].re;
     da[j].im -= p[j].re * before[j].im;
-    carry[j].re = p[j].re * a[j].re + p[j].im * a[j].im;
-    carry[j].im = p[j].im * a[j].re - p[j].re * a[j].im;
   }
   return sum;
 }
@@ -101,6 +119,7 @@ LRNN_INLINE void keep_states(const FloatLaneBackward& p, const Complex* a, std::
   Complex x[kBackwardStates];
   load_each(p.states + m * kPair + at, x, count);
   for (std::int64_t t = 0; t < p.in.steps; ++t) {
+    fetch(p.in, m, at, t, kBackwardStates);
     LRNN_EACH states[t * kBackwardStates + j] = x[j];
     step(a, load(p.in.v + t * kFloatLanes + at), x, count);
   }
@@ -111,12 +130,12 @@ LRNN_INLINE void backward_states(const FloatLaneBackward& p, std::int64_t m, std
   const FloatLaneChunk& in = p.in;
   Complex states[(kChunk + 1) * kBackwardStates];
   Complex a[kBackwardStates];
-  Complex carry[kBackwardStates];
+  Complex adjoint[kBackwardStates];  // of the token after, or conj(a) times it at the right end
   Complex weights[kBackwardStates];
   Complex da[kBackwardStates] = {};
   Complex dW[kBackwardStates] = {};
   load_each(in.a + m * kPair + at, a, count);
-  load_each(p.carries + m * kPair + at, carry, count);
+  load_each(p.carries + m * kPair + at, adjoint, count);
   load_each(in.weights + m * kPair + at, weights, count);
   keep_states(p, a, m, at, states, count);
   if (!alone)
@@ -124,19 +143,26 @@ LRNN_INLINE void backward_states(const FloatLaneBackward& p, std::int64_t m, std
       store_each(p.dW + (c * in.substates + m) * kPair + at, dW, count);
   for (std::int64_t t = in.steps - 1; t >= 0; --t) {
     const Complex* const before = states + t * kBackwardStates;
+    Complex sum[kBackwardStates] = {};
     for (std::int64_t c = 0; c < (alone ? 1 : in.channels); ++c) {
       const std::int64_t pair = (c * in.substates + m) * kPair + at;
       if (!alone) load_each(in.weights + pair, weights, count);
       if (!alone) load_each(p.dW + pair, dW, count);
       add_channel(load(p.dy + (c * kChunk + t) * kFloatLanes + at), weights,
-                  before + kBackwardStates, carry, dW, count);
+                  before + kBackwardStates, sum, dW, count);
       if (!alone) store_each(p.dW + pair, dW, count);
     }
-    Complex adjoint[kBackwardStates];
-    LRNN_EACH adjoint[j] = carry[j];
+    if (t + 1 < in.steps) {
+      add_step_back(a, adjoint, sum, count);
+    } else {
+      LRNN_EACH sum[j] = {sum[j].re + adjoint[j].re, sum[j].im + adjoint[j].im};
+    }
+    LRNN_EACH adjoint[j] = sum[j];
     float* const dv = p.dv + t * kFloatLanes + at;
-    store(dv, load(dv) + step_back(a, before, adjoint, carry, da, count));
+    store(dv, load(dv) + add_multiplier(before, adjoint, da, count));
   }
+  Complex carry[kBackwardStates] = {};
+  add_step_back(a, adjoint, carry, count);
   store_each(p.carries + m * kPair + at, carry, count);
   store_each(p.da + m * kPair + at, da, count);
   if (alone) store_each(p.dW + m * kPair + at, dW, count);
