@@ -625,7 +625,7 @@ struct Backward {
     if constexpr (kGeneral)
       return GeneralRule{p.in.discretization}.multiplier(s.alpha[j][at.local], A[i]);
     else
-      return exp2_approx(delta * A[i]);
+      return decay(delta, A[i]);
   }
   /// k u B.
   __device__ __forceinline__ float drive(float delta, float input, int i, float B) const {
