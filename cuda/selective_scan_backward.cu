@@ -13,13 +13,14 @@
 // multiply-adds for 6 cycles, the shuffles and selections fill slots that those leave, and they are
 // exact. B8 L2048 D1536 N16 took 0.66 ms with them in bfloat16, 0.79 in float.
 //
-// Bound by multiply-adds and shared memory, three warps per scheduler, at N64 two: at B8 L2048
-// D1536 on an H200 in bfloat16 N16 0.595 ms, 48 % of the limit of 20 instructions per state and 30
-// per channel, N64 2.295 ms; in float N16 0.613 ms: 126 instructions per warp and step of its 128
-// states in 69 % of the cycles, L1 and shared memory busy for 68 %. The sub-tiles are 71 % of the
-// instructions and 57 % of the time, replay 13 and 15 %, what a window begins and ends with 16 and
-// 28 %. More warps (8 lanes of 2 states, 6 per scheduler) issued in 71 % of the cycles, but more in
-// all; a warp of its own for copies and the parts of dB and dC gained nothing.
+// Bound by multiply-adds, shared memory and latency together, with three warps per scheduler, at
+// N64 two. B8 L2048 D1536 on an H200: bfloat16 N16 0.595 ms, 48 % of the limit of 20 instructions
+// per state and 30 per channel; a warp issues 125 instructions per step of its 128 states, in 70 %
+// of the cycles, L1 and shared memory are busy for 69 %. N64 2.30 ms: 210 instructions per step of
+// 256 states in 62 %, shared memory 65 %. Float 0.613 and 2.33 ms; of the first the sub-tiles are
+// 71 % of the instructions and 57 % of the time, replay 13 and 15 %, what a window begins and ends
+// with 16 and 28 %. More warps (8 lanes of 2 states, 6 per scheduler) issued in no more than 71 %
+// of the cycles; a warp of its own for copies and for the parts of dB and dC gained nothing.
 #include "common/quad_sum.cuh"
 #include "common/selective_scan.cuh"
 #include "common/split_barrier.cuh"
