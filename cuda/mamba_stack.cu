@@ -672,7 +672,7 @@ struct Computer {
   /// One state: h = exp(delta A) h + delta u B, and C h.
   __device__ __forceinline__ static float advance(float& h, float rate, float delta, float drive,
                                                   float B, float C) {
-    h = fmaf(exp2_approx(delta * rate), h, drive * B);
+    h = fmaf(selective::decay(delta, rate), h, drive * B);
     return C * h;
   }
   /// Moves a channel on by its token; the gated output.

@@ -437,7 +437,7 @@ struct Forward {
         const float a = rule.multiplier(quad.alpha[j % kQuad], A[i]);
         h[i] = fmaf(a, h[i], rule.factor(delta, A[i]) * drive * b[i]);
       } else {
-        h[i] = fmaf(exp2_approx(delta * A[i]), h[i], drive * b[i]);
+        h[i] = fmaf(decay(delta, A[i]), h[i], drive * b[i]);
       }
       sum = i == 0 ? c[i] * h[i] : fmaf(c[i], h[i], sum);
     }

@@ -4,22 +4,23 @@
 // which leaves a state every kSubTile steps in shared memory; from there the states and multipliers
 // of kSubTile steps are recomputed into registers and the adjoint g runs through them:
 //   g_t = C_t dy_t + a_{t+1} g_{t+1},   dy already multiplied by the gate.
-// dB and dC are sums over channels: tensor cores add the channels of a quad of lanes
-// (common/quad_sum.cuh), shared memory the quads of a block, while the next steps are worked on,
-// and a second kernel the tiles of channels, all in fixed order.
+// dB and dC are sums over channels: shuffles add the channels of a warp (OrderedLayout,
+// HalvedLayout; for 17 to 32 states tensor cores those of a quad of lanes, common/quad_sum.cuh),
+// shared memory the warps of a block, while the next steps are worked on, and a second kernel the
+// tiles of channels, all in fixed order.
 //
-// Bound by issue slots, shared memory and latency, three warps per scheduler: at B8 L2048 D1536 N16
-// in bfloat16 on an H200 0.66 ms, 43 % of the limit of 20 instructions per state and 30 per
-// channel. A warp issues 119 instructions per step of its 128 states, in 64 % of the cycles; shared
-// memory is busy for 60 %. The sub-tiles are 69 % of the instructions and 53 % of the time, of it
-// 13 % where parts of dB and dC are added; replay 14 and 21 %; what a window begins and ends with
-// 15 and 22 %. Special functions ahead of their use, in registers, made all of it slower.
+// Why not tensor cores: a product of mma.m16n8k8 in TF32 keeps a scheduler of an H200 from
+// multiply-adds for 6 cycles, the shuffles and selections fill slots that those leave, and they are
+// exact. B8 L2048 D1536 N16 took 0.66 ms with them in bfloat16, 0.79 in float.
 //
-// In float of up to 16 states shuffles add the channels of a warp (OrderedLayout): 12 instructions
-// for the 8 numbers of a thread and step, and exact; tensor cores took 20, as they see a number in
-// two parts, and waited for each other. 0.613 ms: 126 instructions per warp and step in 69 % of the
-// cycles, L1 and shared memory busy for 68 %. The sub-tiles are 71 % of the instructions and 57 %
-// of the time, replay 13 and 15 %, what a window begins and ends with 16 and 28 %.
+// Bound by multiply-adds, shared memory and latency together, with three warps per scheduler, at
+// N64 two. B8 L2048 D1536 on an H200: bfloat16 N16 0.595 ms, 48 % of the limit of 20 instructions
+// per state and 30 per channel; a warp issues 125 instructions per step of its 128 states, in 70 %
+// of the cycles, L1 and shared memory are busy for 69 %. N64 2.30 ms: 210 instructions per step of
+// 256 states in 62 %, shared memory 65 %. Float 0.613 and 2.33 ms; of the first the sub-tiles are
+// 71 % of the instructions and 57 % of the time, replay 13 and 15 %, what a window begins and ends
+// with 16 and 28 %. More warps (8 lanes of 2 states, 6 per scheduler) issued in no more than 71 %
+// of the cycles; a warp of its own for copies and for the parts of dB and dC gained nothing.
 #include "common/quad_sum.cuh"
 #include "common/selective_scan.cuh"
 #include "common/split_barrier.cuh"
@@ -28,11 +29,11 @@ namespace lrnn::cuda {
 namespace selective {
 namespace {
 
-/// Layout in float, where shuffles add the channels of a warp. Lanes hold their four states in the
-/// order i ^ x, each with its own x, so that none selects what it sends: the first half of its
-/// numbers stays, the second one goes. B and C lie in shared memory in all orders. Lanes i and i ^
-/// 1 have the same channel, i and i ^ 2 the same states and order: shared memory serves half a warp
-/// at once.
+/// Layout of up to 16 states, where shuffles add the channels of a warp. Lanes hold their four
+/// states in the order i ^ x, each with its own x, so that none selects what it sends: the first
+/// half of its numbers stays, the second one goes. B and C lie in shared memory in all orders.
+/// Lanes i and i ^ 1 have the same channel, i and i ^ 2 the same states and order: shared memory
+/// serves half a warp at once.
 struct OrderedLayout : Layout<4, 4, 32> {
   static constexpr int kOrders = 4;
 
@@ -42,6 +43,16 @@ struct OrderedLayout : Layout<4, 4, 32> {
 };
 template <class P>
 constexpr bool kOrdered = std::is_base_of_v<OrderedLayout, P>;
+
+/// The same for 64 states, as far as B and C need no copies: half of the lanes hold their eight
+/// states in the order i ^ 4. Lanes i and i ^ 1 have the same channel, i and i ^ 2 the same states.
+struct HalvedLayout : Layout<8, 8, 16> {
+  static __device__ int part_of(int thread) { return thread % 2 + thread % 32 / 8 * 2; }
+  static __device__ int channel_of(int thread) { return thread / 32 * 4 + thread % 8 / 2; }
+  static __device__ int order_of(int thread) { return thread & 4; }
+};
+template <class P>
+constexpr bool kHalved = std::is_base_of_v<HalvedLayout, P>;
 
 /// How the backward pass splits a chunk: kSteps per staged window, kSubTile steps whose states are
 /// in registers and whose sums over states are added at once, kAdded steps per addition of the
@@ -73,9 +84,13 @@ struct Plan : L {
 template <class P>
 using PerStep = float[P::kSteps / 4][P::kChannels][4];
 
-/// The same, unless it is kept in place of an operand.
-template <class P>
-using Apart = float[kOrdered<P> ? 1 : P::kSteps / 4][kOrdered<P> ? 1 : P::kChannels][4];
+/// Whether what is prepared of dt and z takes their place in the window, which loses nothing then.
+template <class T, class P>
+constexpr bool kInPlace = kOrdered<P> && std::is_same_v<T, float>;
+
+/// As PerStep, unless it takes the place of an operand.
+template <class T, class P>
+using Apart = float[kInPlace<T, P> ? 1 : P::kSteps / 4][kInPlace<T, P> ? 1 : P::kChannels][4];
 
 /// The vectors of a tile of kRows x kWidth that the calling thread copies, `kTurnRows` rows apart.
 template <class T, int kRows, int kWidth, int kThreads>
@@ -139,10 +154,15 @@ struct SumsLayout {
 
 /// Place of column 0 of a row among columns in shared memory, to be combined by exclusive or: the
 /// lanes that finish steps side by side meet different banks.
-template <class P>
+template <class T, class P>
 __device__ __forceinline__ constexpr int spread(int row) {
-  return kOrdered<P> ? row % 4 * 8 : 0;
+  return kInPlace<T, P> ? row % 4 * 8 : 0;
 }
+
+/// Whether the states that enter the last sub-tile of a chunk stay in registers: with two windows
+/// there is no shared memory for them.
+template <class T, class P>
+constexpr bool kCarried = kOrdered<P> && P::kSteps == kChunk && kWindowsHeld<T, P> == 2;
 
 template <class T, class P, bool kGeneral>
 struct BackwardShared {
@@ -153,9 +173,10 @@ struct BackwardShared {
   alignas(16) PerStep<P> delta;
   alignas(16) PerStep<P> input;  // delta u; general: u
   alignas(16) PerStep<P> dy_gated;
-  alignas(16) Apart<P> slope;    // of delta over dt; kOrdered: in place of dt
-  alignas(16) Apart<P> dz_of_y;  // dz divided by y before the gate; kOrdered: in place of z
-  alignas(16) float states[kChunk / P::kSubTile][P::kThreads][P::kStates];
+  alignas(16) Apart<T, P> slope;    // of delta over dt; or in place of dt
+  alignas(16) Apart<T, P> dz_of_y;  // dz divided by y before the gate; or in place of z
+  static constexpr int kKept = kChunk / P::kSubTile - (kCarried<T, P> ? 1 : 0);
+  alignas(16) float states[kKept][P::kThreads][P::kStates];  // that enter the sub-tiles
   alignas(16) float sums[P::kSumsHeld][SumsLayout<P>::kSize];
   SplitBarrier added;
   std::int64_t first_states;  // row of the states of channel 0 that enter the sequence
@@ -216,6 +237,14 @@ __device__ __forceinline__ void write_few(float* p, const float (&v)[kCount]) {
   else
     write_shared<kCount>(p, v);
 }
+/// To global memory, by one instruction: the compiler would take one for each number.
+template <int kCount>
+__device__ __forceinline__ void store_few(float* p, const float (&v)[kCount]) {
+  if constexpr (kCount == 2)
+    __stcg(reinterpret_cast<float2*>(p), make_float2(v[0], v[1]));
+  else
+    __stcg(reinterpret_cast<float4*>(p), make_float4(v[0], v[1], v[2], v[3]));
+}
 /// As write_states().
 template <class L>
 __device__ __forceinline__ void write_few_states(float* base, std::int64_t row, const Place<L>& at,
@@ -242,9 +271,15 @@ __device__ __forceinline__ float gate_of(float z) {
   return reciprocal(1.0F + exp2_approx(-kLog2e * z));
 }
 
-/// softplus(x), as in common/selective_scan.cuh, and its derivative.
+/// softplus(x), as in common/selective_scan.cuh, for x in bfloat16 as in the forward pass, and its
+/// derivative.
+template <class T>
 __device__ __forceinline__ float softplus_slope(float x, float& slope) {
   const float e = exp2_approx(-kLog2e * fabsf(x));
+  if constexpr (!std::is_same_v<T, float>) {
+    slope = (x < 0.0F ? e : 1.0F) * reciprocal(1.0F + e);
+    return softplus_of_step<T>(x);
+  }
   const float s = e * reciprocal(2.0F + e);
   const float w = s * s;
   float p = fmaf(w, 0.281577784F, 0.279651577F);
@@ -337,11 +372,11 @@ struct Backward {
     const auto thread = static_cast<int>(threadIdx.x);
     partial_sums = p.dBC + (partials * P::kSums + thread * kAddedAtOnce);
     const int step = at.part / kCopies;
-    finished = step * P::kChannels + (at.local ^ spread<P>(step));
+    finished = step * P::kChannels + (at.local ^ spread<T, P>(step));
     finished_step = step / 4 * P::kChannels * 4 + at.local * 4 + step % 4;
     kept = thread / 32 * SumsLayout<P>::kPart + at.part * 8 + (thread & 2) * 2 + own_order();
     asm volatile("" : "+r"(kept));  // not computed again
-    own = kOrdered<P> ? place_of(at.part, own_order()) : at.part * kStates;
+    own = kOrdered<P> ? place_of(at.part, own_order()) : at.part * kStates + own_order();
     const Operands<T>& in = p.in;
     read_A<L>(in.A_log, at, in.sizes.dstate, kGeneral ? 1.0F : kLog2e, A);
     reorder(A);
@@ -390,7 +425,7 @@ struct Backward {
 
   static constexpr int kHeld = kWindowsHeld<T, P>;
   /// Whether the next window is loaded while the gradients of the last one are stored.
-  static constexpr bool kIncoming = kOrdered<P> && kSteps == kChunk;
+  static constexpr bool kIncoming = kInPlace<T, P> && kSteps == kChunk;
 
   /// Where it is loaded to: nobody needs the states then.
   __device__ __forceinline__ Window<T, P>& incoming() const {
@@ -489,13 +524,29 @@ struct Backward {
     return order * P::kN + (part ^ (order & 2)) * 4;
   }
   static __device__ __forceinline__ int own_order() {
-    return OrderedLayout::order_of(static_cast<int>(threadIdx.x));
+    const auto thread = static_cast<int>(threadIdx.x);
+    if constexpr (kOrdered<P>) return OrderedLayout::order_of(thread);
+    return kHalved<P> ? HalvedLayout::order_of(thread) : 0;
+  }
+  /// Own states of a row of B or C, which begin at p.
+  static __device__ __forceinline__ void read_own(const float* p, float (&v)[kStates]) {
+    if constexpr (kHalved<P>) {
+      float half[4];
+      read_shared<4>(p, half);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) v[i] = half[i];
+      read_shared<4>(p + (4 - 2 * own_order()), half);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) v[4 + i] = half[i];
+    } else {
+      read_few<kStates>(p, v);
+    }
   }
   /// From or to the order of the lane.
   static __device__ __forceinline__ void reorder(float (&v)[kStates]) {
-    if constexpr (kOrdered<P>) {
+    if constexpr (kOrdered<P> || kHalved<P>) {
 #pragma unroll
-      for (int bit = 1; bit < OrderedLayout::kOrders; bit *= 2) {
+      for (int bit = kHalved<P> ? 4 : 1; bit < kStates; bit *= 2) {
         const bool swap = (own_order() & bit) != 0;
         float w[kStates];
 #pragma unroll
@@ -547,7 +598,7 @@ struct Backward {
         }
       }
     }
-    if constexpr (kOrdered<P> && !kIncoming) __syncwarp();  // one warp reads and replaces a row
+    if constexpr (kInPlace<T, P> && !kIncoming) __syncwarp();  // one warp reads and replaces a row
 #pragma unroll
     for (int k = 0; k < kTurns; ++k) {
       const int at_four = four + k * kTurnFours;
@@ -564,14 +615,14 @@ struct Backward {
       float input[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        delta[i] = softplus_slope(dt[k][i] + prepared_bias, slope[i]);
+        delta[i] = softplus_slope<T>(dt[k][i] + prepared_bias, slope[i]);
         input[i] = kGeneral ? u[k][i] : delta[i] * u[k][i];
         if constexpr (kGeneral) s.alpha[4 * at_four + i][c] = delta[i];
       }
       write_shared<4>(s.delta[at_four][c], delta);
       write_shared<4>(s.input[at_four][c], input);
       if constexpr (!kReplay) write_prepared(window->dt, s.slope, at_four, slope);
-      if constexpr (kOrdered<P>) write_tile(window->u, at_four, u[k]);
+      if constexpr (kInPlace<T, P>) write_tile(window->u, at_four, u[k]);
     }
     const int rows = rows_from(first);
     if (rows < kSteps || (kGeneral && p.in.tau != nullptr)) correct_fours(first, four, rows);
@@ -580,11 +631,12 @@ struct Backward {
   /// Four steps of the channel of the calling thread.
   static __device__ __forceinline__ void write_tile(Tile& tile, int four, const float (&v)[4]) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) tile[4 * four + i][prepared() ^ spread<P>(i)] = from_float<T>(v[i]);
+    for (int i = 0; i < 4; ++i)
+      tile[4 * four + i][prepared() ^ spread<T, P>(i)] = from_float<T>(v[i]);
   }
-  static __device__ __forceinline__ void write_prepared(Tile& tile, Apart<P>& apart, int four,
+  static __device__ __forceinline__ void write_prepared(Tile& tile, Apart<T, P>& apart, int four,
                                                         const float (&v)[4]) {
-    if constexpr (kOrdered<P>)
+    if constexpr (kInPlace<T, P>)
       write_tile(tile, four, v);
     else
       write_shared<4>(apart[four][prepared()], v);
@@ -608,8 +660,8 @@ struct Backward {
       const int j = 4 * (four + k / 4 * kTurnFours) + k % 4;
       if (j >= rows) {
         s.delta[j / 4][c][j % 4] = 0.0F;
-        if constexpr (kOrdered<P>)
-          window->dt[j][c ^ spread<P>(j)] = from_float<T>(0.0F);
+        if constexpr (kInPlace<T, P>)
+          window->dt[j][c ^ spread<T, P>(j)] = from_float<T>(0.0F);
         else
           s.slope[j / 4][c][j % 4] = 0.0F;
       }
@@ -625,7 +677,7 @@ struct Backward {
     if constexpr (kGeneral)
       return GeneralRule{p.in.discretization}.multiplier(s.alpha[j][at.local], A[i]);
     else
-      return exp2_approx(delta * A[i]);
+      return decay(delta, A[i]);
   }
   /// k u B.
   __device__ __forceinline__ float drive(float delta, float input, int i, float B) const {
@@ -670,16 +722,17 @@ struct Backward {
     compute(r.m, j0);
     read_steps(s.input, j0, r.input);
 #pragma unroll
-    for (int i = 0; i < P::kSubTile; ++i) read_few<kStates>(own_B(j0 + i), r.B[i]);
+    for (int i = 0; i < P::kSubTile; ++i) read_own(own_B(j0 + i), r.B[i]);
   }
   /// Runs the states through a sub-tile and keeps them as those that enter sub-tile `next`.
-  __device__ __forceinline__ void run(float (&h)[kStates], const Replayed& r, int next) {
+  __device__ __forceinline__ void run(float (&h)[kStates], const Replayed& r, int next,
+                                      bool keeps = true) {
 #pragma unroll
     for (int i = 0; i < P::kSubTile; ++i)
 #pragma unroll
       for (int n = 0; n < kStates; ++n)
         h[n] = fmaf(r.m.a[i][n], h[n], drive(r.m.delta[i], r.input[i], n, r.B[i][n]));
-    write_few<kStates>(s.states[next][threadIdx.x], h);
+    if (keeps) write_few<kStates>(s.states[next][threadIdx.x], h);
   }
   /// Runs the states through the first `sub_tiles` of a window and keeps those that enter them and
   /// what follows. Sub-tile `index` of the chunk is the first of the window. A sub-tile is read
@@ -697,9 +750,10 @@ struct Backward {
       read(even, k + 2);
       run(h, odd, index + k + 2);
     }
-    if (k + 1 < sub_tiles) read(odd, k + 1);
-    run(h, even, index + k + 1);
-    if (k + 1 < sub_tiles) run(h, odd, index + k + 2);
+    const bool both = k + 1 < sub_tiles;
+    if (both) read(odd, k + 1);
+    run(h, even, index + k + 1, both || !kCarried<T, P>);
+    if (both) run(h, odd, index + k + 2, !kCarried<T, P>);
   }
 
   /// Sums over the states of a channel, for the steps of a sub-tile.
@@ -728,7 +782,7 @@ struct Backward {
   __device__ __forceinline__ void retreat(int j, int slot, const Step& d, StateSums& sums,
                                           QuadSums& quad) {
     float C[kStates];
-    read_few<kStates>(own_C(j), C);
+    read_own(own_C(j), C);
     float shared_sums[2 * kStates];  // dB and dC of this channel
     float y = 0.0F;
     float du = 0.0F;
@@ -769,6 +823,14 @@ struct Backward {
     const int warp = static_cast<int>(threadIdx.x) / 32;
     if constexpr (kOrdered<P>) {
       quad.v[0][slot] = add_orders(v);
+    } else if constexpr (kHalved<P>) {
+      static_assert(P::kSubTile == kQuadTurns);
+      add_halves(v, quad.v[slot]);
+      if (slot != 0) return;
+      float* const out = sums_of(turn) + warp * P::kSumsPart + j % P::kAdded * P::kSumsRow +
+                         (at.part * 2 * kStates + (lane & 2) * 4 + own_order());
+#pragma unroll
+      for (int i = 0; i < kQuadTurns; ++i) write_shared<4>(out + i * P::kSumsRow, quad.v[i]);
     } else if constexpr (P::kQuads) {
       // Results in bfloat16 drop more than one product in TF32 does.
       constexpr bool kExact = std::is_same_v<T, float>;
@@ -794,6 +856,17 @@ struct Backward {
     }
   }
 
+  /// Adds dB and dC over the channels of a warp: a lane keeps four sums, of dB or of dC.
+  static __device__ __forceinline__ void add_halves(float (&v)[2 * kStates], float (&sums)[4]) {
+    const auto from = [](float x, int apart) { return __shfl_xor_sync(0xFFFFFFFFU, x, apart); };
+    const bool of_C = (threadIdx.x & 2) != 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      v[i] += from(v[i + 4], 4);
+      v[kStates + i] += from(v[kStates + i + 4], 4);
+      sums[i] = (of_C ? v[kStates + i] : v[i]) + from(of_C ? v[i] : v[kStates + i], 2);
+    }
+  }
   /// Adds dB and dC over the channels of a warp: a lane keeps one sum.
   static __device__ __forceinline__ float add_orders(float (&v)[2 * kStates]) {
     const auto from = [](float x, int apart) { return __shfl_xor_sync(0xFFFFFFFFU, x, apart); };
@@ -860,7 +933,7 @@ struct Backward {
         for (int part = 0; part + apart < kParts; part += 2 * apart)
 #pragma unroll
           for (int k = 0; k < kVec; ++k) v[part][k] += v[part + apart][k];
-      if (step < last) write_few<kVec>(out + (i - thread) * kVec, v[0]);
+      if (step < last) store_few<kVec>(out + (i - thread) * kVec, v[0]);
     });
   }
 
@@ -870,6 +943,9 @@ struct Backward {
     if constexpr (kOrdered<P>) {
       transpose_add<kCount, 2, 16>(v, part / 2);
       transpose_add<(kCount + 1) / 2, 2, 1>(v, part % 2);
+    } else if constexpr (kHalved<P>) {
+      transpose_add<kCount, 4, 8>(v, part / 2);
+      transpose_add<1, 2, 1>(v, part % 2);
     } else {
       transpose_add<kCount, P::kLanes, P::kPerWarp>(v, part);
     }
@@ -881,9 +957,9 @@ struct Backward {
     add_states(sums.dalpha, at.part);
     if constexpr (kGeneral) add_states(sums.ddelta, at.part);
   }
-  /// Gradients of the channel inputs of the sub-tile at j.
+  /// Gradients of the channel inputs of the sub-tile at j. All lanes with a step find and write the
+  /// same: a branch would cut the code around it.
   __device__ __forceinline__ void finish_steps(int first, int j, const StateSums& sums) {
-    if (at.part % kCopies != 0) return;
     const auto of_step = [&](const PerStep<P>& v) { return v[j / 4][0][finished_step]; };
     const float u = to_float(window->u[j][finished]);
     const float dy = of_step(s.dy_gated);
@@ -906,7 +982,7 @@ struct Backward {
     }
     float slope;
     float dz_of_y;
-    if constexpr (kOrdered<P>) {
+    if constexpr (kInPlace<T, P>) {
       slope = to_float(window->dt[j][finished]);
       dz_of_y = to_float(window->z[j][finished]);
     } else {
@@ -925,12 +1001,13 @@ struct Backward {
   static constexpr int kPerTurn = P::kAdded / P::kSubTile;
 
   /// The sub-tiles of a window from the right.
-  __device__ __forceinline__ void sub_tiles(int first, int index) {
+  __device__ __forceinline__ void sub_tiles(int first, int index, float (&entering)[kStates]) {
 #pragma unroll 1
     for (int k = kSteps / P::kSubTile - kPerTurn; k >= 0; k -= kPerTurn) {
       StateSums sums;
 #pragma unroll
-      for (int i = kPerTurn - 1; i >= 0; --i) sub_tile(first, k + i, index + k + i, i, sums);
+      for (int i = kPerTurn - 1; i >= 0; --i)
+        sub_tile(first, k + i, index + k + i, i, entering, sums);
       finish_steps(first, k * P::kSubTile, sums);
       end_turn(first + k * P::kSubTile);
     }
@@ -938,13 +1015,19 @@ struct Backward {
 
   /// Sub-tile k of the window that begins at `first`; `index` counts in the chunk. `sums`: of
   /// sub-tile k + 1, which is finished here unless k begins a turn, so that its shuffles do not
-  /// wait; then of this one.
+  /// wait; then of this one. `entering`: the states that enter, if carried; then of sub-tile k - 1.
   __device__ __forceinline__ void sub_tile(int first, int k, int index, int in_turn,
-                                           StateSums& sums) {
+                                           float (&entering)[kStates], StateSums& sums) {
     const int j0 = k * P::kSubTile;
     const bool begins = in_turn == kPerTurn - 1;
     float h[P::kSubTile + 1][kStates];
-    read_few<kStates>(s.states[index][threadIdx.x], h[0]);
+    if constexpr (kCarried<T, P>) {
+#pragma unroll
+      for (int n = 0; n < kStates; ++n) h[0][n] = entering[n];
+      read_few<kStates>(s.states[max(index - 1, 0)][threadIdx.x], entering);
+    } else {
+      read_few<kStates>(s.states[index][threadIdx.x], h[0]);
+    }
     Multipliers m;
     compute(m, j0);
     float B[P::kSubTile][kStates];
@@ -952,21 +1035,21 @@ struct Backward {
     read_steps(s.input, j0, input);
 #pragma unroll
     for (int i = 0; i < P::kSubTile; ++i) {
-      read_few<kStates>(own_B(j0 + i), B[i]);
+      read_own(own_B(j0 + i), B[i]);
 #pragma unroll
       for (int n = 0; n < kStates; ++n)
         h[i + 1][n] = fmaf(m.a[i][n], h[i][n], drive(m.delta[i], input[i], n, B[i][n]));
     }
-    if (!begins)
-      finish_steps(first, j0 + P::kSubTile, sums);
-    else if (!kOrdered<P>)
-      begin_turn();
+    if (!begins) finish_steps(first, j0 + P::kSubTile, sums);
     float dy[P::kSubTile];
     read_steps(s.dy_gated, j0, dy);
     QuadSums quad;
 #pragma unroll
-    for (int i = P::kSubTile - 1; i >= 0; --i)
+    for (int i = P::kSubTile - 1; i >= 0; --i) {
+      // Just before parts are written: loads and special functions do not pass a barrier.
+      if (!kOrdered<P> && begins && i == (P::kQuads ? 0 : P::kSubTile - 1)) begin_turn();
       retreat(j0 + i, i, {m.delta[i], input[i], dy[i], B[i], h[i], h[i + 1], m.a[i]}, sums, quad);
+    }
     if constexpr (kOrdered<P>) {
       if (begins) begin_turn();
       write_orders(in_turn * P::kSubTile, quad.v[0]);
@@ -986,7 +1069,7 @@ struct Backward {
     v.for_each([&](int i, int r, int behind) {
       if (r >= rows) return;
       const auto bits = [&](const T* tile) {
-        return r < valid ? *reinterpret_cast<const uint4*>(tile + (i ^ spread<P>(v.row)))
+        return r < valid ? *reinterpret_cast<const uint4*>(tile + (i ^ spread<T, P>(v.row)))
                          : make_uint4(0, 0, 0, 0);
       };
       const auto store = [&](T* corner, std::int64_t stride, uint4 q) {
@@ -1009,7 +1092,7 @@ struct Backward {
       const int channel = at.tile * P::kChannels + c;
       if (r >= rows || channel >= p.in.sizes.channels) continue;
       to.row(at.first_row + first + r)[channel] =
-          first + r < at.length ? tile[r][c ^ spread<P>(r)] : from_float<T>(0.0F);
+          first + r < at.length ? tile[r][c ^ spread<T, P>(r)] : from_float<T>(0.0F);
     }
   }
 
@@ -1084,7 +1167,7 @@ struct Backward {
       enter<false>(begin, begin - kChunk, false);
       reorder(h);  // loaded by now
       replay(h, 0, kSubTiles - 1);
-      sub_tiles(begin, 0);
+      sub_tiles(begin, 0, h);
       write_window(begin);
     } else {
       reorder(h);
@@ -1099,7 +1182,7 @@ struct Backward {
         const int first = begin + w * kSteps;
         enter<false>(first, w > 0 ? first - kSteps : begin - kChunk, w == 0);
         if (w == windows - 1) replay(h, w * kSubTiles, kSubTiles - 1);
-        sub_tiles(first, w * kSubTiles);
+        sub_tiles(first, w * kSubTiles, h);
         write_window(first);
       }
     }
@@ -1117,7 +1200,8 @@ struct Backward {
     if (p.dstate_in != nullptr && at.segment == 0)
       write_few_states<L>(p.dstate_in, std::int64_t{at.batch} * z.channels + at.channel, at,
                           z.dstate, g);
-    float v[3][1] = {{dbias}, {dD}, {drate}};
+    const float counted = at.part % kCopies == 0 ? 1.0F : 0.0F;  // of lanes with the same steps one
+    float v[3][1] = {{counted * dbias}, {counted * dD}, {counted * drate}};
     for (float (&sum)[1] : v) add_states(sum, at.part);
     if (at.part != 0 || !at.active) return;
     if (kGeneral && p.in.tau != nullptr) v[2][0] *= fast_sigmoid(p.in.dtA_bias[at.channel]);
@@ -1356,7 +1440,7 @@ void visit_plan(std::int64_t dstate, F&& f) {
   // Shorter windows give the same sums.
   const int limit = shared_limit();
   if (dstate <= 16) {
-    using L = std::conditional_t<std::is_same_v<T, float>, OrderedLayout, Layout<4, 4, 32>>;
+    using L = OrderedLayout;
     if (limit < 96 * 1024) return f.template operator()<Plan<L, 16, 4, 8, 1, 1>>();
     return f.template operator()<Plan<L, 32, 4, 8, 3, 2>>();
   }
@@ -1365,9 +1449,8 @@ void visit_plan(std::int64_t dstate, F&& f) {
   } else {
     if (dstate <= 32) return f.template operator()<Plan<Layout<8, 4, 16>, 32, 4, 8, 3, 2>>();
     if (dstate <= 64) {
-      if (limit < 112 * 1024)
-        return f.template operator()<Plan<Layout<8, 8, 16>, 16, 4, 8, 2, 1>>();
-      return f.template operator()<Plan<Layout<8, 8, 16>, 32, 4, 8, 2, 2>>();
+      if (limit < 112 * 1024) return f.template operator()<Plan<HalvedLayout, 16, 4, 8, 2, 1>>();
+      return f.template operator()<Plan<HalvedLayout, 32, 4, 8, 2, 2>>();
     }
     if (dstate <= 128) return f.template operator()<Plan<Layout<32, 4, 8>, 16, 4, 4, 2, 1>>();
   }

@@ -117,7 +117,7 @@ struct StepStates {
     for (int k = 0; k < kVec; ++k) {
       const float A = rates.A[k];
       const float factor = kGeneral ? rule.factor(delta, A) : delta;
-      const float a = kGeneral ? rule.multiplier(alpha, A) : exp2_approx(alpha * A);
+      const float a = kGeneral ? rule.multiplier(alpha, A) : decay(alpha, A);
       h[k] = fmaf(a, h[k], factor * u * B.get(k));
       y = fmaf(C.get(k), h[k], y);
     }
@@ -394,7 +394,7 @@ struct Quad {
       y[j] = 0.0F;
 #pragma unroll
       for (int k = 0; k < kStates; ++k) {
-        v[k] = fmaf(exp2_approx(delta * rates.A[k]), h[j].get(k), drive * B[j].get(k));
+        v[k] = fmaf(decay(delta, rates.A[k]), h[j].get(k), drive * B[j].get(k));
         y[j] = fmaf(C[j].get(k), v[k], y[j]);
       }
       if (j < count) __stcs(reinterpret_cast<float4*>(to), make_float4(v[0], v[1], v[2], v[3]));

@@ -175,6 +175,12 @@ __device__ __forceinline__ float exp2_approx(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
   return r;
 }
+/// exp(delta A), A times log2(e). ex2.approx falls short of a power near 1 by 2e-8 to 5e-8 of it,
+/// which a state adds up over all that it remembers; the bias undoes most of that, and a product of
+/// zero still gives 1.
+__device__ __forceinline__ float decay(float delta, float A) {
+  return exp2_approx(fmaf(delta, A, 2.9e-8F));
+}
 __device__ __forceinline__ float fast_sigmoid(float v) {
   return __fdividef(1.0F, 1.0F + __expf(-v));
 }

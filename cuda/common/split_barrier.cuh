@@ -28,7 +28,14 @@ struct SplitBarrier {
   }
   /// Waits until all threads have ended `turn`, the last one that the calling thread has ended.
   __device__ __forceinline__ void wait(unsigned turn) {
-#if __CUDA_ARCH__ >= 800
+#if __CUDA_ARCH__ >= 900
+    asm volatile(
+        "{\n.reg .pred done;\nagain:\n"
+        "mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
+        "@!done bra again;\n}" ::"r"(address()),
+        "r"(turn & 1)
+        : "memory");
+#elif __CUDA_ARCH__ >= 800
     asm volatile(
         "{\n.reg .pred done;\nagain:\n"
         "mbarrier.test_wait.parity.shared.b64 done, [%0], %1;\n"
