@@ -7,15 +7,15 @@
 
 namespace lrnn::cuda::few_rows {
 
-constexpr int kMaxWarpsOfTwo = 8;  // of a block, for each of two products
+// Of a block, for each of two products: two blocks of most warps are resident, so that the blocks
+// of 32 rows and 768 columns are so together.
+constexpr int kMaxWarpsOfTwo = 6;
 
 /// Two products with the same columns, whose x and depth may differ: some warps of a block do the
 /// first, the others the second. The epilogue gets both sums of a row and column.
 template <class T, int kRows, class Epilogue>
-__global__ __launch_bounds__(64 * kMaxWarpsOfTwo) void two_products_kernel(Args<T> all_a,
-                                                                           Args<T> all_b,
-                                                                           int a_warps,
-                                                                           Epilogue epilogue) {
+__global__ __launch_bounds__(64 * kMaxWarpsOfTwo, sizeof(T) == 2 ? 2 : 1) void two_products_kernel(
+    Args<T> all_a, Args<T> all_b, int a_warps, Epilogue epilogue) {
   constexpr int kSums = kRows * kPitch<1>;
   constexpr int kPerLane = sizeof(T) == 2 ? kRows / 8 : kRows;
   extern __shared__ float sums[];
