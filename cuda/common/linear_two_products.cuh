@@ -1,5 +1,5 @@
-/// Two products of few rows whose sums meet in one epilogue: gates of the same
-/// channel, the real and the imaginary part of a drive, or two terms of a sum.
+/// Two products of few rows whose sums meet in one epilogue: gates of the same channel, the real
+/// and the imaginary part of a drive, or two terms of a sum.
 #pragma once
 
 #include "common/linear_few_rows.cuh"
@@ -7,25 +7,21 @@
 
 namespace lrnn::cuda::few_rows {
 
-// Of a block, for each of two products: two blocks of most warps are resident,
-// so that the blocks of 32 rows and 768 columns are so together.
+// Of a block, for each of two products: two blocks of most warps are resident, so that the blocks
+// of 32 rows and 768 columns are so together.
 constexpr int kMaxWarpsOfTwo = 6;
 
-/// Two products with the same columns, whose x and depth may differ: some warps
-/// of a block do the first, the others the second. The epilogue gets both sums
-/// of a row and column.
+/// Two products with the same columns, whose x and depth may differ: some warps of a block do the
+/// first, the others the second. The epilogue gets both sums of a row and column.
 template <class T, int kRows, class Epilogue>
-__global__ __launch_bounds__(
-    64 * kMaxWarpsOfTwo,
-    sizeof(T) == 2 ? 2 : 1) void two_products_kernel(Args<T> all_a,
-                                                     Args<T> all_b, int a_warps,
-                                                     Epilogue epilogue) {
+__global__ __launch_bounds__(64 * kMaxWarpsOfTwo, sizeof(T) == 2 ? 2 : 1) void two_products_kernel(
+    Args<T> all_a, Args<T> all_b, int a_warps, Epilogue epilogue) {
   constexpr int kSums = kRows * kPitch<1>;
   constexpr int kPerLane = sizeof(T) == 2 ? kRows / 8 : kRows;
   extern __shared__ float sums[];
   let_next_kernel_start();
   const RowGroup<T> group(all_a, kRows);
-  const Args<T> &a = group.rows;
+  const Args<T>& a = group.rows;
   const Args<T> b = RowGroup<T>(all_b, kRows).rows;
   const int thread = static_cast<int>(threadIdx.x);
   const int threads = static_cast<int>(blockDim.x);
@@ -33,67 +29,56 @@ __global__ __launch_bounds__(
   const int warps = threads / 32;
   const int column = static_cast<int>(blockIdx.x) * kColumns;
   const int count = a.rows * kColumns;
-  const auto exists = [&](int k) {
-    return k < count && column + k % kColumns < a.columns;
-  };
+  const auto exists = [&](int k) { return k < count && column + k % kColumns < a.columns; };
   if constexpr (requires { epilogue.prefetch(0, 0); })
     for (int k = thread; k < count; k += threads)
-      if (exists(k))
-        epilogue.prefetch(group.first + k / kColumns, column + k % kColumns);
+      if (exists(k)) epilogue.prefetch(group.first + k / kColumns, column + k % kColumns);
   OperandsOf<Epilogue> operands;
   const auto load = [&](int k) {
-    if (exists(k))
-      operands.load(epilogue, group.first + k / kColumns,
-                    column + k % kColumns);
+    if (exists(k)) operands.load(epilogue, group.first + k / kColumns, column + k % kColumns);
   };
   const bool second = warp >= a_warps;
   const Args<T> mine = second ? b : a;
-  const Part part =
-      second ? part_of_warp<T>(mine.depth, warp - a_warps, warps - a_warps)
-             : part_of_warp<T>(mine.depth, warp, a_warps);
+  const Part part = second ? part_of_warp<T>(mine.depth, warp - a_warps, warps - a_warps)
+                           : part_of_warp<T>(mine.depth, warp, a_warps);
   warp_sums<1, kPerLane>(mine, column, part, thread % 32, sums + warp * kSums,
                          [&] { load(thread); });
   __syncthreads();
 #pragma unroll 1
   for (int k = thread; k < count;) {
-    const float *const at = sums + k / kColumns * kPitch<1> + k % kColumns;
+    const float* const at = sums + k / kColumns * kPitch<1> + k % kColumns;
     float sum[2] = {};
-    for (int w = 0; w < a_warps; ++w)
-      sum[0] += at[w * kSums];
-    for (int w = a_warps; w < warps; ++w)
-      sum[1] += at[w * kSums];
+    for (int w = 0; w < a_warps; ++w) sum[0] += at[w * kSums];
+    for (int w = a_warps; w < warps; ++w) sum[1] += at[w * kSums];
     if (exists(k))
-      operands.finish(epilogue, group.first + k / kColumns,
-                      column + k % kColumns, sum[0], sum[1]);
+      operands.finish(epilogue, group.first + k / kColumns, column + k % kColumns, sum[0], sum[1]);
     k += threads;
     load(k);
   }
 }
 
-/// Whether a product is done here if its epilogue saves launches: then it may
-/// read the weight twice, unless that is large.
-template <class T> bool fuses(TensorView x, TensorView weight) {
+/// Whether a product is done here if its epilogue saves launches: then it may read the weight
+/// twice, unless that is large.
+template <class T>
+bool fuses(TensorView x, TensorView weight) {
 #ifdef LRNN_WITH_SM90A
   // A small weight of little depth is slower here by less than a launch.
   const bool small = weight.dim(1) <= 128 && weight.numel() <= kSmallWeight;
-  if (!small && linear_sm90::applies(x, weight) && linear_sm90::streams(weight))
-    return false;
+  if (!small && linear_sm90::applies(x, weight) && linear_sm90::streams(weight)) return false;
 #endif
   return applies<T>(x, weight, 2 * kMaxRows<T>);
 }
 
 template <class T, class Epilogue>
-void launch_two(cudaStream_t stream, const Args<T> &a, const Args<T> &b,
-                const Epilogue &epilogue) {
+void launch_two(cudaStream_t stream, const Args<T>& a, const Args<T>& b, const Epilogue& epilogue) {
   const int a_warps = std::min(warps_of<T>(a.depth), kMaxWarpsOfTwo);
   const int warps = a_warps + std::min(warps_of<T>(b.depth), kMaxWarpsOfTwo);
   visit_sizes(a, [&]<int kTiles, int kRows>() {
     launch_overlapped(two_products_kernel<T, kRows, Epilogue>,
                       dim3(blocks_of<1>(a.columns), groups_of<kRows>(a.rows)),
-                      static_cast<unsigned>(32 * warps),
-                      shared_of<1, kRows>(warps), stream, a, b, a_warps,
-                      epilogue);
+                      static_cast<unsigned>(32 * warps), shared_of<1, kRows>(warps), stream, a, b,
+                      a_warps, epilogue);
   });
 }
 
-} // namespace lrnn::cuda::few_rows
+}  // namespace lrnn::cuda::few_rows
