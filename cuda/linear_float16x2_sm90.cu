@@ -12,8 +12,8 @@
 //
 // On an H200 16384 x 1536 x 768 takes 0.211 ms, 183 TFLOP/s; 16384 x 768 x 1536 with the right
 // operand across 171, 1536 x 768 x 16384 with both across 149. Splitting takes 0.029 ms of the
-// first (3.0 TB/s). In the product tensor cores are busy 71 % of the time, 77 % while blocks run, L1
-// and shared memory 70 %: every product of 64 x 128 x 16 reads both operands there, 48 of its 64
+// first (3.0 TB/s). In the product tensor cores are busy 71 % of the time, 77 % while blocks run,
+// L1 and shared memory 70 %: every product of 64 x 128 x 16 reads both operands there, 48 of its 64
 // cycles.
 //
 // How the depth is cut depends on the sizes of the product alone.
