@@ -11,10 +11,10 @@
 // the depth are written beside each other and added in their order.
 //
 // On an H200 16384 x 1536 x 768 takes 0.211 ms, 183 TFLOP/s; 16384 x 768 x 1536 with the right
-// operand across 171, 1536 x 768 x 16384 with both across 149. Of that splitting takes 0.029 ms
-// (3.0 TB/s), 0.05 ms and 0.075 ms. In the products tensor cores are busy 77 % of the time, the
-// data path of shared memory and L1 71 %: every product of 64 x 128 x 16 reads both operands there,
-// 48 of its 64 cycles.
+// operand across 171, 1536 x 768 x 16384 with both across 149. Splitting takes 0.029 ms of the
+// first (3.0 TB/s). In the product tensor cores are busy 71 % of the time, 77 % while blocks run,
+// L1 and shared memory 70 %: every product of 64 x 128 x 16 reads both operands there, 48 of its 64
+// cycles.
 //
 // How the depth is cut depends on the sizes of the product alone.
 #include "common/linear_float32_tiles.cuh"
@@ -55,6 +55,10 @@ constexpr float kLeastExact = 0x1p-14F;  // of a unit: smaller ones are off by u
 constexpr Costs kCosts = {
     .columns = kColumns, .start = 4, .stage = 1.1, .store = 1.8, .sum = 4, .part = 2.5e-6};
 constexpr double kSplitTime = 2e-6;  // of a number, microseconds
+
+// Numbers of the long operand, or of both, that are split at a time. Longer products go piece by
+// piece, so that what is split takes no more than 160 MiB.
+constexpr std::int64_t kMostSplit = std::int64_t{5} << 23;
 
 /// A matrix in tiles of 64 x 64, as it lies in memory.
 struct SplitMatrix {
@@ -441,6 +445,26 @@ void launch(Context& ctx, const Product& p, const Args& a) {
   run(float32_product_kernel<false, false>);
 }
 
+/// Some rows of a product.
+Product of_rows(Product p, std::int64_t first, std::int64_t count) {
+  p.left.data += first * p.left.stride;
+  p.y += first * p.y_stride;
+  p.rows = count;
+  return p;
+}
+/// The product over some of the depth of operands across, added to what is before it.
+Product of_depth(Product p, std::int64_t first, std::int64_t count) {
+  p.left.data += first * p.left.stride;
+  p.right.data += first * p.right.stride;
+  p.depth = count;
+  if (first > 0) p.bias = nullptr, p.accumulate = true;
+  return p;
+}
+
+void run_piece(Context& ctx, const Product& p) {
+  run_in_parts(ctx, p, Plan(p, kCosts), [&](const Args& a) { launch(ctx, p, a); });
+}
+
 }  // namespace
 
 bool applies(const Product& p) {
@@ -456,7 +480,14 @@ double time(const Product& p) {
 }
 
 void run(Context& ctx, const Product& p) {
-  run_in_parts(ctx, p, Plan(p, kCosts), [&](const Args& a) { launch(ctx, p, a); });
+  const std::int64_t length = p.left.across ? p.depth : p.rows;
+  const std::int64_t width = p.left.across ? p.rows + p.columns : p.depth;
+  const std::int64_t pieces = ceil_div(length * width, kMostSplit);
+  const std::int64_t step = ceil_div(ceil_div(length, pieces), kRows) * kRows;
+  for (std::int64_t first = 0; first < length; first += step) {
+    const std::int64_t count = std::min(step, length - first);
+    run_piece(ctx, p.left.across ? of_depth(p, first, count) : of_rows(p, first, count));
+  }
 }
 
 }  // namespace lrnn::cuda::linear_float32_sm90::float16x2

@@ -157,6 +157,22 @@ TEST_F(Float32OnTensorCores, SumsAreThoseOfFloat32) {
   expect_sums({131, 130, 132});  // whose rows need no alignment
 }
 
+// More numbers than are split at a time, in the rows or in the depth.
+TEST_F(Float32OnTensorCores, LongProductsGoPieceByPiece) {
+  for (const Problem& p : {Problem{.rows = 10'600'001, .columns = 4, .depth = 4, .bias = true},
+                           Problem{.rows = 4,
+                                   .columns = 8,
+                                   .depth = 3'500'003,
+                                   .left_across = true,
+                                   .right_across = true,
+                                   .bias = true}}) {
+    make(p);
+    const Way& way = kWays[1];
+    ASSERT_TRUE(way.applies(product(p)));
+    expect_close(way, p, 0x1p-21);
+  }
+}
+
 // Numbers of all sizes: parts below the least normal number, sums near the largest.
 TEST_F(Float32OnTensorCores, NumbersOfAllSizes) {
   const Problem p{130, 132, 68};

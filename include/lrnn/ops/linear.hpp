@@ -7,8 +7,8 @@
 /// which products and sums are taken, so that y is that of the widened weight.
 /// x, y, dy and dx may be column slices of wider tensors (one row stride).
 /// float32 products on CUDA have the accuracy of float32 unless Context::allow_tf32(). Large ones
-/// run on Hopper's tensor cores, every number split into three bfloat16 whose sum it is; numbers
-/// below 2^-110 lose bits there, infinities and NaN are those of float32.
+/// run on Hopper's tensor cores, every number split into two or three of 16 bits; numbers below
+/// 2^-110 lose bits there, infinities and NaN are those of float32.
 #pragma once
 
 #include "lrnn/core/context.hpp"
