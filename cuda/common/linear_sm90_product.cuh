@@ -15,7 +15,11 @@
 ///   prefetch(row, column)                   a hint, before the kernels before this one have ended
 ///   Operands load(row, column)              what N columns need beside their sums
 ///   finish(row, column, sum[N], operands)
+/// or, if the two halves of the columns are unlike, what FinishHalves tells. Then a block takes as
+/// many of one as of the other, so that all blocks have the same work.
 #pragma once
+
+#include <type_traits>
 
 #include "common/launch.cuh"
 #include "common/linear_sm90.cuh"
@@ -47,16 +51,39 @@ struct Tile {
   static_assert(kRows * kPitch * 4 <= kStages * kStageBytes);
   // Those of several parts are received behind the barriers.
   static constexpr int kBarrierBytes = 16 * kStages + 16;
-  static constexpr int shared_bytes(int parts) {
-    return 1024 + kStages * kStageBytes + kBarrierBytes + (parts > 1 ? kRows * kColumns * 4 : 0);
+  static constexpr int kReceivedBytes = kRows * kColumns * 4;
+  /// With `staged` bytes for each of half of the sums that a block finishes.
+  static constexpr int shared_bytes(int parts, int staged) {
+    return 1024 + kStages * kStageBytes + kBarrierBytes + (parts > 1 ? kReceivedBytes : 0) +
+           kRows * kColumns / parts / 2 * staged;
   }
 };
+
+/// Bytes of shared memory that an epilogue wants for each sum of the first half of the columns, if
+/// the halves are unlike.
+template <class Epilogue>
+constexpr int kStagedBytes = 0;
+template <class Epilogue>
+  requires requires { Epilogue::kStagedBytes; }
+constexpr int kStagedBytes<Epilogue> = Epilogue::kStagedBytes;
 
 struct Args {
   int rows, columns;
   int row_tiles;         // blocks that share a part of W
   int panels, per_part;  // of K, of a block
   bool stable_weight;
+};
+
+/// Which columns of y the rows of W in a block's buffers belong to: neighbours, or if kHalves
+/// neighbours of the first half and of the second in turns, once in what each part of K finishes.
+template <class Z, int kParts, bool kHalves>
+struct Columns {
+  static constexpr int kRun = kHalves ? Z::kColumns / kParts / 2 : Z::kColumns;
+
+  __device__ __forceinline__ static int at(const Args& a, int first, int i) {
+    if constexpr (!kHalves) return first + i;
+    return i / kRun % 2 * (a.columns / 2) + first / 2 + i / kRun / 2 * kRun + i % kRun;
+  }
 };
 
 /// y = sum (+ bias), or y += sum.
@@ -122,6 +149,15 @@ __device__ __forceinline__ void send(std::uint32_t to, float v, std::uint32_t ba
       "r"(barrier)
       : "memory");
 }
+/// Copies 16 bytes to shared memory; copies_async_wait() waits for all that the thread asked for.
+__device__ __forceinline__ void copy_async(std::uint32_t to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to),
+               "l"(__cvta_generic_to_global(from))
+               : "memory");
+}
+__device__ __forceinline__ void copies_async_wait() {
+  asm volatile("cp.async.wait_all;" ::: "memory");
+}
 /// Floats at a shared address of this block.
 template <int N>
 __device__ __forceinline__ void load_shared(float (&v)[N], std::uint32_t at) {
@@ -155,6 +191,11 @@ struct Shared {
   }
   __device__ __forceinline__ std::uint32_t free(int stage) const {
     return full(Z::kStages + stage);
+  }
+  /// What an epilogue staged.
+  template <int kParts>
+  __device__ __forceinline__ std::uint32_t staged() const {
+    return received() + 16U + (kParts > 1 ? Z::kReceivedBytes : 0);
   }
   /// Of one part.
   __device__ __forceinline__ std::uint32_t sum(int row, int column) const {
@@ -197,14 +238,16 @@ struct Work {
 
 /// The thread that copies. What fits in the buffers of W is read, if it may be, or asked for while
 /// the kernels before this one run.
-template <class Z>
+template <class Z, class Own>
 __device__ __forceinline__ void copy_panels(const Args& a, const Maps& maps, const Shared<Z>& mem,
                                             const Work& w) {
   const auto copy_weight = [&](int i) {
     const int stage = i % Z::kStages;
     barrier_expect(mem.full(stage), Z::kStageBytes);
-    copy_box(mem.weight(stage), &maps.weight, mem.full(stage), (w.first + i) * kPanel, 0, w.column,
-             0);
+#pragma unroll
+    for (int c = 0; c < Z::kColumns; c += Own::kRun)
+      copy_box(mem.weight(stage) + static_cast<std::uint32_t>(c * kPanelRowBytes), &maps.weight,
+               mem.full(stage), (w.first + i) * kPanel, 0, Own::at(a, w.column, c), 0);
   };
   const auto copy_input = [&](int i) {
     const int stage = i % Z::kStages;
@@ -213,7 +256,8 @@ __device__ __forceinline__ void copy_panels(const Args& a, const Maps& maps, con
   const int ahead = min(w.count, Z::kStages);
   if (!a.stable_weight) {
     for (int i = 0; i < ahead; ++i)
-      prefetch_box(&maps.weight, (w.first + i) * kPanel, 0, w.column, 0);
+      for (int c = 0; c < Z::kColumns; c += Own::kRun)
+        prefetch_box(&maps.weight, (w.first + i) * kPanel, 0, Own::at(a, w.column, c), 0);
     wait_for_previous_kernel();
   }
   for (int i = 0; i < ahead; ++i) copy_weight(i);
@@ -357,6 +401,96 @@ struct Finish {
   }
 };
 
+/// The same for an epilogue that has
+///   kStagedBytes                              16, which are read from `staged_from` of every sum
+///   of
+///                                             the first half while products are formed
+///   First first(column)                       what does not depend on the row, parameters
+///   finish_first(row, column, sum, first, staged[4])
+///   finish_second(row, column, sum[4])
+/// A thread has one column of the first half.
+template <class Z, int kParts, class Epilogue>
+struct FinishHalves {
+  using Own = Columns<Z, kParts, true>;
+  static constexpr int kRun = Own::kRun;
+  static constexpr int kWidth = 2 * kRun;
+  static constexpr int kVector = 4;
+  static_assert(Z::kThreads % kRun == 0 && kRun % kVector == 0);
+
+  const Args& a;
+  const Epilogue& epilogue;
+  const Shared<Z>& mem;
+  const Work& w;
+  int column;
+  typename Epilogue::First first;
+
+  __device__ __forceinline__ FinishHalves(const Args& a, const Epilogue& epilogue,
+                                          const Shared<Z>& mem, const Work& w)
+      : a(a),
+        epilogue(epilogue),
+        mem(mem),
+        w(w),
+        column(Own::at(a, w.column, w.part * kWidth + static_cast<int>(threadIdx.x) % kRun)),
+        first(epilogue.first(column)) {}
+
+  /// Calls f(row of the block, its number among the thread's sums of the first half).
+  template <class F>
+  __device__ __forceinline__ void for_each_first(F&& f) const {
+#pragma unroll 4
+    for (int row = static_cast<int>(threadIdx.x) / kRun; row < w.rows; row += Z::kThreads / kRun)
+      f(row);
+  }
+  __device__ __forceinline__ std::uint32_t staged(int row) const {
+    return mem.template staged<kParts>() +
+           16U * static_cast<std::uint32_t>(row * kRun + static_cast<int>(threadIdx.x) % kRun);
+  }
+  /// The sum of N columns from place `at` of what the block finishes.
+  template <int N>
+  __device__ __forceinline__ void load_sum(float (&sum)[N], int row, int at) const {
+    float part[kParts][N];
+#pragma unroll
+    for (int p = 0; p < kParts; ++p)
+      load_shared(part[p],
+                  kParts == 1 ? mem.sum(row, at) : mem.template received<kWidth>(p, row, at));
+#pragma unroll
+    for (int e = 0; e < N; ++e) {
+      sum[e] = part[0][e];
+#pragma unroll
+      for (int p = 1; p < kParts; ++p) sum[e] += part[p][e];
+    }
+  }
+
+  __device__ __forceinline__ void prefetch() const {
+    for_each_first([&](int row) { epilogue.prefetch(w.row + row, column); });
+  }
+  __device__ __forceinline__ void load() const {
+    for_each_first(
+        [&](int row) { copy_async(staged(row), epilogue.staged_from(w.row + row, column)); });
+  }
+  __device__ __forceinline__ void run() const {
+    copies_async_wait();
+    for_each_first([&](int row) {
+      float sum[1];
+      float values[4];
+      load_sum(sum, row, static_cast<int>(threadIdx.x) % kRun);
+      load_shared(values, staged(row));
+      epilogue.finish_first(w.row + row, column, sum[0], first, values);
+    });
+    constexpr int kPerRow = kRun / kVector;
+#pragma unroll 2
+    for (int i = static_cast<int>(threadIdx.x); i < w.rows * kPerRow; i += Z::kThreads) {
+      const int at = kRun + i % kPerRow * kVector;
+      float sum[kVector];
+      load_sum(sum, i / kPerRow, at);
+      epilogue.finish_second(w.row + i / kPerRow, Own::at(a, w.column, w.part * kWidth + at), sum);
+    }
+  }
+};
+
+template <class Z, int kParts, int N, class Epilogue>
+using FinishOf = std::conditional_t<(kStagedBytes<Epilogue> > 0), FinishHalves<Z, kParts, Epilogue>,
+                                    Finish<Z, kParts, N, Epilogue>>;
+
 /// Clusters of kParts blocks; the epilogue handles N columns at a time.
 template <class Z, int kParts, int N, class Epilogue>
 __global__ __launch_bounds__(Z::kThreads) void product_sm90_kernel(
@@ -368,10 +502,11 @@ __global__ __launch_bounds__(Z::kThreads) void product_sm90_kernel(
   if (threadIdx.x == 0) mem.init_barriers(kParts > 1 ? w.rows * Z::kColumns * 4 : 0);
   __syncthreads();
   if constexpr (kParts > 1) cluster_meet();
-  Finish<Z, kParts, N, Epilogue> finish(a, epilogue, mem, w);
+  using Own = Columns<Z, kParts, (kStagedBytes<Epilogue> > 0)>;
+  FinishOf<Z, kParts, N, Epilogue> finish(a, epilogue, mem, w);
   const int group = __shfl_sync(0xFFFFFFFFU, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
   if (group == Z::kGroups) {
-    if (threadIdx.x % 32 == 0) copy_panels<Z>(a, maps, mem, w);
+    if (threadIdx.x % 32 == 0) copy_panels<Z, Own>(a, maps, mem, w);
     __syncwarp();
     wait_for_previous_kernel();
     finish.load();
@@ -412,8 +547,9 @@ template <class Z, int kParts, int N, class Epilogue>
 void launch_clusters(cudaStream_t stream, int tiles, const Args& a, const Epilogue& epilogue,
                      const Maps& maps) {
   const auto kernel = product_sm90_kernel<Z, kParts, N, Epilogue>;
-  LRNN_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                       Z::shared_bytes(kParts)));
+  constexpr int shared = Z::shared_bytes(kParts, kStagedBytes<Epilogue>);
+  LRNN_CUDA_CHECK(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
   cudaLaunchAttribute attributes[2]{};
   attributes[0].id = cudaLaunchAttributeClusterDimension;
   attributes[0].val.clusterDim = {kParts, 1, 1};
@@ -422,7 +558,7 @@ void launch_clusters(cudaStream_t stream, int tiles, const Args& a, const Epilog
   cudaLaunchConfig_t config{};
   config.gridDim = static_cast<unsigned>(kParts * tiles);
   config.blockDim = Z::kThreads;
-  config.dynamicSmemBytes = Z::shared_bytes(kParts);
+  config.dynamicSmemBytes = shared;
   config.stream = stream;
   config.attrs = attributes;
   config.numAttrs = 2;
@@ -450,17 +586,24 @@ void launch(cudaStream_t stream, const Product& f, const Epilogue& epilogue) {
       .per_part = ceil_div(panels, parts),
       .stable_weight = f.stable_weight,
   };
-  const Maps maps{head_map(f.weight.data<bf16>(), matrix(f.weight), Z::kColumns),
-                  head_map(f.x.data<bf16>(), matrix(f.x), Z::kRows)};
   const int tiles = row_tiles * ceil_div(columns, Z::kColumns);
   const auto run = [&]<int kParts>() {
-    // Lanes that read neighbouring 16 bytes of a part, or write neighbouring 16 bytes.
-    constexpr int kWidth = Epilogue::kNarrow ? 1 : kParts > 1 ? 4 : 8;
-    if (epilogue.allows(kWidth, columns))
-      return launch_clusters<Z, kParts, kWidth>(stream, tiles, args, epilogue, maps);
-    if constexpr (kWidth > 1) launch_clusters<Z, kParts, 1>(stream, tiles, args, epilogue, maps);
+    constexpr bool kHalves = kStagedBytes<Epilogue> > 0;
+    const Maps maps{
+        head_map(f.weight.data<bf16>(), matrix(f.weight), Columns<Z, kParts, kHalves>::kRun),
+        head_map(f.x.data<bf16>(), matrix(f.x), Z::kRows)};
+    if constexpr (kHalves) {
+      launch_clusters<Z, kParts, 1>(stream, tiles, args, epilogue, maps);
+    } else {
+      // Lanes that read neighbouring 16 bytes of a part, or write neighbouring 16 bytes.
+      constexpr int kWidth = Epilogue::kNarrow ? 1 : kParts > 1 ? 4 : 8;
+      if (epilogue.allows(kWidth, columns))
+        return launch_clusters<Z, kParts, kWidth>(stream, tiles, args, epilogue, maps);
+      if constexpr (kWidth > 1) launch_clusters<Z, kParts, 1>(stream, tiles, args, epilogue, maps);
+    }
   };
-  if (parts == 8) return run.template operator()<8>();
+  if constexpr (kStagedBytes<Epilogue> == 0)
+    if (parts == 8) return run.template operator()<8>();
   if (parts == 4) return run.template operator()<4>();
   if (parts == 2) return run.template operator()<2>();
   run.template operator()<1>();
