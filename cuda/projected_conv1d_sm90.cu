@@ -44,26 +44,91 @@ struct Channel {
   }
 };
 
+/// The same where half of the columns are channels.
+struct HalfChannels {
+  static constexpr int kStagedBytes = 4 * conv::kUsualWidth;  // a window
+
+  conv::Conv<bf16> conv;
+  const bf16* bias;  // of the projection, or null
+  DeviceRows<bf16> y;
+  float* state;
+
+  struct First {
+    Packed<bf16, conv::kUsualWidth> taps;
+    Packed<bf16, 1> conv_bias, bias;
+  };
+  __device__ __forceinline__ First first(int c) const {
+    First o{};
+    o.taps.load_constant(conv.weight + std::int64_t{c} * conv::kUsualWidth);
+    if (conv.bias != nullptr) o.conv_bias.load_constant(conv.bias + c);
+    if (bias != nullptr) o.bias.load_constant(bias + c);
+    return o;
+  }
+  __device__ __forceinline__ float* staged_from(int r, int c) const {
+    return state + (std::int64_t{r} * conv.channels + c) * conv::kUsualWidth;
+  }
+  __device__ __forceinline__ void prefetch(int r, int c) const {
+    if (c % (128 / kStagedBytes) == 0) prefetch_to_l2(staged_from(r, c));
+  }
+  __device__ __forceinline__ void finish_first(int r, int c, float sum, const First& own,
+                                               const float (&values)[conv::kUsualWidth]) const {
+    Channel::Window window;
+    window.values.set(values);
+    window.taps = own.taps;
+    window.bias = own.conv_bias;
+    const float newest = to_float(from_float<bf16>(sum + own.bias.get(0)));
+    y.row(r)[c] = from_float<bf16>(window.advance(conv, r, c, newest, state));
+  }
+  template <int N>
+  __device__ __forceinline__ void finish_second(int r, int c, float (&sum)[N]) const {
+    if (bias != nullptr) {
+      Packed<bf16, N> b;
+      b.load_constant(bias + c);
+#pragma unroll
+      for (int e = 0; e < N; ++e) sum[e] += b.get(e);
+    }
+    store_packed(y.row(r) + c, sum);
+  }
+};
+
+using ManyRows = Tile<128, 1, 2, 6>;
+
+/// Whether the halves of the columns are channels and others, in whole tiles.
+bool has_halves(const ProjectedConv1dStep& a) {
+  const std::int64_t columns = a.projection.dim(0);
+  return columns == 2 * a.weight.dim(0) && columns % ManyRows::kColumns == 0 &&
+         parts_of(static_cast<int>(columns), ceil_div(a.x.dim(1), kPanel)) < kMaxParts &&
+         allows_vectors(a.y.data<bf16>(), columns, detail::row_stride(a.y), 4) &&
+         (!a.projection_bias || allows_vectors(a.projection_bias.data<bf16>(), columns, 0, 4));
+}
+
 }  // namespace
 
-// Where the windows do not delay the product more than a launch would: a block has a few for each
-// thread (64 rows are the most for the threads of a tile), and the sums of a large weight, half of
-// whose blocks have windows, wait for them.
+// Where the windows do not delay the product more than a launch would: they come while products are
+// formed, or a block has a few for each thread (64 rows are the most for the threads of a tile). In
+// the latter case the sums of a large weight, half of whose blocks have windows, wait for them.
 bool takes(const ProjectedConv1dStep& a) {
   if (a.side_y || !applies(a.x, a.projection)) return false;
   if (!conv::has_usual_windows(conv::step_conv<bf16>(a), a.state.data<float>())) return false;
   const std::int64_t rows = a.x.dim(0);
+  if (rows > 64 && rows <= 128 && has_halves(a)) return true;
   if (a.projection.numel() >= 2 * kSmallWeight) return rows <= 8;
   if (few_rows::applies<bf16>(a.x, a.projection)) return streams(a.projection);
   return (rows <= 32 || rows > 64) && pays(rows, a.projection, a.y);
 }
 
 void projected_conv1d_step(Context& ctx, const ProjectedConv1dStep& a) {
-  launch(ctx.stream().handle, Product{.x = a.x, .weight = a.projection, .stable_weight = true},
-         Channel{.conv = conv::step_conv<bf16>(a),
-                 .bias = a.projection_bias ? a.projection_bias.data<bf16>() : nullptr,
-                 .y = device_rows<bf16>(a.y),
-                 .state = a.state.data<float>()});
+  const Product product{.x = a.x, .weight = a.projection, .stable_weight = true};
+  const auto epilogue = [&]<class Epilogue>() {
+    return Epilogue{.conv = conv::step_conv<bf16>(a),
+                    .bias = a.projection_bias ? a.projection_bias.data<bf16>() : nullptr,
+                    .y = device_rows<bf16>(a.y),
+                    .state = a.state.data<float>()};
+  };
+  const cudaStream_t stream = ctx.stream().handle;
+  if (a.x.dim(0) > 64 && has_halves(a))
+    return launch<ManyRows>(stream, product, epilogue.template operator()<HalfChannels>());
+  launch(stream, product, epilogue.template operator()<Channel>());
 }
 
 }  // namespace lrnn::cuda::linear_sm90

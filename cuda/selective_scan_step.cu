@@ -2,7 +2,7 @@
 //
 // Two kernels. The general one takes anything; its block owns some channels of one or two
 // sequences, one or several lanes a channel. The tiled one takes eight and more sequences of 16
-// states: a block owns 64 channels of up to 16 sequences, four lanes a channel, and projects dt on
+// states: a block owns 64 channels of up to 32 sequences, four lanes a channel, and projects dt on
 // tensor cores, so that the weight is read once for all of them. It moves four sequences on at a
 // time, while the states of the next four are on their way; each lane prepares and finishes one.
 // As many of 32, 64 or 128 states go to selective_scan_step_wide.cu.
@@ -266,32 +266,36 @@ constexpr int kStates = 4;                    // of a lane
 constexpr int kN = kLanes * kStates;          // of a channel
 constexpr int kPerWarp = 32 / kLanes;         // channels
 constexpr int kChannels = kThreads / kLanes;  // of a block
-constexpr int kQuads = 4;                     // of sequences of a block, most
+constexpr int kQuads = 8;                     // of sequences of a block, most
 constexpr int kRows = 4 * kQuads;
-constexpr int kRankStep = 16;  // of a product on tensor cores
+constexpr int kAhead = 4;         // quads that are asked for before they are loaded
+constexpr int kRankStep = 16;     // of a product on tensor cores
+constexpr int kProductRows = 16;  // of it
 
-/// What a warp knows of its channels; a lane of the channel that is lane / 4.
-template <class T>
+/// What a warp knows of its channels; a lane of the channel that is lane / 4. kWhole: all channels
+/// of a block and all sequences of a quad exist.
+template <bool kWhole>
 struct Place {
   int part;            // which states
   int local, channel;  // in the warp, of all
   bool exists;
   int first, count;  // sequences of the block
 
+  template <class T>
   __device__ __forceinline__ Place(const StepArgs<T>& p, int per_block) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
     part = lane % kLanes;
     local = lane / kLanes;
     const int wanted = static_cast<int>(blockIdx.x) * kChannels +
                        static_cast<int>(threadIdx.x) / 32 * kPerWarp + local;
-    exists = wanted < p.in.sizes.channels;
-    channel = min(wanted, p.in.sizes.channels - 1);
+    exists = kWhole || wanted < p.in.sizes.channels;
+    channel = kWhole ? wanted : min(wanted, p.in.sizes.channels - 1);
     first = static_cast<int>(blockIdx.y) * per_block;
     count = min(per_block, p.in.sizes.batch - first);
   }
   /// A sequence of the block; the last stands for those behind it.
   [[nodiscard]] __device__ __forceinline__ int row(int i) const {
-    return first + min(i, count - 1);
+    return first + (kWhole ? i : min(i, count - 1));
   }
 };
 
@@ -301,7 +305,8 @@ template <class T, int kSteps>
 struct Projection {
   Packed<T, 4> weight[kSteps > 0 ? kSteps : 1];
 
-  __device__ __forceinline__ void load_weight(const StepArgs<T>& p, const Place<T>& at) {
+  template <class Place>
+  __device__ __forceinline__ void load_weight(const StepArgs<T>& p, const Place& at) {
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) {
       weight[s] = {};
@@ -311,16 +316,30 @@ struct Projection {
     }
   }
   /// To [kRows][kPerWarp] of shared memory of the warp.
-  __device__ __forceinline__ void run(const StepArgs<T>& p, const Place<T>& at, float* to) const {
+  template <class Place>
+  __device__ __forceinline__ void run(const StepArgs<T>& p, const Place& at, float* to) const {
+#pragma unroll 1
+    for (int first = 0; first < at.count; first += kProductRows)
+      project(p, at, first, to + first * kPerWarp);
+    __syncwarp();
+  }
+
+ private:
+  /// kProductRows sequences from number `first` of the block on.
+  template <class Place>
+  __device__ __forceinline__ void project(const StepArgs<T>& p, const Place& at, int first,
+                                          float* to) const {
     Packed<T, 4> x[kSteps][2];
 #pragma unroll
-    for (int s = 0; s < kSteps; ++s)
+    for (int half = 0; half < 2; ++half) {
+      const int row = at.first + min(first + at.local + 8 * half, at.count - 1);
+      const T* const from = p.dt_low.row(row) + 4 * at.part;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
+      for (int s = 0; s < kSteps; ++s) {
         x[s][half] = {};
-        if (s * kRankStep < p.rank)
-          x[s][half].load(p.dt_low.row(at.row(at.local + 8 * half)) + s * kRankStep + 4 * at.part);
+        if (s * kRankStep < p.rank) x[s][half].load(from + s * kRankStep);
       }
+    }
     float sum[4] = {};
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) {
@@ -331,13 +350,12 @@ struct Projection {
     float* const mine = to + at.local * kPerWarp + 2 * at.part;
     *reinterpret_cast<float2*>(mine) = make_float2(sum[0], sum[1]);
     *reinterpret_cast<float2*>(mine + 8 * kPerWarp) = make_float2(sum[2], sum[3]);
-    __syncwarp();
   }
 };
 
 /// What a lane reads of a sequence for its states, one sequence after the other; the last one
 /// stands for those behind it.
-template <class T>
+template <class T, bool kWhole>
 struct Cursor {
   const float* state;
   const T* B;
@@ -345,7 +363,8 @@ struct Cursor {
   std::int64_t state_stride, B_stride, C_stride;
   int left;
 
-  __device__ __forceinline__ Cursor(const StepArgs<T>& p, const Place<T>& at, const float* states)
+  __device__ __forceinline__ Cursor(const StepArgs<T>& p, const Place<kWhole>& at,
+                                    const float* states)
       : state(states),
         B(p.in.B.row(at.first) + at.part * kStates),
         C(p.in.C.row(at.first) + at.part * kStates),
@@ -355,9 +374,10 @@ struct Cursor {
         left(at.count) {}
   __device__ __forceinline__ void advance() {
     --left;
-    state += left > 0 ? state_stride : 0;
-    B += left > 0 ? B_stride : 0;
-    C += left > 0 ? C_stride : 0;
+    const bool another = kWhole || left > 0;
+    state += another ? state_stride : 0;
+    B += another ? B_stride : 0;
+    C += another ? C_stride : 0;
   }
 };
 
@@ -369,8 +389,9 @@ struct Quad {
   Packed<T, kStates> B[4], C[4];
   StepToken<T> token;
 
-  __device__ __forceinline__ void load(const StepArgs<T>& p, const Place<T>& at, Cursor<T>& from,
-                                       int quad) {
+  template <bool kWhole>
+  __device__ __forceinline__ void load(const StepArgs<T>& p, const Place<kWhole>& at,
+                                       Cursor<T, kWhole>& from, int quad) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       h[j].load_once(from.state);
@@ -382,6 +403,7 @@ struct Quad {
   }
   /// Moves the states of the first `count` sequences on, writes them from `to` on, and returns C h
   /// of the lane's own. delta and drive are those of its own.
+  template <bool kWhole>
   __device__ __forceinline__ float advance(const StepRates<kStates>& rates, float own_delta,
                                            float own_drive, int part, int count, float* to,
                                            std::int64_t stride) const {
@@ -397,7 +419,8 @@ struct Quad {
         v[k] = fmaf(decay(delta, rates.A[k]), h[j].get(k), drive * B[j].get(k));
         y[j] = fmaf(C[j].get(k), v[k], y[j]);
       }
-      if (j < count) __stcs(reinterpret_cast<float4*>(to), make_float4(v[0], v[1], v[2], v[3]));
+      if (kWhole || j < count)
+        __stcs(reinterpret_cast<float4*>(to), make_float4(v[0], v[1], v[2], v[3]));
       to += stride;
     }
     transpose_add<4, kLanes, 1>(y, part);
@@ -407,16 +430,23 @@ struct Quad {
 
 /// kSteps: of the projection of dt; 0 if dt is given. kMostQuads: one for few sequences, which take
 /// fewer registers, so that the kernel behind this one is resident beside it.
-template <class T, int kSteps, int kMostQuads>
+template <class T, int kSteps, int kMostQuads, bool kWhole>
 __global__ __launch_bounds__(kThreads, kMostQuads == 1 ? 3 : 2) void step_kernel(StepArgs<T> p,
                                                                                  int per_block) {
   __shared__ float projected[kSteps > 0 ? kThreads / 32 : 1][kRows * kPerWarp];
   let_next_kernel_start();
-  const Place<T> at(p, per_block);
+  const Place<kWhole> at(p, per_block);
   const std::int64_t stride = std::int64_t{p.in.sizes.channels} * kN;
   float* state = p.state + at.first * stride + std::int64_t{at.channel} * kN + at.part * kStates;
-  if (at.part == 0 && at.local % 2 == 0)  // a line has the states of two channels
-    for (int i = 0; i < at.count; ++i) selective::prefetch_to_l2(state + i * stride);
+  // A line has the states of two channels.
+  const float* const line =
+      at.local % 2 == 0 ? state + (at.part * stride - at.part * kStates) : nullptr;
+  const auto ask = [&](int q) {
+    if (line != nullptr && 4 * q + at.part < at.count)
+      selective::prefetch_to_l2(line + 4 * q * stride);
+  };
+#pragma unroll
+  for (int q = 0; q < kAhead; ++q) ask(q);
   Projection<T, kSteps> projection;
   projection.load_weight(p, at);
   StepRates<kStates> A;
@@ -425,26 +455,34 @@ __global__ __launch_bounds__(kThreads, kMostQuads == 1 ? 3 : 2) void step_kernel
   const float D = p.in.D != nullptr ? p.in.D[at.channel] : 0.0F;
   wait_for_previous_kernel();
   Quad<T> quads[kMostQuads == 1 ? 1 : 2];
-  Cursor<T> from(p, at, state);
+  Cursor<T, kWhole> from(p, at, state);
   quads[0].load(p, at, from, 0);
   float* const dt_of_warp = projected[kSteps > 0 ? threadIdx.x / 32 : 0];
   if constexpr (kSteps > 0) projection.run(p, at, dt_of_warp);
-#pragma unroll
-  for (int q = 0; q < kMostQuads; ++q) {
-    if (4 * q >= at.count) break;
-    Quad<T>& now = quads[q % 2];
-    if (q + 1 < kMostQuads && 4 * (q + 1) < at.count) quads[(q + 1) % 2].load(p, at, from, q + 1);
+  const auto advance = [&](const Quad<T>& now, int q) {
     const StepToken<T>& token = now.token;
     float dt = token.dt;
     if constexpr (kSteps > 0)
       dt = to_float(from_float<T>(dt_of_warp[(4 * q + at.part) * kPerWarp + at.local]));
     const float delta = softplus(dt + dt_bias);
-    const float y = now.advance(A, delta, delta * token.u, at.part,
-                                at.exists ? at.count - 4 * q : 0, state, stride);
+    const float y = now.template advance<kWhole>(A, delta, delta * token.u, at.part,
+                                                 at.exists ? at.count - 4 * q : 0, state, stride);
     state += 4 * stride;
-    if (at.exists && 4 * q + at.part < at.count)
+    if (kWhole || (at.exists && 4 * q + at.part < at.count))
       p.y.row(at.row(4 * q + at.part))[at.channel] =
           from_float<T>(token.finish(y, D, p.in.z.data != nullptr));
+  };
+  if constexpr (kMostQuads == 1) return advance(quads[0], 0);
+  const int count = (at.count + 3) / 4;
+#pragma unroll 1
+  for (int q = 0; q < count; q += 2) {
+    ask(q + kAhead);
+    ask(q + kAhead + 1);
+    if (q + 1 < count) quads[1].load(p, at, from, q + 1);
+    advance(quads[0], q);
+    if (q + 1 == count) break;
+    if (q + 2 < count) quads[0].load(p, at, from, q + 2);
+    advance(quads[1], q + 1);
   }
 }
 
@@ -496,8 +534,11 @@ void launch(Context& ctx, const SelectiveScanStep& a) {
   const int per_block = sequences_per_block(sizes.batch, sizes.tiles);
   const dim3 blocks(static_cast<unsigned>(sizes.tiles),
                     static_cast<unsigned>((sizes.batch + per_block - 1) / per_block));
+  const bool whole = sizes.batch % 4 == 0 && sizes.channels % kChannels == 0;
   const auto run = [&]<int kSteps>() {
-    const auto kernel = per_block == 4 ? step_kernel<T, kSteps, 1> : step_kernel<T, kSteps, kQuads>;
+    const auto kernel = per_block == 4 ? step_kernel<T, kSteps, 1, false>
+                        : whole        ? step_kernel<T, kSteps, kQuads, true>
+                                       : step_kernel<T, kSteps, kQuads, false>;
     launch_overlapped(kernel, blocks, kThreads, 0, ctx.stream().handle, p, per_block);
   };
   if (p.rank == 0) return run.template operator()<0>();

@@ -69,6 +69,11 @@ std::vector<OpCase> cases() {
            Sizes{33, 64, 32, 16, 4, 8},                             // the ops one by one
            Sizes{2, 37, 11, 5, 2, 3, Activation::Identity, false},  // the same: odd depth
            Sizes{1, 768, 3072, 1536, 4},                            // of a small Mamba
+           // Many sequences, half of the columns channels: whole and broken tiles, parts of the
+           // depth.
+           Sizes{70, 136, 128, 64, 4},
+           Sizes{128, 776, 256, 128, 4, 0, Activation::Identity, false},
+           Sizes{97, 1536, 192, 96, 4},
        })
     all.push_back(projected_conv1d_case(z));
   return all;

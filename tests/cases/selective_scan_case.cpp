@@ -156,8 +156,10 @@ std::vector<OpCase> cases() {
   all.push_back(selective_scan_case({33, 2, 8, 16, Disc::Mamba, false, true, false, 16}));
   for (const Sizes& z : {Sizes{9, 2, 70, 16, Disc::Mamba, false, true, false, 48},
                          Sizes{37, 2, 72, 16, Disc::Mamba, false, true, false, 128},
-                         Sizes{18, 2, 66, 16, Disc::Mamba, false, true, false, 24}}) {
-    all.push_back(selective_scan_case(z));  // many sequences, few of a block
+                         Sizes{18, 2, 66, 16, Disc::Mamba, false, true, false, 24},
+                         Sizes{20, 2, 8512, 16, Disc::Mamba, false, true, false, 48},
+                         Sizes{22, 1, 8450, 16, Disc::Mamba, false, true, false, 16}}) {
+    all.push_back(selective_scan_case(z));  // many sequences, few or many of a block
     all.back().gradcheck = false;
   }
   // Many states of several sequences, and channels that do not fill a block.
