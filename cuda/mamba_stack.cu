@@ -17,108 +17,18 @@
 // bound by HBM next to the waiting. 24 layers of d_model 768 in 0.15 ms, bound by latency: an
 // exchange takes about 1500 cycles, four of which are more than half of a layer's 10,400. Clusters
 // that make x_dbl for themselves would save one, but 128 blocks do not fit into clusters of 8.
-#include <algorithm>
-
-#include "common/capability.cuh"
-#include "common/causal_conv1d.cuh"
+#include "common/mamba_stack.cuh"
 #include "common/reduce.cuh"
-#include "common/selective_scan.cuh"
-#include "common/wgmma.cuh"
-#include "ops/mamba_stack_parts.hpp"
 
 namespace lrnn::cuda {
 namespace mamba_stack {
 namespace {
 
 constexpr int kBlocks = 128;
-constexpr int kWarps = 8;  // that compute; one more copies
-constexpr int kThreads = 32 * kWarps;
-constexpr int kTileRows = 16;  // of a weight, in a product
-constexpr int kStep = 32;      // depth of a step of a warp: two products
-constexpr int kUnit = kStep * kWarps;
-constexpr int kPad = 32;  // elements behind a row, so that two rows fill the banks
-constexpr int kSlotBytes = kTileRows * (3 * kUnit + kPad) * 2;  // of the ring: 3 steps of a tile
-constexpr int kMinSlots = 3;
-constexpr int kStates = 4;  // of a lane
-constexpr int kLanes = 4;   // of a channel
-constexpr int kDState = kStates * kLanes;
-constexpr int kWidth = 4;               // of the convolution
 constexpr int kRankGroup = 4 * kLanes;  // weights of dt that the lanes of a channel read at a time
-constexpr int kMaxLayers = 24;          // whose pointers are arguments
-
-/// Products of a layer, in their order.
-enum Stage { kIn, kXDbl, kOut, kStages };
-
-/// Sizes of a model of d_model kInputs with the usual options.
-template <int kInputs_>
-struct Sizes {
-  static constexpr int kInputs = kInputs_;
-  static constexpr int kChannels = 2 * kInputs;
-  static constexpr int kRank = kInputs / 16;
-  static constexpr int kXDblRows = kRank + 2 * kDState;
-
-  __host__ __device__ static constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
-  __host__ __device__ static constexpr int all(int stage) {
-    return stage == kIn ? kChannels : stage == kXDbl ? kXDblRows : kInputs;
-  }
-  __host__ __device__ static constexpr int lesser(int a, int b) { return a < b ? a : b; }
-  /// Rows of a block.
-  __host__ __device__ static constexpr int own(int stage) { return ceil_div(all(stage), kBlocks); }
-  __host__ __device__ static constexpr int depth(int stage) {
-    return stage == kIn ? kInputs : kChannels;
-  }
-  __host__ __device__ static constexpr int steps(int stage) { return depth(stage) / kUnit; }
-  /// Tiles of rows; in kIn those of u and z take turns.
-  __host__ __device__ static constexpr int tiles(int stage) {
-    return ceil_div(own(stage), kTileRows) * (stage == kIn ? 2 : 1);
-  }
-  __host__ __device__ static constexpr int first_row(int stage, int tile) {
-    return (stage == kIn ? tile / 2 : tile) * kTileRows;
-  }
-  __host__ __device__ static constexpr int rows(int stage, int tile) {
-    return lesser(kTileRows, own(stage) - first_row(stage, tile));
-  }
-  /// Steps that a buffer of the ring takes.
-  __host__ __device__ static constexpr int part(int stage) {
-    const int rows = lesser(kTileRows, own(stage));
-    return lesser(steps(stage), (kSlotBytes / rows / 2 - kPad) / kUnit);
-  }
-  __host__ __device__ static constexpr int pitch(int stage) { return part(stage) * kUnit + kPad; }
-  static_assert(kInputs % kUnit == 0 && kRank % kRankGroup == 0 && kChannels % (4 * kBlocks) == 0 &&
-                kInputs % kBlocks == 0 && kXDblRows % own(kXDbl) == 0);
-};
-
-/// Pointers of one layer.
-struct Layer {
-  const bf16* weights[kStages];
-  const float* norm_weight;
-  const bf16* conv_weight;
-  const bf16* conv_bias;  // or null
-  const bf16* dt_weight;
-  const float* dt_bias;
-  const float* A_log;
-  const float* D;
-  float* conv_state;
-  float* lrnn_state;
-};
 
 /// A value and the number of the layer that it belongs to.
 using Word = std::uint64_t;
-
-struct Args {
-  Layer layers[kMaxLayers];
-  int layer_count;
-  unsigned epoch;  // number of the first layer
-  int batch;
-  int slots;
-  float eps;
-  bool narrow_residual;
-  const bf16* x;
-  const void* residual;  // or null
-  bf16* y;
-  void* residual_out;
-  Word* words;  // of the exchange
-};
 
 /// What blocks exchange: words of kRows sequences.
 template <class Z, int kRows>
@@ -133,8 +43,6 @@ struct Exchange {
 /// Shared memory of a block, before the ring.
 template <class Z, int kRows>
 struct Shared {
-  static constexpr int kMaxSlots = 16;
-
   alignas(128) bf16 operand[kRows][Z::kChannels + kPad];
   bf16 normal[kRows][Z::kInputs + kPad];
   float partials[2][2][kWarps][kRows][kTileRows];
@@ -143,9 +51,7 @@ struct Shared {
   float gate[kRows][Z::own(kIn)];
   float residual[kRows][Z::own(kOut)];
   alignas(16) float squares[kRows][kWarps];
-  Layer layers[kMaxLayers];
-  std::uint64_t full[kMaxSlots];
-  std::uint64_t empty[kMaxSlots];
+  Common common;
 };
 template <class Z, int kRows>
 constexpr int kRingOffset = (static_cast<int>(sizeof(Shared<Z, kRows>)) + 127) / 128 * 128;
@@ -154,7 +60,6 @@ constexpr int kRingOffset = (static_cast<int>(sizeof(Shared<Z, kRows>)) + 127) /
 
 constexpr int kMostAhead = 8;  // pairs of words that a thread asks for at a time
 constexpr int kHeldSteps = 6;  // of a stage, whose weights wait in registers
-constexpr int kComputers = 1;  // barrier of the warps that compute
 
 __device__ __forceinline__ void publish(Word* to, std::uint32_t value, unsigned epoch) {
   asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(to),
@@ -203,108 +108,44 @@ __device__ __forceinline__ void gather(unsigned epoch, At at, Use use) {
       use(j, static_cast<std::uint32_t>(v[j][0]), static_cast<std::uint32_t>(v[j][1]));
 }
 
-/// Where in the ring a warp is.
-struct Place {
-  int slot = 0;
-  int turn = 0;
-
-  __device__ __forceinline__ void next(int slots) {
-    if (++slot == slots) {
-      slot = 0;
-      turn ^= 1;
-    }
-  }
-};
-
 // --- the warp that copies ----------------------------------------------------------------------
 
-template <class Z, int kRows>
+template <class Z>
 struct Copier {
   const Args& p;
-  Shared<Z, kRows>& s;
-  std::uint32_t ring;
-  int lane;
-  Place place;
+  RingWriter ring;
 
-  template <int kStage>
-  __device__ __forceinline__ void copy(const bf16* weight, int rows) {
-    constexpr int kPart = Z::part(kStage) * kUnit;
-    constexpr int kDepth = Z::depth(kStage);
-    weight += static_cast<std::int64_t>(lane) * kDepth;
-#pragma unroll 1
-    for (int k = 0; k < kDepth; k += kPart) {
-      const int columns = min(kPart, kDepth - k);
-      const std::uint32_t full = shared_address(&s.full[place.slot]);
-      barrier_wait(shared_address(&s.empty[place.slot]), place.turn ^ 1);
-      if (lane == 0) barrier_expect(full, rows * columns * 2);
-      __syncwarp();
-      if (lane < rows)
-        copy_bytes(ring + static_cast<std::uint32_t>(place.slot * kSlotBytes +
-                                                     lane * Z::pitch(kStage) * 2),
-                   weight + k, columns * 2, full);
-      place.next(p.slots);
-    }
-  }
-  template <int kStage>
-  __device__ __forceinline__ void copy(const Layer& l) {
-    const int first = static_cast<int>(blockIdx.x) * Z::own(kStage);
-    if (first >= Z::all(kStage)) return;
-#pragma unroll 1
-    for (int t = 0; t < Z::tiles(kStage); ++t) {
-      const int row =
-          first + Z::first_row(kStage, t) + (kStage == kIn && t % 2 != 0 ? Z::kChannels : 0);
-      copy<kStage>(l.weights[kStage] + static_cast<std::int64_t>(row) * Z::depth(kStage),
-                   Z::rows(kStage, t));
-    }
-  }
-  __device__ __forceinline__ void prefetch(const void* from, int bytes) const {
-    for (int at = lane * 128; at < bytes; at += 32 * 128)
-      prefetch_to_l2(static_cast<const char*>(from) + at);
-  }
   /// The small operands of a layer, which the others read by themselves.
-  __device__ __forceinline__ void prefetch_channels(const Layer& l) const {
+  __device__ __forceinline__ void prefetch(const Layer& l) const {
     constexpr int kOwn = Z::own(kIn);
-    const std::int64_t c = static_cast<std::int64_t>(blockIdx.x) * kOwn;
-    prefetch(l.norm_weight, Z::kInputs * 4);
-    prefetch(l.conv_weight + c * kWidth, kOwn * kWidth * 2);
-    prefetch(l.dt_weight + c * Z::kRank, kOwn * Z::kRank * 2);
-    prefetch(l.A_log + c * kDState, kOwn * kDState * 4);
-    if (lane == 0) {
-      if (l.conv_bias != nullptr) prefetch_to_l2(l.conv_bias + c);
-      prefetch_to_l2(l.dt_bias + c);
-      prefetch_to_l2(l.D + c);
-    }
-    for (int n = 0; n < p.batch; ++n) {
-      const std::int64_t channel = std::int64_t{n} * Z::kChannels + c;
-      prefetch(l.conv_state + channel * kWidth, kOwn * kWidth * 4);
-      prefetch(l.lrnn_state + channel * kDState, kOwn * kDState * 4);
-    }
+    ring.prefetch(l.norm_weight, Z::kInputs * 4);
+    ring.prefetch_channels<Z>(l, p.batch);
+    for (int n = 0; n < p.batch; ++n)
+      ring.prefetch(
+          l.lrnn_state +
+              (std::int64_t{n} * Z::kChannels + std::int64_t{blockIdx.x} * kOwn) * kDState,
+          kOwn * kDState * 4);
   }
   __device__ __forceinline__ void run() {
-    prefetch_channels(s.layers[0]);
+    const Layer* const layers = ring.common.layers;
+    prefetch(layers[0]);
 #pragma unroll 1
     for (int i = 0; i < p.layer_count; ++i) {
-      copy<kIn>(s.layers[i]);
-      copy<kXDbl>(s.layers[i]);
-      copy<kOut>(s.layers[i]);
-      if (i + 1 < p.layer_count) prefetch_channels(s.layers[i + 1]);
+      ring.copy_stage<Z, kIn>(layers[i]);
+      ring.copy_stage<Z, kXDbl>(layers[i]);
+      ring.copy_stage<Z, kOut>(layers[i]);
+      if (i + 1 < p.layer_count) prefetch(layers[i + 1]);
     }
   }
 };
 
 // --- the warps that compute --------------------------------------------------------------------
 
-/// Window and taps of a channel of a sequence, as they come from memory.
-struct Window {
-  float4 values;
-  uint2 taps;
-  bf16 bias;
-};
-
 /// Parameters and states of a channel of a sequence that a lane has.
 template <class Z>
 struct ScanLane {
   static constexpr int kGroups = Z::kRank / kRankGroup;
+  static_assert(Z::kRank % kRankGroup == 0 && Z::kXDblRows % Z::own(kXDbl) == 0);
 
   float4 h, A;
   uint2 dt_weight[kGroups];
@@ -320,58 +161,20 @@ struct Computer {
 
   const Args& p;
   Shared<Z, kRows>& s;
-  const char* ring;
+  RingReader ring;
   const int thread = static_cast<int>(threadIdx.x);
   const int lane = thread % 32;
   const int warp = thread / 32;
   const int batch = kRows == 1 ? 1 : p.batch;
   const int first_channel = static_cast<int>(blockIdx.x) * kChannels;
   const int first_output = static_cast<int>(blockIdx.x) * kOutputs;
-  Place place = {};
   int turn = 0;  // of the two sets of partial sums
 
-  __device__ __forceinline__ static float rounded(float v) { return to_float(from_float<bf16>(v)); }
-  __device__ __forceinline__ static float low(std::uint32_t pair) {
-    return __uint_as_float(pair << 16);
+  [[nodiscard]] __device__ __forceinline__ Word* words() const {
+    return static_cast<Word*>(p.words);
   }
-  __device__ __forceinline__ static float high(std::uint32_t pair) {
-    return __uint_as_float(pair & 0xFFFF0000U);
-  }
-  __device__ __forceinline__ static void sync() { group_wait(kComputers, kThreads); }
 
   // --- products ------------------------------------------------------------------------------
-  // A step of a warp is two products of depth 16. Lane 4 g + c has 8 neighbours in depth, 8 c on,
-  // of rows g and g + 8 of the weight and of sequence g: the order within a step is free.
-
-  struct Weights {
-    uint4 upper, lower;
-  };
-  /// Step `unit` of a stage, counted over its tiles, from the ring.
-  template <int kStage>
-  __device__ __forceinline__ void load(Weights& w, int unit) {
-    constexpr int kSteps = Z::steps(kStage);
-    constexpr int kPart = Z::part(kStage);
-    const int rows = Z::rows(kStage, unit / kSteps);
-    const int step = unit % kSteps;
-    if (step % kPart == 0) barrier_wait(shared_address(&s.full[place.slot]), place.turn);
-    const int row = lane / 4;
-    const char* const from = ring + place.slot * kSlotBytes + row * Z::pitch(kStage) * 2 +
-                             lane % 4 * 16 + warp * kStep * 2 + step % kPart * kUnit * 2;
-    w = {};
-    if (row < rows) w.upper = *reinterpret_cast<const uint4*>(from);
-    if (rows > 8 && row + 8 < rows)
-      w.lower = *reinterpret_cast<const uint4*>(from + 8 * Z::pitch(kStage) * 2);
-    if (step % kPart != kPart - 1 && step != kSteps - 1) return;
-    __syncwarp();
-    if (lane == 0) barrier_arrive(shared_address(&s.empty[place.slot]));
-    place.next(p.slots);
-  }
-  __device__ __forceinline__ static void multiply(float (&c)[2][4], const Weights& w, uint4 x) {
-    const std::uint32_t first[4] = {w.upper.x, w.lower.x, w.upper.y, w.lower.y};
-    const std::uint32_t second[4] = {w.upper.z, w.lower.z, w.upper.w, w.lower.w};
-    multiply_add(c[0], first, x.x, x.y);
-    multiply_add(c[1], second, x.z, x.w);
-  }
   /// Sums of this warp's part of a tile, to shared memory.
   __device__ __forceinline__ void store(const float (&c)[2][4], int which) {
     float (&to)[kRows][kTileRows] = s.partials[turn][which][warp];
@@ -398,11 +201,6 @@ struct Computer {
       parts[w] = s.partials[turn][which()][w][sequence()][tile_row()];
     return sum_of(parts);
   }
-  /// In pairs, which is a shorter chain than one after the other.
-  __device__ __forceinline__ static float sum_of(const float (&v)[kWarps]) {
-    return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
-  }
-
   template <int kStage>
   static constexpr int kUnits = Z::tiles(kStage) * Z::steps(kStage);
   template <int kStage>
@@ -416,7 +214,8 @@ struct Computer {
     constexpr int kTiles = Z::tiles(kStage);
     Weights held[kHeld<kStage>];
 #pragma unroll
-    for (int i = 0; i < kHeld<kStage>; ++i) load<kStage>(held[i], i);
+    for (int i = 0; i < kHeld<kStage>; ++i) ring.load<Z, kStage>(held[i], i);
+    ring.release();
     take();
     const bf16* const x =
         operand + lane / 4 * (Z::depth(kStage) + kPad) + lane % 4 * 8 + warp * kStep;
@@ -432,8 +231,9 @@ struct Computer {
           multiply(c, held[unit < kHeld<kStage> ? unit : 0], right);
         } else {
           Weights w;
-          load<kStage>(w, unit);
+          ring.load<Z, kStage>(w, unit);
           multiply(c, w, right);
+          ring.release();
         }
       }
       store(c, t % 2);
@@ -467,7 +267,7 @@ struct Computer {
             const int pair = thread + (first + j / kRows) * kThreads;
             const int n = j % kRows;
             const bool exists = pair < kPairs && n < batch;
-            return exists ? p.words + To::r + n * Z::kInputs + 2 * pair : nullptr;
+            return exists ? words() + To::r + n * Z::kInputs + 2 * pair : nullptr;
           },
           [&](int j, std::uint32_t one, std::uint32_t two) {
             const float2 r = make_float2(__uint_as_float(one), __uint_as_float(two));
@@ -500,24 +300,12 @@ struct Computer {
   }
   __device__ __forceinline__ void load(Window& w, const Layer& l, int own) const {
     if (which() != 0 || !finishes(own, kChannels)) return;
-    const int c = first_channel + own;
-    w.values = *reinterpret_cast<const float4*>(l.conv_state + window_of(own));
-    w.taps = reinterpret_cast<const uint2*>(l.conv_weight)[c];
-    w.bias = l.conv_bias != nullptr ? l.conv_bias[c] : from_float<bf16>(0.0F);
-  }
-  /// Moves the window on.
-  __device__ __forceinline__ static float convolve(Window& w, float newest) {
-    w.values = make_float4(w.values.y, w.values.z, w.values.w, newest);
-    float sum = fmaf(low(w.taps.x), w.values.x, to_float(w.bias));
-    sum = fmaf(high(w.taps.x), w.values.y, sum);
-    sum = fmaf(low(w.taps.y), w.values.z, sum);
-    sum = fmaf(high(w.taps.y), newest, sum);
-    return rounded(sum * conv::gate(sum));
+    w.load(l, first_channel + own, window_of(own));
   }
   /// Channels `own` and the next one of a sequence.
   __device__ __forceinline__ void publish_pair(int to, int n, int own, float mine, float next,
                                                unsigned epoch) const {
-    publish(p.words + to + (n * Z::kChannels + first_channel + own) / 2, pack_bf16(mine, next),
+    publish(words() + to + (n * Z::kChannels + first_channel + own) / 2, pack_bf16(mine, next),
             epoch);
   }
   __device__ __forceinline__ void finish_in(Window& w, const Layer& l, int own,
@@ -530,7 +318,7 @@ struct Computer {
       return;
     }
     float u = 0.0F;
-    if (exists) u = convolve(w, v);
+    if (exists) u = w.convolve(v);
     const float next = __shfl_down_sync(kRows == 1 ? 0xFFFFU : 0xFFFFFFFFU, u, 1);
     if (!exists) return;
     if (own % 2 == 0) publish_pair(To::u, sequence(), own, u, next, epoch);
@@ -564,7 +352,7 @@ struct Computer {
             const int pair = thread + (first + j / kRows) * kThreads;
             const int n = j % kRows;
             const bool exists = pair < kPairs && n < batch;
-            return exists ? p.words + offset + n * (Z::kChannels / 2) + 2 * pair : nullptr;
+            return exists ? words() + offset + n * (Z::kChannels / 2) + 2 * pair : nullptr;
           },
           [&](int j, std::uint32_t one, std::uint32_t two) {
             *reinterpret_cast<uint2*>(
@@ -582,7 +370,7 @@ struct Computer {
         [&](int t) {
           const int own = (t + which()) * kTileRows + tile_row();
           if (!finishes(own, kOwn)) return;
-          publish(p.words + To::x_dbl + sequence() * Z::kXDblRows + first + own,
+          publish(words() + To::x_dbl + sequence() * Z::kXDblRows + first + own,
                   __float_as_uint(rounded(finished())), epoch);
         });
   }
@@ -590,7 +378,7 @@ struct Computer {
   __device__ __forceinline__ void add_residual(int own, int n, float x, float before,
                                                unsigned epoch) const {
     const float r = x + before;
-    publish(p.words + To::r + n * Z::kInputs + first_output + own, __float_as_uint(r), epoch);
+    publish(words() + To::r + n * Z::kInputs + first_output + own, __float_as_uint(r), epoch);
     s.residual[n][own] = p.narrow_residual ? rounded(r) : r;
   }
   __device__ __forceinline__ void enter() const {
@@ -649,13 +437,6 @@ struct Computer {
     a.dt_bias = l.dt_bias[c];
     a.D = l.D[c];
   }
-  /// Over the lanes of a channel, in every one of them.
-  __device__ __forceinline__ static float lane_sum(float v) {
-#pragma unroll
-    for (int offset = kLanes / 2; offset > 0; offset /= 2)
-      v += __shfl_xor_sync(0xFFFFFFFFU, v, offset);
-    return v;
-  }
   __device__ __forceinline__ float project_dt(const ScanLane<Z>& a, const float* x_dbl) const {
     const float4* const q = reinterpret_cast<const float4*>(x_dbl) + thread % kLanes;
     float sums[2] = {};
@@ -669,14 +450,8 @@ struct Computer {
     }
     return rounded(lane_sum(sums[0] + sums[1]));
   }
-  /// One state: h = exp(delta A) h + delta u B, and C h.
-  __device__ __forceinline__ static float advance(float& h, float rate, float delta, float drive,
-                                                  float B, float C) {
-    h = fmaf(selective::decay(delta, rate), h, drive * B);
-    return C * h;
-  }
   /// Moves a channel on by its token; the gated output.
-  __device__ __forceinline__ float advance(ScanLane<Z>& a, int i) const {
+  __device__ __forceinline__ float gated(ScanLane<Z>& a, int i) const {
     const int n = i < batch * kChannels ? i / kChannels : 0;
     const int own = i % kChannels;
     const float* const x_dbl = s.x_dbl[n];
@@ -686,19 +461,8 @@ struct Computer {
     const float4 B = *reinterpret_cast<const float4*>(lane_x_dbl + Z::kRank);
     const float4 C = *reinterpret_cast<const float4*>(lane_x_dbl + Z::kRank + kDState);
     const float delta = selective::softplus(project_dt(a, x_dbl) + a.dt_bias);
-    const float drive = delta * u;
-    const float y = (advance(a.h.x, a.A.x, delta, drive, B.x, C.x) +
-                     advance(a.h.y, a.A.y, delta, drive, B.y, C.y)) +
-                    (advance(a.h.z, a.A.z, delta, drive, B.z, C.z) +
-                     advance(a.h.w, a.A.w, delta, drive, B.w, C.w));
+    const float y = advance(a.h, a.A, delta, u, B, C);
     return rounded(fmaf(a.D, u, lane_sum(y)) * gate);
-  }
-  /// A log2(e) from A_log.
-  __device__ __forceinline__ static void rates(float4& A) {
-    A.x = -expf(A.x) * selective::kLog2e;
-    A.y = -expf(A.y) * selective::kLog2e;
-    A.z = -expf(A.z) * selective::kLog2e;
-    A.w = -expf(A.w) * selective::kLog2e;
   }
   __device__ __forceinline__ void take_x_dbl(unsigned epoch) const {
     constexpr int kPairs = Z::kXDblRows / 2;
@@ -707,7 +471,7 @@ struct Computer {
         epoch,
         [&](int n) -> const Word* {
           const bool exists = thread < kPairs && n < batch;
-          return exists ? p.words + To::x_dbl + n * Z::kXDblRows + 2 * thread : nullptr;
+          return exists ? words() + To::x_dbl + n * Z::kXDblRows + 2 * thread : nullptr;
         },
         [&](int n, std::uint32_t one, std::uint32_t two) {
           *reinterpret_cast<uint2*>(&s.x_dbl[n][2 * thread]) = make_uint2(one, two);
@@ -723,7 +487,7 @@ struct Computer {
     for (int first = 0;; first += kItems) {
       const int i = first + thread / kLanes;
       if (first + warp * (32 / kLanes) >= items) break;
-      const float v = advance(a, i);
+      const float v = gated(a, i);
       const float next = __shfl_down_sync(0xFFFFFFFFU, v, kLanes);
       if (i < items && i % 2 == 0 && thread % kLanes == 0)
         publish_pair(To::v, i / kChannels, i % kChannels, v, next, epoch);
@@ -738,7 +502,7 @@ struct Computer {
     enter();
 #pragma unroll 1
     for (int i = 0; i < p.layer_count; ++i) {
-      const Layer& l = s.layers[i];
+      const Layer& l = s.common.layers[i];
       const unsigned epoch = p.epoch + static_cast<unsigned>(i);
       in_proj(l, epoch);
       ScanLane<Z> scan_lane{};
@@ -750,23 +514,6 @@ struct Computer {
   }
 };
 
-/// By all threads of a block: pointers and barriers.
-template <class Z, int kRows>
-__device__ __forceinline__ void prepare(const Args& p, Shared<Z, kRows>& s) {
-  constexpr int kWords = static_cast<int>(sizeof(p.layers) / sizeof(std::uint64_t));
-  const auto* const from = reinterpret_cast<const std::uint64_t*>(p.layers);
-  for (int i = static_cast<int>(threadIdx.x); i < kWords; i += static_cast<int>(blockDim.x))
-    reinterpret_cast<std::uint64_t*>(s.layers)[i] = from[i];
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < p.slots; ++i) {
-      barrier_init(shared_address(&s.full[i]), 1);
-      barrier_init(shared_address(&s.empty[i]), kWarps);
-    }
-    barrier_init_done();
-  }
-  __syncthreads();
-}
-
 #endif
 
 template <class Z, int kRows>
@@ -774,37 +521,18 @@ __global__ __launch_bounds__(kThreads + 32, 1) void stack_kernel(const __grid_co
 #if __CUDA_ARCH__ >= 900
   extern __shared__ __align__(128) char shared[];
   auto& s = *reinterpret_cast<Shared<Z, kRows>*>(shared);
-  const char* const ring = shared + kRingOffset<Z, kRows>;
-  prepare(p, s);
-  if (threadIdx.x >= kThreads)
-    Copier<Z, kRows>{p, s, shared_address(ring), static_cast<int>(threadIdx.x) % 32, {}}.run();
+  char* const ring = shared + kRingOffset<Z, kRows>;
+  s.common.prepare(p);
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  if (warp == kWarps)
+    Copier<Z>{p, {s.common, shared_address(ring), p.slots, lane}}.run();
   else
-    Computer<Z, kRows>{p, s, ring}.run();
+    Computer<Z, kRows>{p, s, {s.common, ring, p.slots, p.none, lane, warp}}.run();
 #endif
 }
 
 // --- host --------------------------------------------------------------------------------------
-
-Layer pointers(const MambaStackLayer& l) {
-  return {.weights = {l.in_proj.data<bf16>(), l.x_proj.data<bf16>(), l.out_proj.data<bf16>()},
-          .norm_weight = l.norm_weight.data<float>(),
-          .conv_weight = l.conv_weight.data<bf16>(),
-          .conv_bias = l.conv_bias ? l.conv_bias.data<bf16>() : nullptr,
-          .dt_weight = l.dt_weight.data<bf16>(),
-          .dt_bias = l.dt_bias.data<float>(),
-          .A_log = l.A_log.data<float>(),
-          .D = l.D.data<float>(),
-          .conv_state = l.conv_state.data<float>(),
-          .lrnn_state = l.lrnn_state.data<float>()};
-}
-
-int multiprocessors() {
-  int device = 0;
-  int count = 0;
-  LRNN_CUDA_CHECK(cudaGetDevice(&device));
-  LRNN_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-  return count;
-}
 
 /// Whether the sizes are those of Sizes<d_model>, in bfloat16.
 bool usual(const MambaStackStep& a) {
@@ -825,78 +553,24 @@ bool aligned(const MambaStackStep& a) {
   });
 }
 
-/// Whether all blocks of the kernel run at the same time on the current device.
-template <class Kernel>
-bool fits(Kernel* kernel) {
-  int device = 0;
-  int allowed = 0;
-  LRNN_CUDA_CHECK(cudaGetDevice(&device));
-  LRNN_CUDA_CHECK(cudaDeviceGetAttribute(&allowed, cudaDevAttrCooperativeLaunch, device));
-  cudaFuncAttributes attributes{};
-  LRNN_CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel));
-  return allowed != 0 && multiprocessors() >= kBlocks && compute_capability() >= 90 &&
-         attributes.ptxVersion >= 90;
-}
-
-template <class Kernel>
-void launch(cudaStream_t stream, Kernel* kernel, int shared, const Args& p) {
-  cudaLaunchAttribute together{};
-  together.id = cudaLaunchAttributeCooperative;
-  together.val.cooperative = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = kBlocks;
-  config.blockDim = kThreads + 32;
-  config.dynamicSmemBytes = static_cast<std::size_t>(shared);
-  config.stream = stream;
-  config.attrs = &together;
-  config.numAttrs = 1;
-  LRNN_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, p));
-}
-
 template <class Z, int kRows>
 bool step(Context& ctx, const MambaStackStep& a) {
-  const auto kernel = stack_kernel<Z, kRows>;
-  constexpr int kOffset = kRingOffset<Z, kRows>;
-  Args p{};
-  p.slots =
-      std::min(Shared<Z, kRows>::kMaxSlots, (shared_memory_per_block() - kOffset) / kSlotBytes);
-  if (p.slots < kMinSlots || !fits(kernel)) return false;
-  const int shared = kOffset + p.slots * kSlotBytes;
-  LRNN_CUDA_CHECK(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
   // Cleared: no layer has number 0.
-  constexpr std::int64_t kWords = Exchange<Z, kRows>::kWords;
-  Tensor words = ctx.zeros(Shape{2 * kWords}, DType::float32);
-  p.words = reinterpret_cast<Word*>(words.view().data<float>());
-  p.batch = static_cast<int>(a.x.dim(0));
-  p.eps = static_cast<float>(a.eps);
-  p.narrow_residual = a.residual_out.dtype() == DType::bfloat16;
-  p.y = a.y.data<bf16>();
-  p.residual_out = a.residual_out.raw();
-  const int count = static_cast<int>(a.layers.size());
-  const int launches = (count + kMaxLayers - 1) / kMaxLayers;
-  for (int i = 0; i < launches; ++i) {
-    const int begin = count * i / launches;
-    p.layer_count = count * (i + 1) / launches - begin;
-    p.epoch = 1 + static_cast<unsigned>(begin);
-    for (int j = 0; j < p.layer_count; ++j)
-      p.layers[j] = pointers(a.layers[static_cast<std::size_t>(begin + j)]);
-    p.x = i == 0 ? a.x.data<bf16>() : p.y;
-    p.residual = i > 0 ? p.residual_out : a.residual ? a.residual.raw() : nullptr;
-    launch(ctx.stream().handle, kernel, shared, p);
-  }
-  return true;
+  return step_layers(
+      ctx, a, stack_kernel<Z, kRows>, kBlocks, kRingOffset<Z, kRows>, kMaxSlots, 1, [&] {
+        return ctx.zeros(Shape{2 * std::int64_t{Exchange<Z, kRows>::kWords}}, DType::float32);
+      });
 }
 
 template <class Z>
-bool step_rows(Context& ctx, const MambaStackStep& a) {
+bool step_few(Context& ctx, const MambaStackStep& a) {
   switch (a.x.dim(0)) {
     case 1:
       return step<Z, 1>(ctx, a);
     case 2:
       return step<Z, 2>(ctx, a);
     default:
-      return false;  // for more the exchanges cost more than the launches
+      return step_rows(ctx, a);
   }
 }
 
@@ -904,15 +578,15 @@ bool step_together(Context& ctx, const MambaStackStep& a) {
   if (!usual(a) || !aligned(a)) return false;
   switch (a.x.dim(1)) {
     case 256:
-      return step_rows<Sizes<256>>(ctx, a);
+      return step_few<Sizes<256, kBlocks>>(ctx, a);
     case 768:
-      return step_rows<Sizes<768>>(ctx, a);
+      return step_few<Sizes<768, kBlocks>>(ctx, a);
     case 1024:
-      return step_rows<Sizes<1024>>(ctx, a);
+      return step_few<Sizes<1024, kBlocks>>(ctx, a);
     case 1536:
-      return step_rows<Sizes<1536>>(ctx, a);
+      return step_few<Sizes<1536, kBlocks>>(ctx, a);
     case 2048:
-      return step_rows<Sizes<2048>>(ctx, a);
+      return step_few<Sizes<2048, kBlocks>>(ctx, a);
     default:
       return false;
   }

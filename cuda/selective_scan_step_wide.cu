@@ -153,7 +153,7 @@ __global__ __launch_bounds__(kThreads, sizeof(T) == 2 ? 3 : 2) void selective_sc
     y[r] = 0.0F;
 #pragma unroll
     for (int k = 0; k < kStates; ++k) {
-      h[r][k] = fmaf(exp2_approx(delta * A[k]), h[r][k], drive * B.get(k));
+      h[r][k] = fmaf(decay(delta, A[k]), h[r][k], drive * B.get(k));
       y[r] = fmaf(C.get(k), h[r][k], y[r]);
     }
     if (seat.exists && seat.first + r <= seat.last) store_vec<float, kStates>(state(r), h[r]);

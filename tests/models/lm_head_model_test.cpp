@@ -315,6 +315,24 @@ TEST_F(Model, CudaRunsOfMambaBlocksStepAsTheyGoForward) {
   }
 }
 
+// Three sequences and more take another kernel; a sequence has the same bits beside any others.
+TEST_F(Model, CudaRunsOfMambaBlocksStepManySequences) {
+  if (Context::cuda_device_count() == 0) GTEST_SKIP() << "no CUDA device";
+  ctx_ = Context::cuda();
+  const auto model = make(stacked_config(256, {Mamba, Mamba, Mamba}), DType::bfloat16);
+  const Tensor input = ids(16, 6);
+  const Doubles whole = logits(model, input);
+  double largest = 0;
+  for (const double v : whole) largest = std::max(largest, std::abs(v));
+  const Doubles steps = stepped(ctx_, model, input, false);
+  EXPECT_LT(max_difference(steps, whole), 0.03 * largest);  // values are rounded on the way
+  for (const std::int64_t count : {3, 4, 8, 13, 16}) {
+    const Tensor rows = ctx_.clone(input.view().slice(0, 0, count));
+    const Doubles expected(steps.begin(), steps.begin() + count * 6 * 19);
+    EXPECT_EQ(stepped(ctx_, model, rows, true), expected) << count << " sequences";
+  }
+}
+
 TEST_F(Model, PaddedRowsEqualRowsOnTheirOwn) {
   const auto model = make(small_config({LRU, Mamba, S5, Attn, S7}));
   const Tensor input = ids(2, 6);

@@ -8,9 +8,10 @@
 ///     x = v out_proj^T
 ///
 /// x and r are what the last layer leaves to its successor. By parts the result is that of those
-/// ops. For one or two sequences in bfloat16 CUDA does it in one launch: every value is rounded
-/// where those ops round it, but for n, which is rounded before its factor 1 / rms is applied, and
-/// the order of sums differs, which depends on the sizes of a layer alone.
+/// ops. For up to 16 sequences in bfloat16 CUDA does it in one launch: every value is rounded where
+/// those ops round it, but for n, which is rounded before its factor 1 / rms is applied, and the
+/// order of sums differs. For one or two sequences it is one order, for more another; beyond that
+/// it depends on the sizes of a layer alone.
 /// Paper: Gu and Dao, "Mamba", arXiv:2312.00752.
 #pragma once
 

@@ -1,0 +1,433 @@
+/// What the kernels of mamba_stack_step share: sizes, the ring of buffers through which the weights
+/// come, and their launch.
+///
+/// One warp of a block copies the weights into a ring of buffers, as far ahead as the ring reaches;
+/// kWarps warps multiply, weights as the left operand and the sequences as its few columns, each a
+/// part of the depth: 32 of every 256.
+#pragma once
+
+#include <algorithm>
+
+#include "common/capability.cuh"
+#include "common/causal_conv1d.cuh"
+#include "common/selective_scan.cuh"
+#include "common/wgmma.cuh"
+#include "ops/mamba_stack_parts.hpp"
+
+namespace lrnn::cuda::mamba_stack {
+
+constexpr int kWarps = 8;  // that compute; one more copies
+constexpr int kThreads = 32 * kWarps;
+constexpr int kTileRows = 16;  // of a weight, in a product
+constexpr int kStep = 32;      // depth of a step of a warp: two products
+constexpr int kUnit = kStep * kWarps;
+constexpr int kPad = 32;  // elements behind a row, so that two rows fill the banks
+constexpr int kSlotBytes = kTileRows * (3 * kUnit + kPad) * 2;  // of the ring: 3 steps of a tile
+constexpr int kMinSlots = 3;
+constexpr int kMaxSlots = 16;
+constexpr int kStates = 4;  // of a lane
+constexpr int kLanes = 4;   // of a channel
+constexpr int kDState = kStates * kLanes;
+constexpr int kWidth = 4;       // of the convolution
+constexpr int kMaxLayers = 24;  // whose pointers are arguments
+
+/// Products of a layer, in their order.
+enum Stage { kIn, kXDbl, kOut, kStages };
+
+/// Sizes of a model of d_model kInputs with the usual options, on kBlocks blocks.
+template <int kInputs_, int kBlocks_>
+struct Sizes {
+  static constexpr int kInputs = kInputs_;
+  static constexpr int kBlocks = kBlocks_;
+  static constexpr int kChannels = 2 * kInputs;
+  static constexpr int kRank = kInputs / 16;
+  static constexpr int kXDblRows = kRank + 2 * kDState;
+
+  __host__ __device__ static constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+  __host__ __device__ static constexpr int all(int stage) {
+    return stage == kIn ? kChannels : stage == kXDbl ? kXDblRows : kInputs;
+  }
+  __host__ __device__ static constexpr int lesser(int a, int b) { return a < b ? a : b; }
+  /// Rows of a block.
+  __host__ __device__ static constexpr int own(int stage) { return ceil_div(all(stage), kBlocks); }
+  __host__ __device__ static constexpr int depth(int stage) {
+    return stage == kIn ? kInputs : kChannels;
+  }
+  __host__ __device__ static constexpr int steps(int stage) { return depth(stage) / kUnit; }
+  /// Tiles of rows; in kIn those of u and z take turns.
+  __host__ __device__ static constexpr int tiles(int stage) {
+    return ceil_div(own(stage), kTileRows) * (stage == kIn ? 2 : 1);
+  }
+  __host__ __device__ static constexpr int first_row(int stage, int tile) {
+    return (stage == kIn ? tile / 2 : tile) * kTileRows;
+  }
+  __host__ __device__ static constexpr int rows(int stage, int tile) {
+    return lesser(kTileRows, own(stage) - first_row(stage, tile));
+  }
+  /// Steps that a buffer of the ring takes.
+  __host__ __device__ static constexpr int part(int stage) {
+    const int rows = lesser(kTileRows, own(stage));
+    return lesser(steps(stage), (kSlotBytes / rows / 2 - kPad) / kUnit);
+  }
+  __host__ __device__ static constexpr int pitch(int stage) { return part(stage) * kUnit + kPad; }
+  /// Buffers that the weights of a stage fill.
+  __host__ __device__ static constexpr int buffers(int stage) {
+    return tiles(stage) * ceil_div(steps(stage), part(stage));
+  }
+  static_assert(kInputs % kUnit == 0 && kInputs % kBlocks == 0 && kChannels % (4 * kBlocks) == 0);
+};
+
+/// Pointers of one layer.
+struct Layer {
+  const bf16* weights[kStages];
+  const float* norm_weight;
+  const bf16* conv_weight;
+  const bf16* conv_bias;  // or null
+  const bf16* dt_weight;
+  const float* dt_bias;
+  const float* A_log;
+  const float* D;
+  float* conv_state;
+  float* lrnn_state;
+};
+
+struct Args {
+  Layer layers[kMaxLayers];
+  int layer_count;
+  unsigned epoch;  // number of the first layer
+  int batch;
+  int slots;
+  std::uint32_t none;  // 0, unknown to the compiler
+  float eps;
+  bool narrow_residual;
+  const bf16* x;
+  const void* residual;  // or null
+  bf16* y;
+  void* residual_out;
+  void* words;  // of the exchange
+};
+
+/// Barriers of the buffers, and the pointers of all layers, in shared memory.
+struct Common {
+  Layer layers[kMaxLayers];
+  std::uint64_t full[kMaxSlots];
+  std::uint64_t empty[kMaxSlots];
+
+#if __CUDA_ARCH__ >= 900
+  /// By all threads of a block.
+  __device__ __forceinline__ void prepare(const Args& p) {
+    constexpr int kWords = static_cast<int>(sizeof(p.layers) / sizeof(std::uint64_t));
+    const auto* const from = reinterpret_cast<const std::uint64_t*>(p.layers);
+    for (int i = static_cast<int>(threadIdx.x); i < kWords; i += static_cast<int>(blockDim.x))
+      reinterpret_cast<std::uint64_t*>(layers)[i] = from[i];
+    if (threadIdx.x == 0) {
+      for (int i = 0; i < p.slots; ++i) {
+        barrier_init(shared_address(&full[i]), 1);
+        barrier_init(shared_address(&empty[i]), kWarps);
+      }
+      barrier_init_done();
+    }
+    __syncthreads();
+  }
+#endif
+};
+
+#if __CUDA_ARCH__ >= 900
+
+constexpr int kComputers = 1;  // barrier of the warps that compute
+
+/// Where in the ring a warp is.
+struct Place {
+  int slot = 0;
+  int turn = 0;
+
+  __device__ __forceinline__ void next(int slots) {
+    if (++slot == slots) {
+      slot = 0;
+      turn ^= 1;
+    }
+  }
+};
+
+/// The warp that copies, as it writes the ring.
+struct RingWriter {
+  Common& common;
+  std::uint32_t ring;
+  int slots;
+  int lane;
+  Place place = {};
+
+  /// Row `lane` < rows, of `bytes` each, to the next buffer, where rows are `pitch` bytes apart.
+  __device__ __forceinline__ void copy(const void* from, int rows, int bytes, int pitch) {
+    const std::uint32_t full = shared_address(&common.full[place.slot]);
+    barrier_wait(shared_address(&common.empty[place.slot]), place.turn ^ 1);
+    if (lane == 0) barrier_expect(full, rows * bytes);
+    __syncwarp();
+    if (lane < rows)
+      copy_bytes(ring + static_cast<std::uint32_t>(place.slot * kSlotBytes + lane * pitch), from,
+                 bytes, full);
+    place.next(slots);
+  }
+  /// What this block has of the weight of a stage.
+  template <class Z, int kStage>
+  __device__ __forceinline__ void copy_stage(const Layer& l) {
+    constexpr int kDepth = Z::depth(kStage);
+    constexpr int kPart = Z::part(kStage) * kUnit;
+    const int first = static_cast<int>(blockIdx.x) * Z::own(kStage);
+    if (first >= Z::all(kStage)) return;
+#pragma unroll 1
+    for (int t = 0; t < Z::tiles(kStage); ++t) {
+      const int row =
+          first + Z::first_row(kStage, t) + (kStage == kIn && t % 2 != 0 ? Z::kChannels : 0);
+      const bf16* const from = l.weights[kStage] + std::int64_t{row + lane} * kDepth;
+#pragma unroll 1
+      for (int k = 0; k < kDepth; k += kPart)
+        copy(from + k, Z::rows(kStage, t), min(kPart, kDepth - k) * 2, Z::pitch(kStage) * 2);
+    }
+  }
+  __device__ __forceinline__ void prefetch(const void* from, int bytes) const {
+    for (int at = lane * 128; at < bytes; at += 32 * 128)
+      prefetch_to_l2(static_cast<const char*>(from) + at);
+  }
+  /// The small operands of this block's channels, which the others read by themselves.
+  template <class Z>
+  __device__ __forceinline__ void prefetch_channels(const Layer& l, int batch) const {
+    constexpr int kOwn = Z::own(kIn);
+    const std::int64_t c = static_cast<std::int64_t>(blockIdx.x) * kOwn;
+    prefetch(l.conv_weight + c * kWidth, kOwn * kWidth * 2);
+    prefetch(l.dt_weight + c * Z::kRank, kOwn * Z::kRank * 2);
+    prefetch(l.A_log + c * kDState, kOwn * kDState * 4);
+    if (lane == 0) {
+      if (l.conv_bias != nullptr) prefetch_to_l2(l.conv_bias + c);
+      prefetch_to_l2(l.dt_bias + c);
+      prefetch_to_l2(l.D + c);
+    }
+    for (int n = 0; n < batch; ++n)
+      prefetch(l.conv_state + (std::int64_t{n} * Z::kChannels + c) * kWidth, kOwn * kWidth * 4);
+  }
+};
+
+/// A part of 16 rows of a weight, 32 deep. A step of a warp is two products of depth 16. Lane 4 g +
+/// c has 8 neighbours in depth, 8 c on, of rows g and g + 8 of the weight and of sequence g: the
+/// order within a step is free.
+struct Weights {
+  uint4 upper, lower;
+};
+/// c += the step's two products with x: even and odd sums.
+__device__ __forceinline__ void multiply(float (&c)[2][4], const Weights& w, uint4 x) {
+  const std::uint32_t first[4] = {w.upper.x, w.lower.x, w.upper.y, w.lower.y};
+  const std::uint32_t second[4] = {w.upper.z, w.lower.z, w.upper.w, w.lower.w};
+  multiply_add(c[0], first, x.x, x.y);
+  multiply_add(c[1], second, x.z, x.w);
+}
+
+/// A warp that multiplies, as it reads the ring.
+struct RingReader {
+  Common& common;
+  const char* ring;
+  int slots;
+  std::uint32_t none;
+  int lane;
+  int warp;
+  Place place = {};
+  Place freed = {};
+  int read = 0;            // buffers behind `freed` that have been read
+  std::uint32_t seen = 0;  // of their values
+
+  /// The next buffer, once it is full.
+  __device__ __forceinline__ void wait() const {
+    barrier_wait(shared_address(&common.full[place.slot]), place.turn);
+  }
+  [[nodiscard]] __device__ __forceinline__ const char* buffer() const {
+    return ring + place.slot * kSlotBytes;
+  }
+  /// To the buffer after this one, which has been read.
+  __device__ __forceinline__ void next() {
+    place.next(slots);
+    ++read;
+  }
+  /// Leaves what has been read to the next copies. Its loads have come back by then: what was seen
+  /// of them is part of the address, masked away. Without that the barrier may overtake them.
+  __device__ __forceinline__ void release() {
+    if (read == 0) return;
+    __syncwarp();
+    for (; read > 0; --read) {
+      if (lane == 0) barrier_arrive(shared_address(&common.empty[freed.slot]) + (seen & none));
+      freed.next(slots);
+    }
+    seen = 0;
+  }
+  /// Step `unit` of a stage, counted over its tiles.
+  template <class Z, int kStage>
+  __device__ __forceinline__ void load(Weights& w, int unit) {
+    constexpr int kSteps = Z::steps(kStage);
+    constexpr int kPart = Z::part(kStage);
+    const int rows = Z::rows(kStage, unit / kSteps);
+    const int step = unit % kSteps;
+    if (step % kPart == 0) wait();
+    const int row = lane / 4;
+    const char* const from = buffer() + row * Z::pitch(kStage) * 2 + lane % 4 * 16 +
+                             warp * kStep * 2 + step % kPart * kUnit * 2;
+    w = {};
+    if (row < rows) w.upper = *reinterpret_cast<const uint4*>(from);
+    if (rows > 8 && row + 8 < rows)
+      w.lower = *reinterpret_cast<const uint4*>(from + 8 * Z::pitch(kStage) * 2);
+    seen |= w.upper.x | w.lower.x;
+    if (step % kPart == kPart - 1 || step == kSteps - 1) next();
+  }
+};
+
+__device__ __forceinline__ float rounded(float v) {
+  return to_float(from_float<bf16>(v));
+}
+__device__ __forceinline__ float low(std::uint32_t pair) {
+  return __uint_as_float(pair << 16);
+}
+__device__ __forceinline__ float high(std::uint32_t pair) {
+  return __uint_as_float(pair & 0xFFFF0000U);
+}
+/// In pairs, which is a shorter chain than one after the other.
+__device__ __forceinline__ float sum_of(const float (&v)[kWarps]) {
+  return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
+}
+/// Barrier of the warps that compute.
+__device__ __forceinline__ void sync() {
+  group_wait(kComputers, kThreads);
+}
+
+/// Window and taps of a channel of a sequence.
+struct Window {
+  float4 values;
+  uint2 taps;
+  bf16 bias;
+
+  /// Channel c, whose window is at `at`.
+  __device__ __forceinline__ void load(const Layer& l, int c, std::int64_t at) {
+    values = *reinterpret_cast<const float4*>(l.conv_state + at);
+    taps = reinterpret_cast<const uint2*>(l.conv_weight)[c];
+    bias = l.conv_bias != nullptr ? l.conv_bias[c] : from_float<bf16>(0.0F);
+  }
+  /// Moves the window on.
+  __device__ __forceinline__ float convolve(float newest) {
+    values = make_float4(values.y, values.z, values.w, newest);
+    float sum = fmaf(low(taps.x), values.x, to_float(bias));
+    sum = fmaf(high(taps.x), values.y, sum);
+    sum = fmaf(low(taps.y), values.z, sum);
+    sum = fmaf(high(taps.y), newest, sum);
+    return rounded(sum * conv::gate(sum));
+  }
+};
+
+/// Over the lanes of a channel, in every one of them.
+__device__ __forceinline__ float lane_sum(float v) {
+#pragma unroll
+  for (int offset = kLanes / 2; offset > 0; offset /= 2)
+    v += __shfl_xor_sync(0xFFFFFFFFU, v, offset);
+  return v;
+}
+/// A log2(e) from A_log.
+__device__ __forceinline__ void rates(float4& A) {
+  A.x = -expf(A.x) * selective::kLog2e;
+  A.y = -expf(A.y) * selective::kLog2e;
+  A.z = -expf(A.z) * selective::kLog2e;
+  A.w = -expf(A.w) * selective::kLog2e;
+}
+/// One state: h = exp(delta A) h + delta u B, and C h.
+__device__ __forceinline__ float advance(float& h, float rate, float delta, float drive, float B,
+                                         float C) {
+  h = fmaf(selective::decay(delta, rate), h, drive * B);
+  return C * h;
+}
+/// The states of a lane, and its part of the output.
+__device__ __forceinline__ float advance(float4& h, const float4& A, float delta, float u,
+                                         const float4& B, const float4& C) {
+  const float drive = delta * u;
+  return (advance(h.x, A.x, delta, drive, B.x, C.x) + advance(h.y, A.y, delta, drive, B.y, C.y)) +
+         (advance(h.z, A.z, delta, drive, B.z, C.z) + advance(h.w, A.w, delta, drive, B.w, C.w));
+}
+
+#endif
+
+// --- host --------------------------------------------------------------------------------------
+
+inline Layer pointers(const MambaStackLayer& l) {
+  return {.weights = {l.in_proj.data<bf16>(), l.x_proj.data<bf16>(), l.out_proj.data<bf16>()},
+          .norm_weight = l.norm_weight.data<float>(),
+          .conv_weight = l.conv_weight.data<bf16>(),
+          .conv_bias = l.conv_bias ? l.conv_bias.data<bf16>() : nullptr,
+          .dt_weight = l.dt_weight.data<bf16>(),
+          .dt_bias = l.dt_bias.data<float>(),
+          .A_log = l.A_log.data<float>(),
+          .D = l.D.data<float>(),
+          .conv_state = l.conv_state.data<float>(),
+          .lrnn_state = l.lrnn_state.data<float>()};
+}
+
+/// Whether all blocks of the kernel run at the same time on the current device.
+template <class Kernel>
+bool fits(Kernel* kernel, int blocks) {
+  int device = 0;
+  int allowed = 0;
+  int count = 0;
+  LRNN_CUDA_CHECK(cudaGetDevice(&device));
+  LRNN_CUDA_CHECK(cudaDeviceGetAttribute(&allowed, cudaDevAttrCooperativeLaunch, device));
+  LRNN_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+  cudaFuncAttributes attributes{};
+  LRNN_CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel));
+  return allowed != 0 && count >= blocks && compute_capability() >= 90 &&
+         attributes.ptxVersion >= 90;
+}
+
+template <class Kernel>
+void launch(cudaStream_t stream, Kernel* kernel, int blocks, int shared, const Args& p) {
+  cudaLaunchAttribute together{};
+  together.id = cudaLaunchAttributeCooperative;
+  together.val.cooperative = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = static_cast<unsigned>(blocks);
+  config.blockDim = kThreads + 32;
+  config.dynamicSmemBytes = static_cast<std::size_t>(shared);
+  config.stream = stream;
+  config.attrs = &together;
+  config.numAttrs = 1;
+  LRNN_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, p));
+}
+
+/// Takes all layers, numbered from `first_epoch`, kMaxLayers at most in a launch. The ring, of at
+/// most `slots` buffers, lies `offset` bytes into shared memory; words() gives the exchange. False
+/// if the device is another.
+template <class Kernel, class Words>
+bool step_layers(Context& ctx, const MambaStackStep& a, Kernel* kernel, int blocks, int offset,
+                 int slots, unsigned first_epoch, Words words) {
+  Args p{};
+  p.slots = std::min(slots, (shared_memory_per_block() - offset) / kSlotBytes);
+  if (p.slots < kMinSlots || !fits(kernel, blocks)) return false;
+  const int shared = offset + p.slots * kSlotBytes;
+  LRNN_CUDA_CHECK(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
+  Tensor exchange = words();
+  p.words = exchange.view().raw();
+  p.batch = static_cast<int>(a.x.dim(0));
+  p.eps = static_cast<float>(a.eps);
+  p.narrow_residual = a.residual_out.dtype() == DType::bfloat16;
+  p.y = a.y.data<bf16>();
+  p.residual_out = a.residual_out.raw();
+  const int count = static_cast<int>(a.layers.size());
+  const int launches = (count + kMaxLayers - 1) / kMaxLayers;
+  for (int i = 0; i < launches; ++i) {
+    const int begin = count * i / launches;
+    p.layer_count = count * (i + 1) / launches - begin;
+    p.epoch = first_epoch + static_cast<unsigned>(begin);
+    for (int j = 0; j < p.layer_count; ++j)
+      p.layers[j] = pointers(a.layers[static_cast<std::size_t>(begin + j)]);
+    p.x = i == 0 ? a.x.data<bf16>() : p.y;
+    p.residual = i > 0 ? p.residual_out : a.residual ? a.residual.raw() : nullptr;
+    launch(ctx.stream().handle, kernel, blocks, shared, p);
+  }
+  return true;
+}
+
+/// One launch for up to 16 sequences (mamba_stack_rows.cu); false if the device is another.
+bool step_rows(Context& ctx, const MambaStackStep& a);
+
+}  // namespace lrnn::cuda::mamba_stack

@@ -1,0 +1,751 @@
+// A stack of Mamba blocks, one token of up to 16 sequences, in one cooperative launch.
+//
+// What mamba_stack.cu does for one or two, with fewer and larger exchanges. A block owns 16 or 32
+// of the channels of E (their rows of in_proj, columns of x_proj, convolution, scan) and 8 or 16
+// rows of out_proj. What the blocks exchange goes to L2 as words of 16 bytes in the order in which
+// the lanes of a product take them, so an operand comes straight into registers. A word is 8
+// values in bfloat16 of a sequence; that it has not come is a pair of NaNs that no rounding gives,
+// and its author puts that back two layers before the word is used again. A fence a layer orders
+// that before whatever lets the others ask for the word. The sums of x_dbl over the blocks are
+// those of the block that has the row, between two exchanges; parts of them carry the number of
+// their layer. States come through the ring as the weights do.
+//
+// A sum is cut by the sizes alone, so the bits depend neither on the device nor on the number of
+// sequences.
+//
+// @MEASURED@
+#include "common/mamba_stack.cuh"
+#include "core/runtime.hpp"
+
+namespace lrnn::cuda {
+namespace mamba_stack {
+namespace {
+
+constexpr int kRows = 16;              // sequences
+constexpr int kPitch = kTileRows + 4;  // of partial sums, without bank conflicts
+
+/// States of a sequence in a block, and sequences whose states a buffer takes.
+template <class Z>
+constexpr int kStateBytes = Z::own(kIn) * kDState * 4;
+template <class Z>
+constexpr int kStateRows = kRows * kStateBytes<Z> <= kSlotBytes ? kRows : kRows / 2;
+
+/// Of the exchange: 8 values in bfloat16, or two numbers and the layer that they belong to.
+struct alignas(16) Word {
+  std::uint64_t low, high;
+};
+constexpr std::uint32_t kAbsent = 0xFFFFFFFF;  // no rounded pair, and no number that is computed
+
+template <class Z>
+struct Exchange {
+  static constexpr int kTurns = 4;
+  static constexpr int r = 0;                                 // [B, H] bf16
+  static constexpr int v = r + kRows * Z::kInputs / 8;        // [B, E] bf16
+  static constexpr int x_dbl = v + kRows * Z::kChannels / 8;  // [R + 2 N, B] bf16
+  // Copies, since every block asks for all of these few.
+  static constexpr int kCopies = 4;
+  static constexpr int squares = x_dbl + kCopies * Z::kXDblRows * 2;  // [blocks, B] float32
+  static constexpr int kTurn = squares + Z::kBlocks * kRows / 4;
+  static constexpr int partials = kTurns * kTurn;  // [R + 2 N, blocks, B / 2]
+  static constexpr std::int64_t kWords = partials + Z::kXDblRows * Z::kBlocks * kRows / 2;
+};
+
+/// Shared memory of a block, before the ring.
+template <class Z>
+struct Shared {
+  static constexpr int kOwn = Z::own(kIn);
+
+  alignas(128) float partials[2][2][kWarps][kRows][kPitch];
+  alignas(16) bf16 u[kRows][kOwn + 8];
+  alignas(16) bf16 x_dbl[kRows][Z::kXDblRows + 8];
+  float gate[kRows][kOwn];
+  float delta[kRows][kOwn];
+  alignas(16) float squares[kWarps][kRows];
+  alignas(16) float reduced[2][kWarps][kRows];
+  Common common;
+};
+template <class Z>
+constexpr int kRingOffset = (static_cast<int>(sizeof(Shared<Z>)) + 127) / 128 * 128;
+
+#if __CUDA_ARCH__ >= 900
+
+constexpr int kHeldSteps = 2;  // of a stage, whose weights wait in registers
+constexpr int kMostSteps = 8;  // of a stage, whose operand waits in registers
+
+__device__ __forceinline__ void store_word(Word* to, Word w) {
+  asm volatile("st.relaxed.gpu.global.v2.b64 [%0], {%1, %2};" ::"l"(to), "l"(w.low), "l"(w.high)
+               : "memory");
+}
+__device__ __forceinline__ void store_number(void* to, std::uint32_t v) {
+  asm volatile("st.relaxed.gpu.global.b32 [%0], %1;" ::"l"(to), "r"(v) : "memory");
+}
+/// If `wanted`, without a branch that would split the loads around it.
+__device__ __forceinline__ void load_word(unsigned wanted, const Word* from, Word& w) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.s32 p, %3, 0;\n"
+      "@p ld.relaxed.gpu.global.v2.b64 {%0, %1}, [%2];\n}"
+      : "+l"(w.low), "+l"(w.high)
+      : "l"(from), "r"(wanted)
+      : "memory");
+}
+__device__ __forceinline__ std::uint32_t upper(std::uint64_t v) {
+  return static_cast<std::uint32_t>(v >> 32);
+}
+__device__ __forceinline__ std::uint32_t lower(std::uint64_t v) {
+  return static_cast<std::uint32_t>(v);
+}
+__device__ __forceinline__ std::uint64_t joined(std::uint32_t low, std::uint32_t high) {
+  return static_cast<std::uint64_t>(high) << 32 | low;
+}
+
+/// The words at(j), j < kCount, of those that are wanted, as soon as here(j, word).
+template <int kCount, class At, class Wanted, class Here>
+__device__ __forceinline__ void gather(Word (&v)[kCount], At at, Wanted wanted, Here here) {
+  unsigned missing = 0;
+#pragma unroll
+  for (int j = 0; j < kCount; ++j) {
+    missing |= static_cast<unsigned>(wanted(j)) << j;
+    v[j] = {};
+  }
+  // What is there is not asked for again: waiting must not slow down the weights on their way.
+#pragma unroll 1
+  while (missing != 0) {
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) load_word(missing & 1U << j, at(j), v[j]);
+#pragma unroll
+    for (int j = 0; j < kCount; ++j)
+      if (here(j, v[j])) missing &= ~(1U << j);
+  }
+  __syncwarp();
+}
+__device__ __forceinline__ uint4 values(const Word& w) {
+  return make_uint4(lower(w.low), upper(w.low), lower(w.high), upper(w.high));
+}
+/// Whether a word that is stored at once is there.
+__device__ __forceinline__ bool complete(const Word& w) {
+  return upper(w.low) != kAbsent && upper(w.high) != kAbsent;
+}
+/// Whether all four of its numbers are, which are stored one by one.
+__device__ __forceinline__ bool all_complete(const Word& w) {
+  return complete(w) && lower(w.low) != kAbsent && lower(w.high) != kAbsent;
+}
+
+// --- the warp that copies ----------------------------------------------------------------------
+
+template <class Z>
+struct Copier {
+  const Args& p;
+  RingWriter ring;
+
+  __device__ __forceinline__ void copy_states(const Layer& l) {
+    const std::int64_t first_channel = static_cast<std::int64_t>(blockIdx.x) * Z::own(kIn);
+#pragma unroll 1
+    for (int n = 0; n < p.batch; n += kStateRows<Z>)
+      ring.copy(
+          l.lrnn_state + (std::int64_t{n + ring.lane} * Z::kChannels + first_channel) * kDState,
+          min(kStateRows<Z>, p.batch - n), kStateBytes<Z>, kStateBytes<Z>);
+  }
+  /// The small operands of a layer, which the others read by themselves.
+  __device__ __forceinline__ void prefetch(const Layer& l) const {
+    ring.prefetch_channels<Z>(l, p.batch);
+    if (ring.lane == 0)
+      prefetch_to_l2(l.norm_weight + static_cast<std::int64_t>(blockIdx.x) * Z::own(kOut));
+    for (int row = ring.lane; row < Z::kXDblRows; row += 32)
+      prefetch_to_l2(l.weights[kXDbl] + std::int64_t{row} * Z::kChannels +
+                     static_cast<std::int64_t>(blockIdx.x) * Z::own(kIn));
+  }
+  __device__ __forceinline__ void run() {
+    const Layer* const layers = ring.common.layers;
+    prefetch(layers[0]);
+#pragma unroll 1
+    for (int i = 0; i < p.layer_count; ++i) {
+      ring.copy_stage<Z, kIn>(layers[i]);
+      copy_states(layers[i]);
+      ring.copy_stage<Z, kOut>(layers[i]);
+      if (i + 1 < p.layer_count) prefetch(layers[i + 1]);
+    }
+  }
+};
+
+// --- the warps that compute --------------------------------------------------------------------
+
+template <class Z>
+struct Computer {
+  using To = Exchange<Z>;
+  static constexpr int kChannels = Z::own(kIn);
+  static constexpr int kOutputs = Z::own(kOut);
+  static constexpr int kPairs = kChannels / kTileRows;  // of tiles of u and z
+  static constexpr int kVec = kChannels / 16;           // products of depth 16 of own channels
+  static_assert(kChannels % 16 == 0 && kOutputs % 8 == 0 && kOutputs <= 16 &&
+                Z::kBlocks * (kRows / 2) % kThreads == 0);
+
+  const Args& p;
+  Shared<Z>& s;
+  RingReader ring;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int lane = thread % 32;
+  const int warp = thread / 32;
+  const int batch = p.batch;
+  const int block = static_cast<int>(blockIdx.x);
+  const int first_channel = block * kChannels;
+  const int first_output = block * kOutputs;
+  // Of a tile, what this thread finishes.
+  const int tile_row = thread % kTileRows;
+  const int sequence = thread / kTileRows;
+  int turn = 0;  // of the two sets of partial sums
+  float residual = 0.0F;
+
+  __device__ __forceinline__ Word* words(unsigned epoch) const {
+    return static_cast<Word*>(p.words) + static_cast<int>(epoch % To::kTurns) * To::kTurn;
+  }
+  /// Stores a word of this layer, and clears that of the layer after the next.
+  __device__ __forceinline__ void publish(int at, Word w, unsigned epoch) const {
+    store_word(words(epoch) + at, w);
+    store_word(words(epoch + 2) + at, {~std::uint64_t{0}, ~std::uint64_t{0}});
+  }
+  /// v of 8 lanes, kStride apart, rounded: complete in the first.
+  template <int kStride>
+  __device__ __forceinline__ static Word pack(float v) {
+    constexpr unsigned kAll = 0xFFFFFFFFU;
+    const std::uint32_t pair = pack_bf16(v, __shfl_down_sync(kAll, v, kStride));
+    const std::uint32_t second = __shfl_down_sync(kAll, pair, 2 * kStride);
+    const std::uint32_t third = __shfl_down_sync(kAll, pair, 4 * kStride);
+    const std::uint32_t fourth = __shfl_down_sync(kAll, pair, 6 * kStride);
+    return {joined(pair, second), joined(third, fourth)};
+  }
+
+  // --- products ------------------------------------------------------------------------------
+  /// Sums of this warp's part of a tile, to shared memory.
+  __device__ __forceinline__ void store(const float (&c)[2][2][4], int which) {
+    float (&to)[kRows][kPitch] = s.partials[turn][which][warp];
+    const int row = lane / 4;
+    const int n = lane % 4 * 2;
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        to[8 * half + n + j][row] = c[half][0][j] + c[half][1][j];
+        to[8 * half + n + j][row + 8] = c[half][0][j + 2] + c[half][1][j + 2];
+      }
+  }
+  __device__ __forceinline__ float finished(int which) const {
+    float parts[kWarps];
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) parts[w] = s.partials[turn][which][w][sequence][tile_row];
+    return sum_of(parts);
+  }
+
+  template <int kStage>
+  static constexpr int kUnits = Z::tiles(kStage) * Z::steps(kStage);
+  template <int kStage>
+  static constexpr int kHeld = Z::lesser(kHeldSteps, kUnits<kStage>);
+
+  /// Where depths k .. k + 7 of a sequence are in an operand: as lanes take them.
+  __device__ __forceinline__ static int operand_word(int n, int k) {
+    return (k / kStep * 2 + n / 8) * 32 + n % 8 * 4 + k % kStep / 8;
+  }
+  /// This lane's words of kCount steps of an operand, as gather() needs them.
+  [[nodiscard]] __device__ __forceinline__ const Word* lane_words(const Word* operand) const {
+    return operand + warp * 64 + lane;
+  }
+  __device__ __forceinline__ static constexpr int word_of(int j) {
+    return j % 2 * 32 + j / 2 * (kWarps * 64);
+  }
+  [[nodiscard]] __device__ __forceinline__ bool wanted(int j) const {
+    return j % 2 * 8 + lane / 4 < batch;
+  }
+  template <int kStage>
+  static constexpr int kAtOnce =
+      Z::steps(kStage) / Z::ceil_div(Z::steps(kStage), kMostSteps);  // steps
+
+  /// All products of a stage. take(x, i) brings the operand of kAtOnce steps from step i on;
+  /// before() precedes the barrier of the first tiles; finish(t) gets tiles t and t + 1.
+  template <int kStage, class Take, class Before, class Finish>
+  __device__ __forceinline__ void products(Take take, Before before, Finish finish) {
+    constexpr int kSteps = Z::steps(kStage);
+    constexpr int kTiles = Z::tiles(kStage);
+    constexpr int kCount = kAtOnce<kStage>;
+    static_assert(kSteps % kCount == 0 && (kTiles == 1 || kSteps == kCount));
+    Weights held[kHeld<kStage>];
+#pragma unroll
+    for (int i = 0; i < kHeld<kStage>; ++i) ring.load<Z, kStage>(held[i], i);
+    ring.release();
+    Word x[2 * kCount];
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) {
+      float c[2][2][4] = {};
+#pragma unroll
+      for (int i = 0; i < kSteps; ++i) {
+        if (t == 0 && i % kCount == 0) take(x, i);
+        const int unit = t * kSteps + i;
+        Weights w;
+        if (unit < kHeld<kStage>)
+          w = held[unit < kHeld<kStage> ? unit : 0];
+        else
+          ring.load<Z, kStage>(w, unit);
+        multiply(c[0], w, values(x[i % kCount * 2]));
+        multiply(c[1], w, values(x[i % kCount * 2 + 1]));
+        ring.release();
+      }
+      store(c, t % 2);
+      if (t % 2 == 0 && t + 1 < kTiles) continue;
+      if (t <= 1) before();
+      sync();
+      finish(t / 2 * 2);
+      turn ^= 1;
+    }
+  }
+
+  // --- r -> u, z -----------------------------------------------------------------------------
+  // The factor 1 / rms of a row is that of its products, which therefore need not wait for it: what
+  // is rounded is r weight.
+
+  static constexpr int kSquares = Z::ceil_div(Z::kBlocks * 4, kThreads);  // words of a thread
+
+  /// The operand, and the blocks' sums of squares of 4 sequences.
+  template <int kCount>
+  __device__ __forceinline__ void take_r(Word (&x)[kCount], Word (&squares)[kSquares],
+                                         unsigned epoch) const {
+    const Word* const from = lane_words(words(epoch) + To::r);
+    const Word* const square_words = words(epoch) + To::squares + thread;
+    Word all[kCount + kSquares];
+    gather(
+        all,
+        [&](int j) {
+          return j < kCount ? from + word_of(j) : square_words + (j - kCount) * kThreads;
+        },
+        [&](int j) {
+          return j < kCount ? wanted(j) : thread + (j - kCount) * kThreads < Z::kBlocks * 4;
+        },
+        [](int j, const Word& w) { return j < kCount ? complete(w) : all_complete(w); });
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) x[j] = all[j];
+#pragma unroll
+    for (int j = 0; j < kSquares; ++j) squares[j] = all[kCount + j];
+  }
+  __device__ __forceinline__ void add_squares(const Word (&v)[kSquares]) const {
+    float sums[4] = {};
+#pragma unroll
+    for (int j = 0; j < kSquares; ++j) {
+      sums[0] += __uint_as_float(lower(v[j].low));
+      sums[1] += __uint_as_float(upper(v[j].low));
+      sums[2] += __uint_as_float(lower(v[j].high));
+      sums[3] += __uint_as_float(upper(v[j].high));
+    }
+#pragma unroll
+    for (int offset = 4; offset < 32; offset *= 2)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) sums[e] += __shfl_xor_sync(0xFFFFFFFFU, sums[e], offset);
+    if (lane < 4)
+      *reinterpret_cast<float4*>(&s.squares[warp][4 * lane]) =
+          make_float4(sums[0], sums[1], sums[2], sums[3]);
+  }
+  /// 1 / rms of this thread's sequence.
+  __device__ __forceinline__ float rstd() const {
+    float parts[kWarps];
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) parts[w] = s.squares[w][sequence];
+    return rsqrtf(fmaf(sum_of(parts), 1.0F / Z::kInputs, p.eps));
+  }
+  [[nodiscard]] __device__ __forceinline__ std::int64_t window_of(int own) const {
+    return (sequence * std::int64_t{Z::kChannels} + first_channel + own) * kWidth;
+  }
+  __device__ __forceinline__ void finish_in(Window& w, const Layer& l, int own) const {
+    const float factor = rstd();
+    const float newest = rounded(finished(0) * factor);
+    const float z = rounded(finished(1) * factor);
+    s.u[sequence][own] = from_float<bf16>(w.convolve(newest));
+    s.gate[sequence][own] = z * selective::fast_sigmoid(z);
+    if (sequence < batch) *reinterpret_cast<float4*>(l.conv_state + window_of(own)) = w.values;
+  }
+  __device__ __forceinline__ void in_proj(const Layer& l, unsigned epoch) {
+    Window windows[kPairs] = {};
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      const int own = i * kTileRows + tile_row;
+      if (sequence < batch) windows[i].load(l, first_channel + own, window_of(own));
+    }
+    Word squares[kSquares];
+    products<kIn>([&](auto& x, int) { take_r(x, squares, epoch); }, [&] { add_squares(squares); },
+                  [&](int t) { finish_in(windows[t / 2], l, t / 2 * kTileRows + tile_row); });
+    sync();
+  }
+
+  // --- u -> x_dbl ------------------------------------------------------------------------------
+  // Every block multiplies its own channels; the sums over the blocks are those of the block that
+  // has a row.
+
+  static constexpr int kXTiles = Z::kXDblRows / kTileRows;
+  static constexpr int kMyTiles = Z::ceil_div(kXTiles, kWarps);
+
+  /// kVec fragments' rows of this lane: neighbours in depth.
+  struct Depth {
+    uint2 v[kVec];
+  };
+  __device__ __forceinline__ static Depth load_depth(const bf16* row, int lane) {
+    Depth d;
+    if constexpr (kVec == 2) {
+      const uint4 all = *reinterpret_cast<const uint4*>(row + lane % 4 * 8);
+      d.v[0] = make_uint2(all.x, all.y);
+      d.v[kVec - 1] = make_uint2(all.z, all.w);
+    } else {
+      d.v[0] = *reinterpret_cast<const uint2*>(row + lane % 4 * 4);
+    }
+    return d;
+  }
+  struct XWeights {
+    Depth upper[kMyTiles], lower[kMyTiles];
+  };
+  __device__ __forceinline__ void load(XWeights& w, const Layer& l) const {
+#pragma unroll
+    for (int i = 0; i < kMyTiles; ++i) {
+      const int tile = warp + i * kWarps;
+      if (tile >= kXTiles) break;
+      const bf16* const row = l.weights[kXDbl] +
+                              std::int64_t{tile * kTileRows + lane / 4} * Z::kChannels +
+                              first_channel;
+      w.upper[i] = load_depth(row, lane);
+      w.lower[i] = load_depth(row + std::int64_t{8} * Z::kChannels, lane);
+    }
+  }
+  __device__ __forceinline__ void x_proj(const XWeights& w, unsigned epoch) const {
+    if (warp >= kXTiles) return;
+    Depth u[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) u[half] = load_depth(s.u[8 * half + lane / 4], lane);
+#pragma unroll
+    for (int i = 0; i < kMyTiles; ++i) {
+      const int tile = warp + i * kWarps;
+      if (tile >= kXTiles) break;
+      float c[2][4] = {};
+#pragma unroll
+      for (int k = 0; k < kVec; ++k) {
+        const std::uint32_t a[4] = {w.upper[i].v[k].x, w.lower[i].v[k].x, w.upper[i].v[k].y,
+                                    w.lower[i].v[k].y};
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          multiply_add(c[half], a, u[half].v[k].x, u[half].v[k].y);
+      }
+      Word* const to = words(0) + To::partials +
+                       ((tile * kTileRows + lane / 4) * Z::kBlocks + block) * (kRows / 2) +
+                       lane % 4;
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int j = 0; j < 2; ++j)
+          store_word(to + j * 8 * Z::kBlocks * (kRows / 2) + half * 4,
+                     {joined(__float_as_uint(c[half][2 * j]), epoch),
+                      joined(__float_as_uint(c[half][2 * j + 1]), epoch)});
+    }
+  }
+  static constexpr int kMyRows = Z::ceil_div(Z::kXDblRows, Z::kBlocks);
+  __device__ __forceinline__ void reduce_x_dbl(unsigned epoch) const {
+    if (block >= Z::kXDblRows) return;
+    constexpr int kCount = Z::kBlocks * (kRows / 2) / kThreads;
+    Word v[kMyRows * kCount];
+    const Word* const from = words(0) + To::partials + block * Z::kBlocks * (kRows / 2) + thread;
+    gather(
+        v,
+        [&](int j) {
+          return from + j / kCount * Z::kBlocks * Z::kBlocks * (kRows / 2) + j % kCount * kThreads;
+        },
+        [&](int j) { return block + j / kCount * Z::kBlocks < Z::kXDblRows; },
+        [&](int, const Word& w) { return upper(w.low) == epoch && upper(w.high) == epoch; });
+#pragma unroll
+    for (int i = 0; i < kMyRows; ++i) {
+      float2 sum = make_float2(0.0F, 0.0F);
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) {
+        sum.x += __uint_as_float(lower(v[i * kCount + j].low));
+        sum.y += __uint_as_float(lower(v[i * kCount + j].high));
+      }
+#pragma unroll
+      for (int offset = 8; offset < 32; offset *= 2) {
+        sum.x += __shfl_xor_sync(0xFFFFFFFFU, sum.x, offset);
+        sum.y += __shfl_xor_sync(0xFFFFFFFFU, sum.y, offset);
+      }
+      if (lane < 8) *reinterpret_cast<float2*>(&s.reduced[i][warp][2 * lane]) = sum;
+    }
+    sync();
+    if (warp != 0) return;
+    const int i = lane / kRows;
+    const int row = block + i * Z::kBlocks;
+    float parts[kWarps];
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) parts[w] = s.reduced[i][w][lane % kRows];
+    const Word word = pack<1>(sum_of(parts));
+    if (lane % 8 == 0 && i < kMyRows && row < Z::kXDblRows)
+      for (int copy = 0; copy < To::kCopies; ++copy)
+        publish(To::x_dbl + 2 * (copy * Z::kXDblRows + row) + lane / 8 % 2, word, epoch);
+  }
+  __device__ __forceinline__ void take_x_dbl(unsigned epoch) const {
+    constexpr int kCount = Z::ceil_div(2 * Z::kXDblRows, kThreads);
+    Word v[kCount];
+    const Word* const from =
+        words(epoch) + To::x_dbl + block % To::kCopies * 2 * Z::kXDblRows + thread;
+    gather(
+        v, [&](int j) { return from + j * kThreads; },
+        [&](int j) { return thread + j * kThreads < 2 * Z::kXDblRows; },
+        [](int, const Word& w) { return complete(w); });
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+      const int i = thread + j * kThreads;
+      if (i >= 2 * Z::kXDblRows) break;
+      const std::uint32_t pairs[4] = {lower(v[j].low), upper(v[j].low), lower(v[j].high),
+                                      upper(v[j].high)};
+#pragma unroll
+      for (int e = 0; e < 8; ++e)
+        reinterpret_cast<std::uint16_t&>(s.x_dbl[i % 2 * 8 + e][i / 2]) =
+            static_cast<std::uint16_t>(pairs[e / 2] >> (e % 2 * 16));
+    }
+    sync();
+  }
+
+  // --- x_dbl -> v ------------------------------------------------------------------------------
+
+  /// Of a tile of channels, for half of the sequences.
+  struct DtWeights {
+    uint2 upper[Z::kRank / 16], lower[Z::kRank / 16];
+    float bias[2];
+  };
+  static constexpr int kDtWarps = 2 * kPairs;
+  __device__ __forceinline__ void load(DtWeights& w, const Layer& l) const {
+    if (warp >= kDtWarps) return;
+    const int c = first_channel + warp / 2 * kTileRows + lane / 4;
+    const bf16* const from = l.dt_weight + std::int64_t{c} * Z::kRank + lane % 4 * 4;
+#pragma unroll
+    for (int k = 0; k < Z::kRank / 16; ++k) {
+      w.upper[k] = *reinterpret_cast<const uint2*>(from + 16 * k);
+      w.lower[k] = *reinterpret_cast<const uint2*>(from + 8 * Z::kRank + 16 * k);
+    }
+    w.bias[0] = l.dt_bias[c];
+    w.bias[1] = l.dt_bias[c + 8];
+  }
+  __device__ __forceinline__ void project_dt(const DtWeights& w) const {
+    if (warp < kDtWarps) {
+      const bf16* const x = s.x_dbl[warp % 2 * 8 + lane / 4] + lane % 4 * 4;
+      float c[2][4] = {};
+#pragma unroll
+      for (int k = 0; k < Z::kRank / 16; ++k) {
+        const std::uint32_t a[4] = {w.upper[k].x, w.lower[k].x, w.upper[k].y, w.lower[k].y};
+        const uint2 b = *reinterpret_cast<const uint2*>(x + 16 * k);
+        multiply_add(c[k % 2], a, b.x, b.y);
+      }
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        s.delta[warp % 2 * 8 + lane % 4 * 2 + e % 2][warp / 2 * kTileRows + lane / 4 + e / 2 * 8] =
+            selective::softplus(rounded(c[0][e] + c[1][e]) + w.bias[e / 2]);
+    }
+    sync();
+  }
+
+  // kLanes lanes have a channel of a sequence; a warp 8 channels of one.
+  static constexpr int kItems = kThreads / kLanes;                    // at a time
+  static constexpr int kRounds = kStateRows<Z> * kChannels / kItems;  // of a buffer
+
+  /// Parameters of the channel that a lane has.
+  struct ScanLane {
+    float4 A;
+    float D;
+  };
+  [[nodiscard]] __device__ __forceinline__ int channel() const {
+    return thread / kLanes % kChannels;
+  }
+  [[nodiscard]] __device__ __forceinline__ int sequence_of(int round) const {
+    return thread / kLanes / kChannels + round * (kItems / kChannels);
+  }
+  [[nodiscard]] __device__ __forceinline__ std::int64_t state_of(int n) const {
+    return (n * std::int64_t{Z::kChannels} + first_channel + channel()) * kDState +
+           thread % kLanes * kStates;
+  }
+  __device__ __forceinline__ void load(ScanLane& a, const Layer& l) const {
+    const int c = first_channel + channel();
+    a.A = reinterpret_cast<const float4*>(l.A_log)[c * kLanes + thread % kLanes];
+    a.D = l.D[c];
+  }
+  /// Moves a channel on by its token; the gated output.
+  __device__ __forceinline__ float gated(const ScanLane& a, float4& h, int n) const {
+    const int own = channel();
+    const bf16* const x_dbl = s.x_dbl[n] + thread % kLanes * kStates;
+    const float u = to_float(s.u[n][own]);
+    const float delta = s.delta[n][own];
+    const uint2 B = *reinterpret_cast<const uint2*>(x_dbl + Z::kRank);
+    const uint2 C = *reinterpret_cast<const uint2*>(x_dbl + Z::kRank + kDState);
+    const float y = advance(h, a.A, delta, u, make_float4(low(B.x), high(B.x), low(B.y), high(B.y)),
+                            make_float4(low(C.x), high(C.x), low(C.y), high(C.y)));
+    return fmaf(a.D, u, lane_sum(y)) * s.gate[n][own];
+  }
+  __device__ __forceinline__ void scan(const Layer& l, const ScanLane& a, unsigned epoch) {
+#pragma unroll 1
+    for (int first = 0; first < batch; first += kStateRows<Z>) {
+      float4 h[kRounds];
+      ring.wait();
+#pragma unroll
+      for (int r = 0; r < kRounds; ++r) {
+        h[r] = reinterpret_cast<const float4*>(ring.buffer())[r * kThreads + thread];
+        ring.seen |= __float_as_uint(h[r].x);
+      }
+      ring.next();
+      Word out[kRounds];
+#pragma unroll
+      for (int r = 0; r < kRounds; ++r)
+        out[r] = pack<kLanes>(gated(a, h[r], first + sequence_of(r)));
+      ring.release();
+#pragma unroll
+      for (int r = 0; r < kRounds; ++r) {
+        const int n = first + sequence_of(r);
+        if (n >= batch) break;
+        if (lane == 0) publish(To::v + operand_word(n, first_channel + channel()), out[r], epoch);
+      }
+#pragma unroll
+      for (int r = 0; r < kRounds; ++r) {
+        const int n = first + sequence_of(r);
+        if (n >= batch) break;
+        *reinterpret_cast<float4*>(l.lrnn_state + state_of(n)) = h[r];
+      }
+    }
+  }
+
+  // --- v -> r ------------------------------------------------------------------------------------
+
+  /// r = x + residual of an output: to the others, and as it is stored.
+  __device__ __forceinline__ void add_residual(float x, float norm_weight, unsigned epoch) {
+    const bool exists = sequence < batch && tile_row < kOutputs;
+    const float r = exists ? x + residual : 0.0F;
+    const Word word = pack<1>(r * norm_weight);
+    if (exists && tile_row % 8 == 0)
+      publish(To::r + operand_word(sequence, first_output + tile_row), word, epoch);
+    float square = r * r;
+#pragma unroll
+    for (int offset = 8; offset > 0; offset /= 2)
+      square += __shfl_xor_sync(0xFFFFFFFFU, square, offset);
+    if (tile_row == 0) {
+      const int at = block * kRows + sequence;
+      store_number(reinterpret_cast<float*>(words(epoch) + To::squares) + at,
+                   __float_as_uint(square));
+      store_number(reinterpret_cast<float*>(words(epoch + 2) + To::squares) + at, kAbsent);
+    }
+    residual = p.narrow_residual ? rounded(r) : r;
+  }
+  [[nodiscard]] __device__ __forceinline__ std::int64_t output() const {
+    return sequence * std::int64_t{Z::kInputs} + first_output + tile_row;
+  }
+  [[nodiscard]] __device__ __forceinline__ float norm_weight(const Layer& l) const {
+    return tile_row < kOutputs ? l.norm_weight[first_output + tile_row] : 0.0F;
+  }
+  __device__ __forceinline__ void enter() {
+    float x = 0.0F;
+    if (sequence < batch && tile_row < kOutputs) {
+      if (p.residual != nullptr)
+        residual = p.narrow_residual ? to_float(static_cast<const bf16*>(p.residual)[output()])
+                                     : static_cast<const float*>(p.residual)[output()];
+      x = to_float(p.x[output()]);
+    }
+    add_residual(x, norm_weight(s.common.layers[0]), p.epoch);
+  }
+  __device__ __forceinline__ void leave(float x) const {
+    if (sequence >= batch || tile_row >= kOutputs) return;
+    p.y[output()] = from_float<bf16>(x);
+    if (p.narrow_residual)
+      static_cast<bf16*>(p.residual_out)[output()] = from_float<bf16>(residual);
+    else
+      static_cast<float*>(p.residual_out)[output()] = residual;
+  }
+  __device__ __forceinline__ void out_proj(const Layer* next, unsigned epoch) {
+    const float weight = next != nullptr ? norm_weight(*next) : 0.0F;
+    const Word* const from = lane_words(words(epoch) + To::v);
+    products<kOut>(
+        [&](auto& x, int step) {
+          gather(
+              x, [&](int j) { return from + word_of(j + 2 * step); },
+              [&](int j) { return wanted(j); }, [](int, const Word& w) { return complete(w); });
+        },
+        [] {},
+        [&](int) {
+          const float x = rounded(finished(0));
+          if (next == nullptr)
+            leave(x);
+          else
+            add_residual(x, weight, epoch + 1);
+        });
+  }
+
+  __device__ __forceinline__ void run() {
+    enter();
+#pragma unroll 1
+    for (int i = 0; i < p.layer_count; ++i) {
+      const Layer& l = s.common.layers[i];
+      const unsigned epoch = p.epoch + static_cast<unsigned>(i);
+      XWeights x_weights{};
+      load(x_weights, l);
+      in_proj(l, epoch);
+      ScanLane scan_lane{};
+      load(scan_lane, l);
+      DtWeights dt_weights{};
+      load(dt_weights, l);
+      x_proj(x_weights, epoch);
+      __threadfence();  // what publish() cleared, before all that it publishes from here on
+      reduce_x_dbl(epoch);
+      rates(scan_lane.A);
+      take_x_dbl(epoch);
+      project_dt(dt_weights);
+      scan(l, scan_lane, epoch);
+      out_proj(i + 1 < p.layer_count ? &s.common.layers[i + 1] : nullptr, epoch);
+    }
+  }
+};
+
+#endif
+
+template <class Z>
+__global__ __launch_bounds__(kThreads + 32, 1) void rows_kernel(const __grid_constant__ Args p) {
+#if __CUDA_ARCH__ >= 900
+  extern __shared__ __align__(128) char shared[];
+  auto& s = *reinterpret_cast<Shared<Z>*>(shared);
+  char* const ring = shared + kRingOffset<Z>;
+  s.common.prepare(p);
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  if (warp == kWarps)
+    Copier<Z>{p, {s.common, shared_address(ring), p.slots, lane}}.run();
+  else
+    Computer<Z>{p, s, {s.common, ring, p.slots, p.none, lane, warp}}.run();
+#endif
+}
+
+// --- host --------------------------------------------------------------------------------------
+
+template <class Z>
+bool step(Context& ctx, const MambaStackStep& a) {
+  // To be more than a layer ahead costs more than it gains.
+  constexpr int kSlots =
+      Z::lesser(kMaxSlots, Z::buffers(kIn) + kRows / kStateRows<Z> + Z::buffers(kOut));
+  return step_layers(ctx, a, rows_kernel<Z>, Z::kBlocks, kRingOffset<Z>, kSlots, 0, [&] {
+    Tensor words = ctx.empty(Shape{4 * Exchange<Z>::kWords}, DType::float32);
+    ctx.runtime().fill_bytes(words, 0xFF);  // all absent, and of no layer
+    return words;
+  });
+}
+
+}  // namespace
+
+bool step_rows(Context& ctx, const MambaStackStep& a) {
+  if (a.x.dim(0) > kRows) return false;
+  switch (a.x.dim(1)) {
+    case 256:
+      return step<Sizes<256, 32>>(ctx, a);
+    case 768:
+      return step<Sizes<768, 96>>(ctx, a);
+    case 1024:
+      return step<Sizes<1024, 128>>(ctx, a);
+    case 1536:
+      return step<Sizes<1536, 96>>(ctx, a);
+    case 2048:
+      return step<Sizes<2048, 128>>(ctx, a);
+    default:
+      return false;
+  }
+}
+
+}  // namespace mamba_stack
+}  // namespace lrnn::cuda
