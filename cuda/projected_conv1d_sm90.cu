@@ -1,5 +1,7 @@
 // The product as common/linear_sm90_product.cuh tells; the thread that has a sum moves the window
-// of its channel on. Bound by reading the projection, with many sequences next to the windows.
+// of its channel on. Bound by reading the projection, with many sequences next to the windows: of a
+// layer of 128 sequences on an H200 3072 x 768 and the windows (11 MB) took 8 us while sums were
+// sent one by one, 2 us of it.
 #include "common/linear_sm90_product.cuh"
 #include "common/projected_conv1d.cuh"
 
@@ -104,13 +106,14 @@ bool has_halves(const ProjectedConv1dStep& a) {
 
 }  // namespace
 
-// Where the windows do not delay the product more than a launch would: a block has a few for each
-// thread (64 rows are the most for the threads of a tile), and the sums of a large weight, half of
-// whose blocks have windows, wait for them.
+// Where the windows do not delay the product more than a launch would: they come while products are
+// formed, or a block has a few for each thread (64 rows are the most for the threads of a tile). In
+// the latter case the sums of a large weight, half of whose blocks have windows, wait for them.
 bool takes(const ProjectedConv1dStep& a) {
   if (a.side_y || !applies(a.x, a.projection)) return false;
   if (!conv::has_usual_windows(conv::step_conv<bf16>(a), a.state.data<float>())) return false;
   const std::int64_t rows = a.x.dim(0);
+  if (rows > 64 && rows <= 128 && has_halves(a)) return true;
   if (a.projection.numel() >= 2 * kSmallWeight) return rows <= 8;
   if (few_rows::applies<bf16>(a.x, a.projection)) return streams(a.projection);
   return (rows <= 32 || rows > 64) && pays(rows, a.projection, a.y);

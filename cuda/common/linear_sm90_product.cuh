@@ -3,10 +3,10 @@
 /// A block owns kColumns columns of y, that is, rows of W, all rows of x up to kRows, and one of up
 /// to eight parts of K; the blocks of all parts are a cluster, of which each finishes its share of
 /// the columns. One thread copies panels of 64 columns of W and x through kStages buffers; each of
-/// the warpgroups multiplies 64 rows of W, the left operand, by x^T. Sums are sent to the shared
-/// memory of the block that finishes them, where a barrier counts their bytes: that orders nothing
-/// but them, where a barrier of the cluster waits for all memory. Their parts are added in the
-/// order of K and handed to an epilogue.
+/// the warpgroups multiplies 64 rows of W, the left operand, by x^T. Sums are put into shared
+/// memory, and those of each other block of the cluster sent there as one copy; few are sent one by
+/// one, which takes 2 us for 128 rows, but less for little. A barrier counts their bytes. Their
+/// parts are added in the order of K and handed to an epilogue.
 ///
 /// How K is cut depends on N and K alone, so the bits of a row of y are the same beside any other
 /// rows.
@@ -45,16 +45,23 @@ struct Tile {
   static constexpr int kWeightBytes = kColumns * kPanelRowBytes;
   static constexpr int kInputBytes = kRows * kPanelRowBytes;
   static constexpr int kStageBytes = kWeightBytes + kInputBytes;
-  // Sums of one part lie where the buffers were. Four words more than a row, so that the rows that
-  // a warp writes together hit different banks.
-  static constexpr int kPitch = kColumns + 4;
-  static_assert(kRows * kPitch * 4 <= kStages * kStageBytes);
-  // Those of several parts are received behind the barriers.
+  // The sums of a block lie where the buffers were, those that a block of the cluster finishes one
+  // behind the other. Four words more than a row, so that the rows that a warp writes together hit
+  // different banks.
+  __host__ __device__ static constexpr int pitch(int parts) { return kColumns / parts + 4; }
+  __host__ __device__ static constexpr int sum_bytes(int parts) { return kRows * pitch(parts) * 4; }
+  static_assert(kRows * (kColumns + 4 * kMaxParts) * 4 <= kStages * kStageBytes);
+  // Those of the other parts are received behind the barriers; of all, if they come one by one.
+  __host__ __device__ static constexpr bool one_by_one(int parts) {
+    return kRows < 64 || parts > 4;
+  }
+  __host__ __device__ static constexpr int senders(int parts) {
+    return parts > 1 && one_by_one(parts) ? parts : parts - 1;
+  }
   static constexpr int kBarrierBytes = 16 * kStages + 16;
-  static constexpr int kReceivedBytes = kRows * kColumns * 4;
   /// With `staged` bytes for each of half of the sums that a block finishes.
   static constexpr int shared_bytes(int parts, int staged) {
-    return 1024 + kStages * kStageBytes + kBarrierBytes + (parts > 1 ? kReceivedBytes : 0) +
+    return 1024 + kStages * kStageBytes + kBarrierBytes + senders(parts) * sum_bytes(parts) +
            kRows * kColumns / parts / 2 * staged;
   }
 };
@@ -130,9 +137,14 @@ __device__ __forceinline__ int cluster_rank() {
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return rank;
 }
-/// Waits for all threads of the cluster, without order of memory but for barriers made before.
-__device__ __forceinline__ void cluster_meet() {
+/// All threads of the cluster meet between these, without order of memory but for barriers made
+/// before.
+__device__ __forceinline__ void cluster_arrive() {
+  __syncwarp();
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_wait() {
+  __syncwarp();
   asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
 }
 /// Where the block of `rank` has what this one has at shared address `at`.
@@ -141,8 +153,17 @@ __device__ __forceinline__ std::uint32_t address_in(int rank, std::uint32_t at) 
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(at), "r"(rank));
   return to;
 }
-/// Stores a float at a shared address of any block of the cluster; its bytes count at a barrier of
+/// Copies `bytes` of shared memory to that of any block of the cluster; they count at a barrier of
 /// that block.
+__device__ __forceinline__ void send(std::uint32_t to, std::uint32_t from, int bytes,
+                                     std::uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes "
+      "[%0], [%1], %2, [%3];" ::"r"(to),
+      "r"(from), "r"(bytes), "r"(barrier)
+      : "memory");
+}
+/// Stores a float at a shared address of any block of the cluster; the same of its bytes.
 __device__ __forceinline__ void send(std::uint32_t to, float v, std::uint32_t barrier) {
   asm volatile(
       "st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(to), "f"(v),
@@ -192,22 +213,23 @@ struct Shared {
   __device__ __forceinline__ std::uint32_t free(int stage) const {
     return full(Z::kStages + stage);
   }
+  /// Where this block's sums of the columns that `part` finishes begin.
+  template <int kParts>
+  __device__ __forceinline__ std::uint32_t sums(int part) const {
+    return base + static_cast<std::uint32_t>(part * Z::sum_bytes(kParts));
+  }
+  /// Barrier of the sums that are received, and where block `to` of the cluster has those of
+  /// `from`.
+  __device__ __forceinline__ std::uint32_t received() const { return full(2 * Z::kStages); }
+  template <int kParts>
+  __device__ __forceinline__ std::uint32_t received(int from, int to) const {
+    const int place = Z::one_by_one(kParts) || from < to ? from : from - 1;
+    return received() + 16U + static_cast<std::uint32_t>(place * Z::sum_bytes(kParts));
+  }
   /// What an epilogue staged.
   template <int kParts>
   __device__ __forceinline__ std::uint32_t staged() const {
-    return received() + 16U + (kParts > 1 ? Z::kReceivedBytes : 0);
-  }
-  /// Of one part.
-  __device__ __forceinline__ std::uint32_t sum(int row, int column) const {
-    return base + 4U * static_cast<std::uint32_t>(row * Z::kPitch + column);
-  }
-  /// The barrier of what is received, and the place of part `part` of a sum of the kWidth columns
-  /// of this block.
-  __device__ __forceinline__ std::uint32_t received() const { return full(2 * Z::kStages); }
-  template <int kWidth>
-  __device__ __forceinline__ std::uint32_t received(int part, int row, int column) const {
-    return received() + 16U +
-           4U * static_cast<std::uint32_t>((part * Z::kRows + row) * kWidth + column);
+    return received() + 16U + Z::senders(kParts) * Z::sum_bytes(kParts);
   }
 
   __device__ void init_barriers(int bytes) const {
@@ -236,54 +258,81 @@ struct Work {
   }
 };
 
-/// The thread that copies. What fits in the buffers of W is read, if it may be, or asked for while
-/// the kernels before this one run.
+/// The copies of a block, by one thread.
 template <class Z, class Own>
-__device__ __forceinline__ void copy_panels(const Args& a, const Maps& maps, const Shared<Z>& mem,
-                                            const Work& w) {
-  const auto copy_weight = [&](int i) {
+struct Copies {
+  const Args& a;
+  const Maps& maps;
+  const Shared<Z>& mem;
+  const Work& w;
+
+  /// Panels that fit in the buffers at once.
+  __device__ __forceinline__ int ahead() const { return min(w.count, Z::kStages); }
+
+  /// Calls f(row in a buffer, row of W) for every box of W.
+  template <class F>
+  __device__ __forceinline__ void for_each_box(F&& f) const {
+#pragma unroll
+    for (int c = 0; c < Z::kColumns; c += Own::kRun) f(c, Own::at(a, w.column, c));
+  }
+  __device__ __forceinline__ void copy_weight(int i) const {
     const int stage = i % Z::kStages;
     barrier_expect(mem.full(stage), Z::kStageBytes);
-#pragma unroll
-    for (int c = 0; c < Z::kColumns; c += Own::kRun)
-      copy_box(mem.weight(stage) + static_cast<std::uint32_t>(c * kPanelRowBytes), &maps.weight,
-               mem.full(stage), (w.first + i) * kPanel, 0, Own::at(a, w.column, c), 0);
-  };
-  const auto copy_input = [&](int i) {
+    for_each_box([&](int to, int row) {
+      copy_box(mem.weight(stage) + static_cast<std::uint32_t>(to * kPanelRowBytes), &maps.weight,
+               mem.full(stage), (w.first + i) * kPanel, 0, row, 0);
+    });
+  }
+  __device__ __forceinline__ void copy_input(int i) const {
     const int stage = i % Z::kStages;
     copy_box(mem.input(stage), &maps.x, mem.full(stage), (w.first + i) * kPanel, 0, w.row, 0);
-  };
-  const int ahead = min(w.count, Z::kStages);
-  if (!a.stable_weight) {
-    for (int i = 0; i < ahead; ++i)
-      for (int c = 0; c < Z::kColumns; c += Own::kRun)
-        prefetch_box(&maps.weight, (w.first + i) * kPanel, 0, Own::at(a, w.column, c), 0);
-    wait_for_previous_kernel();
   }
-  for (int i = 0; i < ahead; ++i) copy_weight(i);
-  wait_for_previous_kernel();
-  for (int i = 0; i < ahead; ++i) copy_input(i);
-  for (int i = ahead; i < w.count; ++i) {
-    barrier_wait(mem.free(i % Z::kStages), i / Z::kStages % 2 ^ 1);
-    copy_weight(i);
-    copy_input(i);
+  /// What fits in the buffers of W is read, if it may be, or asked for while the kernels before
+  /// this one run.
+  __device__ __forceinline__ void begin() const {
+    for (int i = 0; i < ahead(); ++i) {
+      if (a.stable_weight)
+        copy_weight(i);
+      else
+        for_each_box(
+            [&](int, int row) { prefetch_box(&maps.weight, (w.first + i) * kPanel, 0, row, 0); });
+    }
   }
-}
+  /// The rest, behind the kernels before this one.
+  __device__ __forceinline__ void run() const {
+    for (int i = 0; i < ahead(); ++i) {
+      if (!a.stable_weight) copy_weight(i);
+      copy_input(i);
+    }
+    for (int i = ahead(); i < w.count; ++i) {
+      barrier_wait(mem.free(i % Z::kStages), i / Z::kStages % 2 ^ 1);
+      copy_weight(i);
+      copy_input(i);
+    }
+  }
+};
 
-/// Hands sums of a warpgroup's thread on, those of rows from `row` and columns from `column` on: to
-/// shared memory, or of several parts to the block that owns the columns.
+/// Puts sums of a thread, those of rows from `row` and columns from `column` on, into shared memory
+/// where the buffers were, and sends those of several parts to the blocks that finish them.
 template <class Z, int kParts>
 __device__ __forceinline__ void hand_on(const Shared<Z>& mem, const Work& w, int row, int column,
                                         const float (&c)[Z::kRowTiles][4]) {
+  constexpr bool kOneByOne = kParts > 1 && Z::one_by_one(kParts);
+  constexpr int kThreads = kWarpgroup * Z::kGroups;
   constexpr int kWidth = Z::kColumns / kParts;
+  if constexpr (kOneByOne)
+    cluster_wait();  // until the barriers of the others are there
+  else
+    group_wait(1, kThreads);  // until no warpgroup reads the buffers
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int at = column + half * 8;
-    std::uint32_t to = 0;
+    const int owner = at / kWidth;
+    const auto place = 4U * static_cast<std::uint32_t>(row * Z::pitch(kParts) + at % kWidth);
+    std::uint32_t to = mem.template sums<kParts>(owner) + place;
     std::uint32_t barrier = 0;
-    if constexpr (kParts > 1) {
-      const int owner = at / kWidth;
-      to = address_in(owner, mem.template received<kWidth>(w.part, row, at % kWidth));
+    if constexpr (kOneByOne) {
+      to = address_in(owner, mem.template received<kParts>(w.part, owner) + place);
       barrier = address_in(owner, mem.received());
     }
 #pragma unroll
@@ -291,13 +340,23 @@ __device__ __forceinline__ void hand_on(const Shared<Z>& mem, const Work& w, int
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const int r = n * 8 + e;
-        if constexpr (kParts == 1)
-          asm volatile("st.shared.f32 [%0], %1;" ::"r"(mem.sum(row + r, at)),
-                       "f"(c[n][2 * half + e])
+        const float sum = c[n][2 * half + e];
+        if constexpr (!kOneByOne)
+          asm volatile("st.shared.f32 [%0], %1;" ::"r"(to + 4U * r * Z::pitch(kParts)), "f"(sum)
                        : "memory");
         else if (row + r < w.rows)
-          send(to + 4U * static_cast<std::uint32_t>(r * kWidth), c[n][2 * half + e], barrier);
+          send(to + 4U * r * Z::pitch(kParts), sum, barrier);
       }
+  }
+  if constexpr (kParts > 1 && !kOneByOne) {
+    fence_shared_async();
+    group_wait(1, kThreads);
+    cluster_wait();
+    const int part = static_cast<int>(threadIdx.x);
+    if (part < kParts && part != w.part)
+      send(address_in(part, mem.template received<kParts>(w.part, part)),
+           mem.template sums<kParts>(part), w.rows * Z::pitch(kParts) * 4,
+           address_in(part, mem.received()));
   }
 }
 
@@ -327,9 +386,17 @@ __device__ __forceinline__ void multiply_panels(const Shared<Z>& mem, const Work
   }
   products_wait<0>();
   pin(c);
-  if constexpr (kParts == 1)
-    group_wait(1, kWarpgroup * Z::kGroups);  // until no other warpgroup reads the buffers
   hand_on<Z, kParts>(mem, w, row + lane % 4 * 2, column + warp * 16 + lane / 4, c);
+}
+
+/// Where part `p` of the sum of a row and a column that this block finishes is.
+template <class Z, int kParts>
+__device__ __forceinline__ std::uint32_t place_of_sum(const Shared<Z>& mem, const Work& w, int p,
+                                                      int row, int column) {
+  const bool own = kParts == 1 || (!Z::one_by_one(kParts) && p == w.part);
+  const std::uint32_t sums =
+      own ? mem.template sums<kParts>(p) : mem.template received<kParts>(p, w.part);
+  return sums + 4U * static_cast<std::uint32_t>(row * Z::pitch(kParts) + column);
 }
 
 /// What a thread does with the sums that its block owns: every kThreads-th N columns of a row.
@@ -359,8 +426,7 @@ struct Finish {
     return w.column + w.part * kWidth + at % kPerRow * N;
   }
   __device__ __forceinline__ std::uint32_t part_of_sum(int p, int at) const {
-    if constexpr (kParts == 1) return mem.sum(at / kPerRow, at % kPerRow * N);
-    return mem.template received<kWidth>(p, at / kPerRow, at % kPerRow * N);
+    return place_of_sum<Z, kParts>(mem, w, p, at / kPerRow, at % kPerRow * N);
   }
 
   __device__ __forceinline__ void prefetch() const {
@@ -450,8 +516,7 @@ struct FinishHalves {
     float part[kParts][N];
 #pragma unroll
     for (int p = 0; p < kParts; ++p)
-      load_shared(part[p],
-                  kParts == 1 ? mem.sum(row, at) : mem.template received<kWidth>(p, row, at));
+      load_shared(part[p], place_of_sum<Z, kParts>(mem, w, p, row, at));
 #pragma unroll
     for (int e = 0; e < N; ++e) {
       sum[e] = part[0][e];
@@ -499,28 +564,35 @@ __global__ __launch_bounds__(Z::kThreads) void product_sm90_kernel(
   const Shared<Z> mem(shared);
   let_next_kernel_start();
   const Work w(a, kParts, Z{});
-  if (threadIdx.x == 0) mem.init_barriers(kParts > 1 ? w.rows * Z::kColumns * 4 : 0);
-  __syncthreads();
-  if constexpr (kParts > 1) cluster_meet();
   using Own = Columns<Z, kParts, (kStagedBytes<Epilogue> > 0)>;
+  const Copies<Z, Own> copies{a, maps, mem, w};
+  const bool copies_panels = threadIdx.x == Z::kGroups * kWarpgroup;
+  constexpr bool kOneByOne = kParts > 1 && Z::one_by_one(kParts);
+  if (copies_panels)
+    mem.init_barriers(kOneByOne ? w.rows * Z::kColumns * 4
+                                : (kParts - 1) * w.rows * Z::pitch(kParts) * 4);
+  __syncthreads();
+  if constexpr (kParts > 1) cluster_arrive();
   FinishOf<Z, kParts, N, Epilogue> finish(a, epilogue, mem, w);
   const int group = __shfl_sync(0xFFFFFFFFU, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
   if (group == Z::kGroups) {
-    if (threadIdx.x % 32 == 0) copy_panels<Z, Own>(a, maps, mem, w);
-    __syncwarp();
+    if (copies_panels) copies.begin();
     wait_for_previous_kernel();
+    if (copies_panels) copies.run();
+    __syncwarp();
     finish.load();
+    if constexpr (kParts > 1) cluster_wait();
   } else {
     finish.prefetch();
     wait_for_previous_kernel();
     finish.load();
     multiply_panels<Z, kParts>(mem, w, group, static_cast<int>(threadIdx.x) % kWarpgroup);
   }
-  if constexpr (kParts == 1)
-    __syncthreads();
-  else
-    barrier_wait(mem.received(), 0);
+  if constexpr (!kOneByOne) __syncthreads();  // the block's own sums
+  if constexpr (kParts > 1) barrier_wait(mem.received(), 0);
+  if constexpr (kParts > 1 && !kOneByOne) cluster_arrive();
   finish.run();
+  if constexpr (kParts > 1 && !kOneByOne) cluster_wait();  // until what it sent has been received
 }
 
 /// Parts of K: a power of two, while the blocks stay few and parts long.

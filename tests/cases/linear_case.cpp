@@ -144,6 +144,7 @@ const RegisterOpCases kRegister({
     without_gradcheck(linear_case({64, 776, 264, true, 8, true})),
     without_gradcheck(linear_case({65, 4104, 33, false})),
     without_gradcheck(linear_case({128, 1032, 130})),
+    without_gradcheck(linear_case({100, 1544, 200})),
     without_gradcheck(linear_case({2, 2056, 130})),
     decode_case(16, 264, 16387),
     without_gradcheck(accumulate_case(20, 200, 24)),
