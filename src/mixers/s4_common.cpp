@@ -90,7 +90,7 @@ double inverse_transform(LaneTransform transform, double value, const std::strin
   throw InternalError("unknown LaneTransform");
 }
 
-Initializer transformed(const SharedHippo& hippo, std::vector<double> HippoInit::* values,
+Initializer transformed(const SharedHippo& hippo, std::vector<double> HippoInit::*values,
                         LaneTransform transform, const char* option) {
   return [=](std::span<double> out, const Shape&, Rng&) {
     const std::vector<double>& from = hippo->get().*values;
