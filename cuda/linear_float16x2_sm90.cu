@@ -367,6 +367,7 @@ __device__ __forceinline__ void multiply(const Args& a, const Shared& mem, int w
       promote<true>(cross, units, sum);
       products_wait<0>();
       pin(c);
+      __syncwarp();  // all lanes have their units
       if (lane == 0) barrier_arrive(mem.free(ring.stage));
       promote<false>(c, units, sum);
       ring.step();

@@ -990,6 +990,7 @@ struct Backward {
       dz_of_y = of_step(s.dz_of_y);
     }
     const float ddt = ddelta * slope;
+    if constexpr (kCopies > 1) __syncwarp();  // other lanes read what is now written
     // Without a gate nobody reads dz.
     window->z[j][finished] = from_float<T>(dz_of_y * fmaf(D, u, sums.y[0]));
     window->u[j][finished] = from_float<T>(du);

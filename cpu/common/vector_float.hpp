@@ -95,8 +95,8 @@ LRNN_INLINE void polynomial(Vec* p, const Vec* f, const int count, const float* 
   for (int k = 2; k < coefficients; ++k) LRNN_EACH p[j] = p[j] * f[j] + c[k];
 }
 
-// Adds two sums over lanes of each of 2 `count` vectors to `sums`: those of v[i] and v[kMost + i] at
-// 4 i, in turn. `count` is kMost, 1 or, with AVX2, 2.
+// Adds two sums over lanes of each of 2 `count` vectors to `sums`: those of v[i] and v[kMost + i]
+// at 4 i, in turn. `count` is kMost, 1 or, with AVX2, 2.
 LRNN_INLINE void add_lanes(const Vec* v, float* sums, const int count) {
   if (count == 1) {
     for (int l = 0; l < kLanes; ++l) {

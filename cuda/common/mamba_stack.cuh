@@ -251,10 +251,11 @@ struct RingReader {
   __device__ __forceinline__ void release() {
     if (read == 0) return;
     __syncwarp();
-    for (; read > 0; --read) {
+    for (int i = 0; i < read; ++i) {
       if (lane == 0) barrier_arrive(shared_address(&common.empty[freed.slot]) + (seen & none));
       freed.next(slots);
     }
+    read = 0;
     seen = 0;
   }
   /// Step `unit` of a stage, counted over its tiles.
@@ -368,13 +369,11 @@ template <class Kernel>
 bool fits(Kernel* kernel, int blocks) {
   int device = 0;
   int allowed = 0;
-  int count = 0;
   LRNN_CUDA_CHECK(cudaGetDevice(&device));
   LRNN_CUDA_CHECK(cudaDeviceGetAttribute(&allowed, cudaDevAttrCooperativeLaunch, device));
-  LRNN_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
   cudaFuncAttributes attributes{};
   LRNN_CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel));
-  return allowed != 0 && count >= blocks && compute_capability() >= 90 &&
+  return allowed != 0 && multiprocessors() >= blocks && compute_capability() >= 90 &&
          attributes.ptxVersion >= 90;
 }
 

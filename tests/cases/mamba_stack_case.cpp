@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <cmath>
 
 #include "lrnn/ops/mamba_stack.hpp"
@@ -102,6 +103,11 @@ OpCase mamba_stack_case(const Sizes& z) {
                   {.name = "residual_out", .shape = rows, .storage = residual}},
       .forward = [z](Context& ctx, Tensors& t) { forward(z, ctx, t); },
   };
+  // A float sum of K terms in turn is off by u^2 K / 6 of its square on average: its partial sums
+  // grow as sqrt(k), and each is rounded by at most u = 2^-24 of it. A layer chains four sums.
+  c.forward_nmse =
+      std::max(c.forward_nmse,
+               static_cast<double>(z.layers * (z.inputs + 2 * z.channels + z.rank)) * 0x1p-48 / 6);
   if (z.residual) c.inputs.push_back(uniform("residual", rows, 1, residual));
   for (std::int64_t i = 0; i < z.layers; ++i) add_layer(c, z, i);
   return c;
