@@ -23,7 +23,8 @@ void s7_gated_step(Context& ctx, const S7GatedStep& a) {
   detail::check_operand(op, "x", ctx, a.x, xs, dtype);
   detail::check_operand(op, "weight", ctx, a.weight, {rows.count(), rows.dim}, dtype);
   detail::check_operand(op, "base", ctx, a.base, {rows.dstate}, accumulate);
-  detail::check_operand(op, "gate", ctx, a.gate, {rows.dim, rows.dim}, dtype);
+  detail::check_operand(op, "gate", ctx, a.gate, {rows.dim, rows.dim},
+                        detail::weight_dtype(ctx, a.gate, dtype));
   detail::check_operand(op, "hid", ctx, a.hid, xs, dtype);
   detail::check_operand(op, "y", ctx, a.y, xs, dtype);
   detail::check_operand(op, "state", ctx, a.state, {xs[0], rows.dstate}, accumulate);
