@@ -16,7 +16,7 @@ struct S7GatedStep {
   TensorView x;             ///< [B, 1, H]
   TensorView weight;        ///< [2 H N + H + 2 N, H], dtype of x
   TensorView base;          ///< [N], float32 (float64)
-  TensorView gate;          ///< [H, H], dtype of x
+  TensorView gate;          ///< [H, H], as a weight of linear
   TensorView hid;           ///< [B, 1, H]
   MutableTensorView y;      ///< [B, 1, H]
   MutableTensorView state;  ///< [B, N], float32 (float64), updated in place
