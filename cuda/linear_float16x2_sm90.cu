@@ -182,7 +182,8 @@ __device__ __forceinline__ void find_units(const Numbers& v, bool of_rows, Split
 __device__ __forceinline__ bool is_small(float x) {
   return fabsf(x) < kLeastExact && x != 0;
 }
-/// How many of a tile's numbers are small in one row or column, at most.
+/// How many of a tile's numbers are small in one row or column, at most. Whole numbers: the order
+/// in which the threads count does not matter.
 __device__ __forceinline__ int most_small(const Numbers& v, int place, int column,
                                           SplitShared& mem) {
   bool any = false;
