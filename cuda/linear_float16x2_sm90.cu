@@ -265,7 +265,7 @@ __device__ __forceinline__ void copy_operands(const SplitProduct& p, const Share
     const std::int64_t tile =
         is_left ? tile_index<kAcrossLeft>(m, w.row / 64 + lane % kPanels, stage)
                 : tile_index<kAcrossRight>(m, w.column / 64 + lane % kPanels, stage);
-    barrier_wait(mem.free(ring.stage), ring.phase ^ 1);
+    barrier_wait(mem.free(ring.stage), ring.parity ^ 1);
     const std::uint32_t full = mem.full(ring.stage);
     barrier_expect(full, kSplit * kPanelBytes + kUnitBytes);
 #pragma unroll
@@ -274,7 +274,7 @@ __device__ __forceinline__ void copy_operands(const SplitProduct& p, const Share
                  m.panels + tile * kTileBytes + i * kPanelBytes, kPanelBytes, full);
     copy_bytes(mem.units(ring.stage) + static_cast<std::uint32_t>(lane * kUnitBytes),
                m.units + tile, kUnitBytes, full);
-    ring.step();
+    ring.next();
   }
 }
 
@@ -345,7 +345,7 @@ __device__ __forceinline__ void multiply(const Args& a, const Shared& mem, int w
     float least[2] = {};
     const int begin = w.at;
     for (; w.at < w.end; w.at += kStageDepth) {
-      barrier_wait(mem.full(ring.stage), ring.phase);
+      barrier_wait(mem.full(ring.stage), ring.parity);
       const std::uint64_t left = panel_descriptor(mem.left(ring.stage) + group * kPanelBytes,
                                                   kAcrossLeft ? kPanelBytes : 16);
       const std::uint64_t right =
@@ -371,7 +371,7 @@ __device__ __forceinline__ void multiply(const Args& a, const Shared& mem, int w
       __syncwarp();  // all lanes have their units
       if (lane == 0) barrier_arrive(mem.free(ring.stage));
       promote<false>(c, units, sum);
-      ring.step();
+      ring.next();
     }
 #pragma unroll
     for (int n = 0; n < kColumns / 8; ++n)

@@ -193,6 +193,21 @@ __device__ __forceinline__ void barrier_wait(std::uint32_t barrier, int parity) 
       "r"(parity)
       : "memory");
 }
+/// Goes round kStages buffers, each with barriers of its own: a round is a phase of them.
+template <int kStages>
+struct Ring {
+  int stage = 0;
+  int parity = 0;
+
+  __device__ __forceinline__ void next() {
+    if (++stage == kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+  /// The buffer used before this one.
+  __device__ __forceinline__ int before() const { return stage == 0 ? kStages - 1 : stage - 1; }
+};
 /// Orders this thread's shared memory writes before later products and tensor copies.
 __device__ __forceinline__ void fence_shared_async() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
