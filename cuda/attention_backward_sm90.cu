@@ -14,27 +14,15 @@ namespace {
 
 enum class Side { Keys, Queries };
 
-/// Compile-time sizes: the owned side, padded head dimension, warpgroups that compute, streamed
-/// rows of a tile, buffers.
-template <Side kSide_, int kDim_, int kConsumers_, int kCols_, int kStages_>
-struct Tile {
-  static constexpr bool kKeys = kSide_ == Side::Keys;
-  static constexpr int kDim = kDim_;
-  static constexpr int kConsumers = kConsumers_;
-  static constexpr int kCols = kCols_;
-  static constexpr int kStages = kStages_;
-  static constexpr int kRows = 64 * kConsumers;
-  static constexpr int kPanels = kDim / kPanel;
-  static constexpr int kColTiles = kCols / 8;
-  static constexpr int kDimTiles = kDim / 8;
-  static constexpr int kThreads = kWarpgroup * (kConsumers + 1);
-  // Of a thread; together they are the registers the block starts with.
-  static constexpr int kCopyRegisters = kConsumers == 2 ? 24 : 32;
-  static constexpr int kProductRegisters = kConsumers == 2 ? 240 : 160;
-  static constexpr int kOwnPanel = kRows * kPanelRowBytes;
+/// The owned side in rows, the streamed one in columns.
+template <Side kSide, int kDim, int kConsumers, int kCols, int kStages>
+struct Tile : TileSizes<kDim, kConsumers, kCols, kStages> {
+  using Base = TileSizes<kDim, kConsumers, kCols, kStages>;
+  static constexpr bool kKeys = kSide == Side::Keys;
+  static constexpr int kOwnPanel = Base::kRows * kPanelRowBytes;
   static constexpr int kColPanel = kCols * kPanelRowBytes;
-  static constexpr int kOwnBytes = kPanels * kOwnPanel;
-  static constexpr int kColBytes = kPanels * kColPanel;
+  static constexpr int kOwnBytes = Base::kPanels * kOwnPanel;
+  static constexpr int kColBytes = Base::kPanels * kColPanel;
   static constexpr int kStatBytes = kKeys ? 2 * kCols * 4 : 0;
   static constexpr int kBarriers = 4 + 3 * kStages;
   static constexpr int kShared =
@@ -349,23 +337,18 @@ __global__ __launch_bounds__(Z::kThreads, 1) void attention_backward_sm90_kernel
     Args a, const __grid_constant__ Maps maps) {
   extern __shared__ __align__(16) unsigned char shared[];
   const Shared<Z> mem(shared);
-  if (threadIdx.x == 0) mem.init_barriers();
-  __syncthreads();
-  const int group = warpgroup();
-  if (group == 0) {
-    give_registers<Z::kCopyRegisters>();
-    if (threadIdx.x == 0) copy_items<Z>(a, maps, mem);
-  } else {
-    take_registers<Z::kProductRegisters>();
-    const int thread = static_cast<int>(threadIdx.x) % kWarpgroup;
-    Consumer<Z> consumer{.a = a,
-                         .mem = mem,
-                         .group = group - 1,
-                         .lane = thread % 32,
-                         .warp = thread / 32,
-                         .log2_scale = a.in.z.scale * kLog2e};
-    consumer.run();
-  }
+  share_out<Z>(
+      mem, [&] { copy_items<Z>(a, maps, mem); },
+      [&](int group) {
+        const int thread = static_cast<int>(threadIdx.x) % kWarpgroup;
+        Consumer<Z> consumer{.a = a,
+                             .mem = mem,
+                             .group = group,
+                             .lane = thread % 32,
+                             .warp = thread / 32,
+                             .log2_scale = a.in.z.scale * kLog2e};
+        consumer.run();
+      });
 }
 
 constexpr int kStatThreads = 256;

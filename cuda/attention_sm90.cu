@@ -11,25 +11,14 @@
 namespace lrnn::cuda::attention {
 namespace {
 
-/// Compile-time sizes: padded head dimension, warpgroups that compute, keys of a tile, buffers.
-template <int kDim_, int kConsumers_, int kCols_, int kStages_>
-struct Tile {
-  static constexpr int kDim = kDim_;
-  static constexpr int kConsumers = kConsumers_;
-  static constexpr int kCols = kCols_;
-  static constexpr int kStages = kStages_;
-  static constexpr int kRows = 64 * kConsumers;
-  static constexpr int kPanels = kDim / kPanel;
-  static constexpr int kColTiles = kCols / 8;
-  static constexpr int kDimTiles = kDim / 8;
-  static constexpr int kThreads = kWarpgroup * (kConsumers + 1);
-  // Of a thread; together they are the registers the block starts with.
-  static constexpr int kCopyRegisters = kConsumers == 2 ? 24 : 32;
-  static constexpr int kProductRegisters = kConsumers == 2 ? 240 : 160;
-  static constexpr int kQueryPanel = kRows * kPanelRowBytes;
+/// Queries in rows, keys in columns.
+template <int kDim, int kConsumers, int kCols, int kStages>
+struct Tile : TileSizes<kDim, kConsumers, kCols, kStages> {
+  using Base = TileSizes<kDim, kConsumers, kCols, kStages>;
+  static constexpr int kQueryPanel = Base::kRows * kPanelRowBytes;
   static constexpr int kKeyPanel = kCols * kPanelRowBytes;
-  static constexpr int kQueryBytes = kPanels * kQueryPanel;
-  static constexpr int kKeyBytes = kPanels * kKeyPanel;
+  static constexpr int kQueryBytes = Base::kPanels * kQueryPanel;
+  static constexpr int kKeyBytes = Base::kPanels * kKeyPanel;
   static constexpr int kBarriers = 4 + 4 * kStages;
   static constexpr int kShared = 1024 + 2 * kQueryBytes + 2 * kStages * kKeyBytes + 8 * kBarriers;
 };
@@ -320,22 +309,17 @@ __global__ __launch_bounds__(Z::kThreads, 1) void attention_forward_sm90_kernel(
     Args a, const __grid_constant__ Maps maps) {
   extern __shared__ __align__(16) unsigned char shared[];
   const Shared<Z> mem(shared);
-  if (threadIdx.x == 0) mem.init_barriers();
-  __syncthreads();
-  const int group = warpgroup();
-  if (group == 0) {
-    give_registers<Z::kCopyRegisters>();
-    if (threadIdx.x == 0) copy_items<Z>(a, maps, mem);
-  } else {
-    take_registers<Z::kProductRegisters>();
-    const int thread = static_cast<int>(threadIdx.x) % kWarpgroup;
-    Consumer<Z> consumer{.mem = mem,
-                         .group = group - 1,
-                         .lane = thread % 32,
-                         .warp = thread / 32,
-                         .log2_scale = a.z.scale * kLog2e};
-    consumer.run(a);
-  }
+  share_out<Z>(
+      mem, [&] { copy_items<Z>(a, maps, mem); },
+      [&](int group) {
+        const int thread = static_cast<int>(threadIdx.x) % kWarpgroup;
+        Consumer<Z> consumer{.mem = mem,
+                             .group = group,
+                             .lane = thread % 32,
+                             .warp = thread / 32,
+                             .log2_scale = a.z.scale * kLog2e};
+        consumer.run(a);
+      });
 }
 
 template <class Z>

@@ -8,37 +8,35 @@ namespace lrnn::cuda {
 namespace state_step {
 namespace {
 
-template <class T>
-struct LaneArgs {
-  Sizes sizes;
-  const float* a;
-  const float* a_low;  // null: 0
-  const float* W;
-  const float* skip;  // null: 0
-  const T* v;
-  T* y;
-  float* state;
-  bool real_weight;
-};
-
-/// What moves a lane on and reads it out.
+/// A lane with multipliers of its own.
 struct Lane {
+  static constexpr bool kCoupled = false;
+
+  struct Parameters {
+    const float* a;
+    const float* a_low;  // null: 0
+    const float* W;
+    const float* skip;  // null: 0
+    bool real_weight;
+  };
+  static bool aligned(const Parameters& p) {
+    return state_step::aligned(p.a) && state_step::aligned(p.a_low) && state_step::aligned(p.W);
+  }
+
   Quad a, a_low{}, W;
   float skip = 0.0F;
 
-  template <class T>
-  __device__ __forceinline__ Lane(const LaneArgs<T>& args, std::int64_t at, std::int64_t lane) {
-    const std::int64_t plane = args.sizes.plane;
-    a.load(args.a + at, plane);
-    if (args.a_low != nullptr) a_low.load(args.a_low + at, plane);
-    W.load(args.W + at, args.real_weight ? 0 : plane);
-    if (args.real_weight)
+  __device__ __forceinline__ Lane(const Parameters& p, std::int64_t plane, std::int64_t at,
+                                  std::int64_t lane) {
+    a.load(p.a + at, plane);
+    if (p.a_low != nullptr) a_low.load(p.a_low + at, plane);
+    W.load(p.W + at, p.real_weight ? 0 : plane);
+    if (p.real_weight)
       for (float& im : W.im) im = 0.0F;
-    if (args.skip != nullptr) skip = args.skip[lane];
+    if (p.skip != nullptr) skip = p.skip[lane];
   }
-  /// x of the next token; returns its part of the output. What a_low adds comes before the state,
-  /// which is so much larger.
-  __device__ __forceinline__ float advance(Quad& x, float v) const {
+  /// What a_low adds comes before the state, which is so much larger.
+  __device__ __forceinline__ float advance(Quad& x, float v, float /*coupling*/) const {
     float sum = 0.0F;
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
@@ -54,75 +52,23 @@ struct Lane {
   }
 };
 
-template <class T, int kParts, int kRows, bool kGeluTwice>
-__global__ __launch_bounds__(kThreads) void lane_scan_step_kernel(LaneArgs<T> args) {
-  let_next_kernel_start();
-  const Sizes& s = args.sizes;
-  const Seat<kParts, kRows> seat(s);
-  const Lane lane(args, seat.at, seat.lane);
-  const auto state = [&](int r) { return args.state + seat.row(r) * 2 * s.plane + seat.at; };
-#pragma unroll
-  for (int r = 0; r < kRows; ++r) {
-    prefetch_to_l2(state(r));
-    prefetch_to_l2(state(r) + s.plane);
-  }
-  wait_for_previous_kernel();
-  Quad x[kRows];
-  T v[kRows];
-#pragma unroll
-  for (int r = 0; r < kRows; ++r) {
-    x[r].load(state(r), s.plane);
-    v[r] = args.v[seat.row(r) * s.lanes + seat.lane];
-  }
-  float sum[kRows];
-#pragma unroll
-  for (int r = 0; r < kRows; ++r) {
-    const float drive = to_float(v[r]);
-    sum[r] = lane.advance(x[r], drive);
-    if (seat.part == 0) sum[r] = fmaf(lane.skip, drive, sum[r]);
-    if (seat.stores(r)) x[r].store(state(r), s.plane);
-  }
-  transpose_add<kRows, kParts, 1>(sum, seat.part);
-  seat.for_each_sum(sum, [&](int r, float v) {
-    args.y[seat.row(r) * s.lanes + seat.lane] = activated<T, kGeluTwice>(v);
-  });
-}
-
-template <class T>
-bool takes(const LaneArgs<T>& args) {
-  const auto aligned = [](const float* p) { return allows_vectors(p, 0, 0, kOwn); };
-  return takes(args.sizes) && aligned(args.a) && aligned(args.a_low) && aligned(args.W) &&
-         aligned(args.state);
-}
-
 }  // namespace
 }  // namespace state_step
 
 void lane_scan_step(Context& ctx, const LaneScanStep& a) {
   using namespace state_step;  // NOLINT(google-build-using-namespace)
   const detail::LaneScanSizes sizes(a.a, a.W, a.v);
-  const bool gelu_twice = a.activation == Activation::Gelu && a.twice;
   visit_float("lane_scan_step", a.v.dtype(), [&]<class T>() {
-    const LaneArgs<T> args{{sizes.batch, sizes.lanes, sizes.plane()},
-                           a.a.data<float>(),
-                           lane::data_or_null<float>(a.a_low),
-                           a.W.data<float>(),
-                           lane::data_or_null<float>(a.skip),
-                           a.v.data<T>(),
-                           a.y.data<T>(),
-                           a.state.data<float>(),
-                           sizes.real_weight};
-    if (sizes.groups > 1 || sizes.channels > 1 || !takes(args) ||
-        (a.activation != Activation::Identity && !gelu_twice))
-      return lrnn::detail::lane_scan_step_by_parts(ctx, a);
-    visit(args.sizes, [&]<int kParts, int kRows>() {
-      const auto launch = [&]<bool kGeluTwice>() {
-        launch_overlapped(lane_scan_step_kernel<T, kParts, kRows, kGeluTwice>,
-                          blocks<kParts, kRows>(args.sizes), kThreads, 0, ctx.stream().handle,
-                          args);
-      };
-      gelu_twice ? launch.template operator()<true>() : launch.template operator()<false>();
-    });
+    const Args<Lane, T> args{
+        {sizes.batch, sizes.lanes, sizes.plane()},
+        {a.a.data<float>(), lane::data_or_null<float>(a.a_low), a.W.data<float>(),
+         lane::data_or_null<float>(a.skip), sizes.real_weight},
+        a.v.data<T>(),
+        a.y.data<T>(),
+        a.state.data<float>()};
+    if (sizes.groups > 1 || sizes.channels > 1 ||
+        !run(args, a.activation, a.twice, ctx.stream().handle))
+      lrnn::detail::lane_scan_step_by_parts(ctx, a);
   });
 }
 

@@ -197,7 +197,7 @@ linear_float32_sm90::Operand rows_of(TensorView t, bool across) {
 
 /// y = left right^T (+ bias, or + y) of row-major operands in float32 on tensor cores, if it is
 /// faster there.
-bool multiply_float32(Context& ctx, linear_float32_sm90::Operand left,
+bool multiply_float32([[maybe_unused]] Context& ctx, linear_float32_sm90::Operand left,
                       linear_float32_sm90::Operand right, MutableTensorView y, std::int64_t depth,
                       bool accumulate, TensorView bias = {}) {
   [[maybe_unused]] const linear_float32_sm90::Product product{

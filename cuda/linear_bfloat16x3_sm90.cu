@@ -327,7 +327,7 @@ __device__ __forceinline__ void split_right(const Args& a, const Shared<Z>& mem,
   Ring<Z::kStages> ring;
   for (Walk<Z::kColumns, kStageDepth> w(a); w.more(a); w.step(a)) {
     if (prefetches) prefetch();
-    barrier_wait(mem.free(ring.stage), ring.phase ^ 1);
+    barrier_wait(mem.free(ring.stage), ring.parity ^ 1);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       if (half == 1) reader.step(a);
@@ -340,7 +340,7 @@ __device__ __forceinline__ void split_right(const Args& a, const Shared<Z>& mem,
     fence_shared_async();
     __syncwarp();
     if (lane == 0) barrier_arrive(mem.full(ring.stage));
-    ring.step();
+    ring.next();
   }
 }
 
@@ -374,7 +374,7 @@ __device__ __forceinline__ void multiply(const Args& a, const Shared<Z>& mem, in
     typename Z::Sum sum = {};
     const int begin = w.at;
     for (; w.at < w.end; w.at += kStageDepth) {
-      barrier_wait(mem.full(ring.stage), ring.phase);
+      barrier_wait(mem.full(ring.stage), ring.parity);
       const std::uint64_t right =
           panel_descriptor(mem.stage(ring.stage), kAcrossRight ? kPanelBytes : 16);
 #pragma unroll
@@ -383,7 +383,7 @@ __device__ __forceinline__ void multiply(const Args& a, const Shared<Z>& mem, in
         multiply_block<Z, kAcrossRight>(
             c, f[half], advance(right, half * kBlock * (kAcrossRight ? kPanelRowBytes : 2)));
         // Not 0 in any case.
-        left.split(a, f[half ^ 1], is_full(mem.full(ring.stage), ring.phase) | a.depth);
+        left.split(a, f[half ^ 1], is_full(mem.full(ring.stage), ring.parity) | a.depth);
         products_wait<0>();
         pin(c);
         if (half == 1 && lane == 0) barrier_arrive(mem.free(ring.stage));
@@ -392,7 +392,7 @@ __device__ __forceinline__ void multiply(const Args& a, const Shared<Z>& mem, in
 #pragma unroll
           for (int e = 0; e < 4; ++e) sum[n][e] += c[n][e];
       }
-      ring.step();
+      ring.next();
     }
     const Strip<kAcrossLeft> strip{w.row + warp * 16, w.column, lane};
     correct<kAcrossLeft, kAcrossRight>(a, strip, begin, min(w.end, a.depth), {}, sum);

@@ -34,10 +34,14 @@ constexpr int kOperandBytes = kSplit * kPartBytes;
 constexpr int kStageBytes = 2 * kOperandBytes;
 constexpr int kStages = 3;
 
+/// Which numbers of a tile share a unit. Those of a row or column of y can have one of their own:
+/// the left operand's rows or, across, its columns.
+enum class Share { Row, Column, Tile };
+
 /// What the numbers of a tile were divided by.
 struct alignas(16) TileUnits {
-  float of_row[64];  // or of all
-  float small;       // how many numbers of a row or column, at most, are below kLeastExact
+  float of[64];  // of rows or columns, or all the same
+  float small;   // how many numbers of a row or column, at most, are below kLeastExact
 };
 constexpr int kUnitBytes = sizeof(TileUnits);
 constexpr int kStageUnitBytes = 2 * kPanels * kUnitBytes;
@@ -130,10 +134,10 @@ struct SplitJob {
   const float* from;
   std::int64_t stride;
   int rows, columns, column_tiles, tiles;
-  bool of_rows;  // every row of a tile has a unit of its own
   unsigned char* panels;
   TileUnits* units;
 };
+/// Units are those of Share::Tile in the second.
 struct SplitArgs {
   SplitJob jobs[2];
 };
@@ -142,9 +146,11 @@ struct SplitArgs {
 constexpr int kSplitRows = 4;
 using Numbers = float[kSplitRows][4];
 
+static_assert(kSplitRows == 4, "units of a thread's rows, or of its columns");
 /// What the threads of such a block share.
 struct SplitShared {
   std::uint32_t of_warps[kSplitThreads / 32];
+  float4 of_columns[kSplitThreads / 32][16];
   int counts[128];  // of rows and columns
 };
 
@@ -158,24 +164,60 @@ __device__ __forceinline__ std::uint32_t block_max(std::uint32_t v, SplitShared&
   return v;
 }
 
-/// Units of a thread's rows.
-__device__ __forceinline__ void find_units(const Numbers& v, bool of_rows, SplitShared& mem,
-                                           float (&unit)[kSplitRows]) {
-  float most[kSplitRows] = {};
+/// The largest of each of the four columns that threads with the same number modulo 16 have.
+__device__ __forceinline__ void column_max(float (&most)[4], SplitShared& mem) {
 #pragma unroll
-  for (int n = 0; n < 4 * kSplitRows; ++n) most[n / 4] = fmaxf(most[n / 4], fabsf(v[n / 4][n % 4]));
-  if (of_rows) {
+  for (float& m : most) m = fmaxf(m, __shfl_xor_sync(kAll, m, 16));
+  const int quad = static_cast<int>(threadIdx.x) % 16;
+  if (threadIdx.x % 32 < 16)
+    mem.of_columns[threadIdx.x / 32][quad] = make_float4(most[0], most[1], most[2], most[3]);
+  __syncthreads();
 #pragma unroll
-    for (int j = 0; j < kSplitRows; ++j) {
+  for (const auto& of_warp : mem.of_columns) {
+    const float4 m = of_warp[quad];
+    most[0] = fmaxf(most[0], m.x), most[1] = fmaxf(most[1], m.y);
+    most[2] = fmaxf(most[2], m.z), most[3] = fmaxf(most[3], m.w);
+  }
+}
+
+/// Units of a thread's rows, or of its columns.
+__device__ __forceinline__ void find_units(const Numbers& v, Share share, SplitShared& mem,
+                                           float (&unit)[4]) {
+  float most[4] = {};
+  if (share == Share::Column) {
 #pragma unroll
-      for (int n = 8; n > 0; n /= 2) most[j] = fmaxf(most[j], __shfl_xor_sync(kAll, most[j], n));
-      unit[j] = unit_below(__float_as_uint(most[j]));
-    }
+    for (int n = 0; n < 16; ++n) most[n % 4] = fmaxf(most[n % 4], fabsf(v[n / 4][n % 4]));
+    column_max(most, mem);
   } else {
-    const float of_thread = fmaxf(fmaxf(most[0], most[1]), fmaxf(most[2], most[3]));
-    const float of_all = unit_below(block_max(__float_as_uint(of_thread), mem));
 #pragma unroll
-    for (float& u : unit) u = of_all;
+    for (int n = 0; n < 16; ++n) most[n / 4] = fmaxf(most[n / 4], fabsf(v[n / 4][n % 4]));
+  }
+  if (share == Share::Row) {
+#pragma unroll
+    for (float& m : most)
+#pragma unroll
+      for (int n = 8; n > 0; n /= 2) m = fmaxf(m, __shfl_xor_sync(kAll, m, n));
+  } else if (share == Share::Tile) {
+    const float of_thread = fmaxf(fmaxf(most[0], most[1]), fmaxf(most[2], most[3]));
+    const float of_all = __uint_as_float(block_max(__float_as_uint(of_thread), mem));
+#pragma unroll
+    for (float& m : most) m = of_all;
+  }
+#pragma unroll
+  for (int j = 0; j < 4; ++j) unit[j] = unit_below(__float_as_uint(most[j]));
+}
+
+/// Divides by the units.
+__device__ __forceinline__ void scale(Numbers& v, Share share, const float (&unit)[4]) {
+  float by[4];
+#pragma unroll
+  for (int j = 0; j < 4; ++j) by[j] = inverse(unit[j]);
+  if (share == Share::Column) {
+#pragma unroll
+    for (int n = 0; n < 16; ++n) v[n / 4][n % 4] *= by[n % 4];
+  } else {
+#pragma unroll
+    for (int n = 0; n < 16; ++n) v[n / 4][n % 4] *= by[n / 4];
   }
 }
 
@@ -203,10 +245,12 @@ __device__ __forceinline__ int most_small(const Numbers& v, int place, int colum
   return static_cast<int>(block_max(static_cast<std::uint32_t>(count), mem));
 }
 
+template <Share kFirst>
 __global__ __launch_bounds__(kSplitThreads) void split_kernel(const __grid_constant__ SplitArgs a) {
   __shared__ SplitShared mem;
   const bool second = static_cast<int>(blockIdx.x) >= a.jobs[0].tiles;
   const SplitJob& job = a.jobs[second ? 1 : 0];
+  const Share share = second ? Share::Tile : kFirst;
   const int tile = static_cast<int>(blockIdx.x) - (second ? a.jobs[0].tiles : 0);
   const int place = static_cast<int>(threadIdx.x) / 16;
   const int quad = static_cast<int>(threadIdx.x) % 16;  // of columns
@@ -219,14 +263,12 @@ __global__ __launch_bounds__(kSplitThreads) void split_kernel(const __grid_const
   for (int j = 0; j < kSplitRows; ++j)
     if (row + j * 16 < job.rows && column < job.columns)
       load_4(v[j], job.from + (row + j * 16) * job.stride + column);
-  float unit[kSplitRows];
-  find_units(v, job.of_rows, mem, unit);
+  float unit[4];
+  find_units(v, share, mem, unit);
+  scale(v, share, unit);
   unsigned char* const to = job.panels + std::int64_t{tile} * kTileBytes + quad % 2 * 8;
 #pragma unroll
   for (int j = 0; j < kSplitRows; ++j) {
-    const float scale = inverse(unit[j]);
-#pragma unroll
-    for (float& x : v[j]) x *= scale;
     std::uint32_t words[2][kSplit];
     split(v[j][0], v[j][1], words[0]);
     split(v[j][2], v[j][3], words[1]);
@@ -236,8 +278,12 @@ __global__ __launch_bounds__(kSplitThreads) void split_kernel(const __grid_const
     for (int p = 0; p < kSplit; ++p)
       *reinterpret_cast<uint2*>(to + p * kPanelBytes + swizzled) =
           make_uint2(words[0][p], words[1][p]);
-    if (quad == 0) job.units[tile].of_row[at] = unit[j];
   }
+  const bool of_columns = share == Share::Column;
+  if ((of_columns ? place : quad) == 0)
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+      job.units[tile].of[of_columns ? quad * 4 + j : place + j * 16] = unit[j];
   const int small = most_small(v, place, quad * 4, mem);
   if (threadIdx.x == 0) job.units[tile].small = static_cast<float>(small);
 }
@@ -265,7 +311,7 @@ __device__ __forceinline__ void copy_operands(const SplitProduct& p, const Share
     const std::int64_t tile =
         is_left ? tile_index<kAcrossLeft>(m, w.row / 64 + lane % kPanels, stage)
                 : tile_index<kAcrossRight>(m, w.column / 64 + lane % kPanels, stage);
-    barrier_wait(mem.free(ring.stage), ring.phase ^ 1);
+    barrier_wait(mem.free(ring.stage), ring.parity ^ 1);
     const std::uint32_t full = mem.full(ring.stage);
     barrier_expect(full, kSplit * kPanelBytes + kUnitBytes);
 #pragma unroll
@@ -274,7 +320,7 @@ __device__ __forceinline__ void copy_operands(const SplitProduct& p, const Share
                  m.panels + tile * kTileBytes + i * kPanelBytes, kPanelBytes, full);
     copy_bytes(mem.units(ring.stage) + static_cast<std::uint32_t>(lane * kUnitBytes),
                m.units + tile, kUnitBytes, full);
-    ring.step();
+    ring.next();
   }
 }
 
@@ -345,7 +391,7 @@ __device__ __forceinline__ void multiply(const Args& a, const Shared& mem, int w
     float least[2] = {};
     const int begin = w.at;
     for (; w.at < w.end; w.at += kStageDepth) {
-      barrier_wait(mem.full(ring.stage), ring.phase);
+      barrier_wait(mem.full(ring.stage), ring.parity);
       const std::uint64_t left = panel_descriptor(mem.left(ring.stage) + group * kPanelBytes,
                                                   kAcrossLeft ? kPanelBytes : 16);
       const std::uint64_t right =
@@ -371,7 +417,7 @@ __device__ __forceinline__ void multiply(const Args& a, const Shared& mem, int w
       __syncwarp();  // all lanes have their units
       if (lane == 0) barrier_arrive(mem.free(ring.stage));
       promote<false>(c, units, sum);
-      ring.step();
+      ring.next();
     }
 #pragma unroll
     for (int n = 0; n < kColumns / 8; ++n)
@@ -409,7 +455,7 @@ struct Split {
   Tensor panels, units;
   SplitJob job;
 
-  Split(Context& ctx, const Operand& o, std::int64_t width, std::int64_t depth, bool of_rows) {
+  Split(Context& ctx, const Operand& o, std::int64_t width, std::int64_t depth) {
     const std::int64_t rows = o.across ? depth : width;
     const std::int64_t columns = o.across ? width : depth;
     const std::int64_t column_tiles = ceil_div(columns, 64);
@@ -422,7 +468,6 @@ struct Split {
            .columns = static_cast<int>(columns),
            .column_tiles = static_cast<int>(column_tiles),
            .tiles = static_cast<int>(tiles),
-           .of_rows = of_rows,
            .panels = static_cast<unsigned char*>(panels.view().raw()),
            .units = static_cast<TileUnits*>(units.view().raw())};
   }
@@ -432,10 +477,11 @@ struct Split {
 };
 
 void launch(Context& ctx, const Product& p, const Args& a) {
-  const Split left(ctx, p.left, p.rows, p.depth, !p.left.across);
-  const Split right(ctx, p.right, p.columns, p.depth, false);
-  launch_overlapped(split_kernel, static_cast<unsigned>(left.job.tiles + right.job.tiles),
-                    kSplitThreads, 0, ctx.stream().handle, SplitArgs{{left.job, right.job}});
+  const Split left(ctx, p.left, p.rows, p.depth);
+  const Split right(ctx, p.right, p.columns, p.depth);
+  launch_overlapped(p.left.across ? split_kernel<Share::Column> : split_kernel<Share::Row>,
+                    static_cast<unsigned>(left.job.tiles + right.job.tiles), kSplitThreads, 0,
+                    ctx.stream().handle, SplitArgs{{left.job, right.job}});
   const auto run = [&](auto kernel) {
     LRNN_CUDA_CHECK(
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared));

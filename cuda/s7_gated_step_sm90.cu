@@ -43,22 +43,6 @@ struct Exchange {
   Mailbox mailbox;
 };
 
-/// Stores two elements where block `rank` of the cluster has `to`, and counts there.
-__device__ __forceinline__ void send(bf16* to, Mailbox& mailbox, int rank, std::uint32_t pair) {
-#if __CUDA_ARCH__ >= 900
-  std::uint32_t there;
-  std::uint32_t counter;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(to)), "r"(rank));
-  asm("mapa.shared::cluster.u32 %0, %1, %2;"
-      : "=r"(counter)
-      : "r"(shared_address(&mailbox)), "r"(rank));
-  asm volatile(
-      "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(there),
-      "r"(pair), "r"(counter)
-      : "memory");
-#endif
-}
-
 /// A block's columns of the gate.
 class GateProduct {
  public:

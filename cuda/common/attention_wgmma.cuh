@@ -1,4 +1,4 @@
-/// What the Hopper kernels of attention share: rings of buffers, tails of tiles, results.
+/// What the Hopper kernels of attention share: sizes and roles of a block, tails of tiles, results.
 #pragma once
 
 #include "common/attention_mma.cuh"
@@ -7,25 +7,43 @@
 
 namespace lrnn::cuda::attention {
 
-/// Counts the uses of kStages buffers.
-template <int kStages>
-struct Ring {
-  int stage = 0;
-  int parity = 0;
-
-  __device__ __forceinline__ void next() {
-    if (++stage == kStages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-  /// The buffer used before this one.
-  __device__ __forceinline__ int before() const { return stage == 0 ? kStages - 1 : stage - 1; }
+/// Compile-time sizes: padded head dimension, warpgroups that compute, of 64 rows each, streamed
+/// rows of a tile, buffers.
+template <int kDim_, int kConsumers_, int kCols_, int kStages_>
+struct TileSizes {
+  static constexpr int kDim = kDim_;
+  static constexpr int kConsumers = kConsumers_;
+  static constexpr int kCols = kCols_;
+  static constexpr int kStages = kStages_;
+  static constexpr int kRows = 64 * kConsumers;
+  static constexpr int kPanels = kDim / kPanel;
+  static constexpr int kColTiles = kCols / 8;
+  static constexpr int kDimTiles = kDim / 8;
+  static constexpr int kThreads = kWarpgroup * (kConsumers + 1);
+  // Of a thread; together they are the registers the block starts with.
+  static constexpr int kCopyRegisters = kConsumers == 2 ? 24 : 32;
+  static constexpr int kProductRegisters = kConsumers == 2 ? 240 : 160;
 };
 
 /// This thread's warpgroup, in a form that the compiler knows to be the same in a warp.
 __device__ __forceinline__ int warpgroup() {
   return __shfl_sync(0xFFFFFFFFU, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
+}
+
+/// Shares a block out: one thread of its first warpgroup calls copy(), the other warpgroups
+/// compute(number among them).
+template <class Z, class Shared, class Copy, class Compute>
+__device__ __forceinline__ void share_out(const Shared& mem, Copy&& copy, Compute&& compute) {
+  if (threadIdx.x == 0) mem.init_barriers();
+  __syncthreads();
+  const int group = warpgroup();
+  if (group == 0) {
+    give_registers<Z::kCopyRegisters>();
+    if (threadIdx.x == 0) copy();
+  } else {
+    take_registers<Z::kProductRegisters>();
+    compute(group - 1);
+  }
 }
 
 /// Copies one head's rows from `row` on: kPanels boxes of kPanelBytes.

@@ -61,21 +61,57 @@ struct Mailbox {
   }
 };
 
-/// Stores where block `rank` of the cluster has `to`, and counts there in `mailbox`.
-__device__ __forceinline__ void send(float2* to, Mailbox& mailbox, int rank, float2 v) {
+/// Where block `rank` of the cluster has what this one has at shared address `at`.
+__device__ __forceinline__ std::uint32_t address_in(int rank, std::uint32_t at) {
+  std::uint32_t there = at;
 #if __CUDA_ARCH__ >= 900
-  std::uint32_t there;
-  std::uint32_t counter;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(to)), "r"(rank));
-  asm("mapa.shared::cluster.u32 %0, %1, %2;"
-      : "=r"(counter)
-      : "r"(shared_address(&mailbox)), "r"(rank));
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(at), "r"(rank));
+#endif
+  return there;
+}
+
+/// Stores at a shared address of any block of the cluster; the bytes count at a barrier there.
+__device__ __forceinline__ void send(std::uint32_t to, float v, std::uint32_t barrier) {
+#if __CUDA_ARCH__ >= 900
   asm volatile(
-      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(
-          there),
-      "f"(v.x), "f"(v.y), "r"(counter)
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(to), "f"(v),
+      "r"(barrier)
       : "memory");
 #endif
+}
+__device__ __forceinline__ void send(std::uint32_t to, float2 v, std::uint32_t barrier) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(
+          to),
+      "f"(v.x), "f"(v.y), "r"(barrier)
+      : "memory");
+#endif
+}
+__device__ __forceinline__ void send(std::uint32_t to, std::uint32_t v, std::uint32_t barrier) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(to), "r"(v),
+      "r"(barrier)
+      : "memory");
+#endif
+}
+/// The same of `bytes` of shared memory, a multiple of 16.
+__device__ __forceinline__ void send(std::uint32_t to, std::uint32_t from, int bytes,
+                                     std::uint32_t barrier) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes "
+      "[%0], [%1], %2, [%3];" ::"r"(to),
+      "r"(from), "r"(bytes), "r"(barrier)
+      : "memory");
+#endif
+}
+
+/// Stores where block `rank` of the cluster has `to`, and counts there in `mailbox`.
+template <class T, class V>
+__device__ __forceinline__ void send(T* to, Mailbox& mailbox, int rank, V v) {
+  send(address_in(rank, shared_address(to)), v, address_in(rank, shared_address(&mailbox)));
 }
 
 }  // namespace lrnn::cuda

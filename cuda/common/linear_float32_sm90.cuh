@@ -7,11 +7,12 @@
 /// Numbers are split while they are read. A number below 2^-110 loses the bits that bfloat16 cannot
 /// hold.
 ///
-/// float16x2: x = u (x1 + 2^-11 x2) to 2^-23 of x, where u, the unit of 64 numbers of a row or of a
-/// tile of 64 x 64, is a power of two; three products, without x2 x2, which is at most 2^-22. They
-/// take half the time, but numbers are split beforehand: it pays unless a matrix is narrow. Numbers
-/// below 2^-28 of the largest with the same unit are less exact. Where there are any, sums that are
-/// so small that this could be more than 2^-20 of them are taken again by float32 multiply-adds.
+/// float16x2: x = u (x1 + 2^-11 x2) to 2^-23 of x, where u, a power of two, is the unit of 64
+/// numbers of the left operand that belong to one row of y, or of a tile of 64 x 64 of the right
+/// one; three products, without x2 x2, which is at most 2^-22. They take half the time, but numbers
+/// are split beforehand: it pays unless a matrix is narrow. Numbers below 2^-28 of the largest with
+/// the same unit are less exact. Where there are any, sums that are so small that this could be more
+/// than 2^-20 of them are taken again by float32 multiply-adds.
 ///
 /// So are sums that are not finite, because an operand is not or the sum overflows: infinities and
 /// NaN are those of float32.

@@ -31,17 +31,6 @@ struct Args {
   int items;       // tiles by parts of the depth
 };
 
-/// Goes round the buffers.
-template <int kStages>
-struct Ring {
-  int stage = 0;
-  int phase = 0;
-
-  __device__ __forceinline__ void step() {
-    if (++stage == kStages) stage = 0, phase ^= 1;
-  }
-};
-
 /// Walks the depth of this block's items, kStep at a time.
 template <int kColumns, int kStep>
 struct Walk {

@@ -21,6 +21,7 @@
 
 #include <type_traits>
 
+#include "common/cluster.cuh"
 #include "common/launch.cuh"
 #include "common/linear_sm90.cuh"
 #include "common/wgmma.cuh"
@@ -146,29 +147,6 @@ __device__ __forceinline__ void cluster_arrive() {
 __device__ __forceinline__ void cluster_wait() {
   __syncwarp();
   asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
-}
-/// Where the block of `rank` has what this one has at shared address `at`.
-__device__ __forceinline__ std::uint32_t address_in(int rank, std::uint32_t at) {
-  std::uint32_t to;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(at), "r"(rank));
-  return to;
-}
-/// Copies `bytes` of shared memory to that of any block of the cluster; they count at a barrier of
-/// that block.
-__device__ __forceinline__ void send(std::uint32_t to, std::uint32_t from, int bytes,
-                                     std::uint32_t barrier) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes "
-      "[%0], [%1], %2, [%3];" ::"r"(to),
-      "r"(from), "r"(bytes), "r"(barrier)
-      : "memory");
-}
-/// Stores a float at a shared address of any block of the cluster; the same of its bytes.
-__device__ __forceinline__ void send(std::uint32_t to, float v, std::uint32_t barrier) {
-  asm volatile(
-      "st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(to), "f"(v),
-      "r"(barrier)
-      : "memory");
 }
 /// Copies 16 bytes to shared memory; copies_async_wait() waits for all that the thread asked for.
 __device__ __forceinline__ void copy_async(std::uint32_t to, const void* from) {

@@ -5,6 +5,13 @@
 /// at once: what the sequences share lies in registers, read while the kernel before still runs,
 /// and the states of all kRows are in flight together. Sums over the threads of a lane leave each
 /// of them with the outputs of some of the sequences. How a sum is formed does not depend on kRows.
+///
+/// A Recurrence moves a lane on and reads it out. From its Parameters, all of which `aligned()`
+/// allows to be read kOwn at a time, it holds what a thread's states need, and has
+///   kCoupled                 whether a sum over the states of a lane comes before they move
+///   coupling(x)              the part of that sum of this thread, where there is one
+///   advance(x, u, coupling)  moves x on, given the sum; returns the part of the output
+///   skip                     what the drive adds to the output beside the states
 #pragma once
 
 #include <algorithm>
@@ -40,6 +47,15 @@ struct Quad {
 
 struct Sizes {
   std::int64_t batch, lanes, plane;  // plane: lanes M
+};
+
+template <class Recurrence, class T>
+struct Args {
+  Sizes sizes;
+  typename Recurrence::Parameters parameters;
+  const T* u;
+  T* y;
+  float* state;
 };
 
 /// Where a thread is. Threads of no lane repeat the last lane, those of no sequence the last one,
@@ -98,7 +114,51 @@ __device__ __forceinline__ T activated(float v) {
   return from_float<T>(v);
 }
 
-/// Whether the kernels take states of this size.
+template <class Recurrence, class T, int kParts, int kRows, bool kGeluTwice>
+__global__ __launch_bounds__(kThreads) void state_step_kernel(Args<Recurrence, T> args) {
+  let_next_kernel_start();
+  const Sizes& s = args.sizes;
+  const Seat<kParts, kRows> seat(s);
+  const Recurrence lane(args.parameters, s.plane, seat.at, seat.lane);
+  const auto state = [&](int r) { return args.state + seat.row(r) * 2 * s.plane + seat.at; };
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    prefetch_to_l2(state(r));
+    prefetch_to_l2(state(r) + s.plane);
+  }
+  wait_for_previous_kernel();
+  Quad x[kRows];
+  T u[kRows];
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    x[r].load(state(r), s.plane);
+    u[r] = args.u[seat.row(r) * s.lanes + seat.lane];
+  }
+  float coupling[kRows] = {};
+  if constexpr (Recurrence::kCoupled) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) coupling[r] = lane.coupling(x[r]);
+    transpose_add<kRows, kParts, 1>(coupling, seat.part);
+  }
+  float sum[kRows];
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    const float drive = to_float(u[r]);
+    const float of_lane = Recurrence::kCoupled ? sum_of_row<kParts, kRows>(coupling, r) : 0.0F;
+    sum[r] = lane.advance(x[r], drive, of_lane);
+    if (seat.part == 0) sum[r] = fmaf(lane.skip, drive, sum[r]);
+    if (seat.stores(r)) x[r].store(state(r), s.plane);
+  }
+  transpose_add<kRows, kParts, 1>(sum, seat.part);
+  seat.for_each_sum(sum, [&](int r, float v) {
+    args.y[seat.row(r) * s.lanes + seat.lane] = activated<T, kGeluTwice>(v);
+  });
+}
+
+inline bool aligned(const float* p) {
+  return allows_vectors(p, 0, 0, kOwn);
+}
+/// Whether the kernel takes states of this size.
 inline bool takes(const Sizes& s) {
   constexpr std::int64_t kMostGroups = 65535;  // of the second dimension of a grid
   const std::int64_t states = s.plane / s.lanes;
@@ -132,6 +192,23 @@ void visit(const Sizes& s, F&& f) {
     default:
       return visit_rows.template operator()<kMaxParts>();
   }
+}
+
+/// False, and nothing done, if the kernel does not take it.
+template <class Recurrence, class T>
+bool run(const Args<Recurrence, T>& args, Activation activation, bool twice, cudaStream_t stream) {
+  const bool gelu_twice = activation == Activation::Gelu && twice;
+  if (activation != Activation::Identity && !gelu_twice) return false;
+  if (!takes(args.sizes) || !Recurrence::aligned(args.parameters) || !aligned(args.state))
+    return false;
+  visit(args.sizes, [&]<int kParts, int kRows>() {
+    const auto launch = [&]<bool kGeluTwice>() {
+      launch_overlapped(state_step_kernel<Recurrence, T, kParts, kRows, kGeluTwice>,
+                        blocks<kParts, kRows>(args.sizes), kThreads, 0, stream, args);
+    };
+    gelu_twice ? launch.template operator()<true>() : launch.template operator()<false>();
+  });
+  return true;
 }
 
 }  // namespace lrnn::cuda::state_step

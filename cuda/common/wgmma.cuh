@@ -69,6 +69,16 @@ __device__ __forceinline__ void pin(float (&c)[kTiles][4]) {
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
   "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
+#define LRNN_MULTIPLY_128(type)                                                      \
+  asm volatile(                                                                      \
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"                                   \
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " " LRNN_C_64     \
+      "}, %64, %65, p, 1, 1, %67, %68;\n}\n"                                         \
+      : LRNN_C_TILES_8(0), LRNN_C_TILES_8(8)                                         \
+      : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(kTransposeA ? 1 : 0), \
+        "n"(kTransposeB ? 1 : 0)                                                     \
+      : "memory")
+
 /// c = [c +] a b^T over 16 columns, both operands in shared memory; a [64, 16], b [8 kTiles, 16].
 /// A transposed operand is given by the descriptor of [16, rows] instead. T is bfloat16 or float16.
 template <bool kTransposeA, bool kTransposeB, class T = bf16, int kTiles>
@@ -104,25 +114,12 @@ __device__ __forceinline__ void multiply_shared(float (&c)[kTiles][4], std::uint
           "n"(kTransposeB ? 1 : 0)
         : "memory");
   } else if constexpr (std::is_same_v<T, __half>) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 " LRNN_C_64
-        "}, %64, %65, p, 1, 1, %67, %68;\n}\n"
-        : LRNN_C_TILES_8(0), LRNN_C_TILES_8(8)
-        : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(kTransposeA ? 1 : 0),
-          "n"(kTransposeB ? 1 : 0)
-        : "memory");
+    LRNN_MULTIPLY_128("f16");
   } else {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 " LRNN_C_64
-        "}, %64, %65, p, 1, 1, %67, %68;\n}\n"
-        : LRNN_C_TILES_8(0), LRNN_C_TILES_8(8)
-        : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(kTransposeA ? 1 : 0),
-          "n"(kTransposeB ? 1 : 0)
-        : "memory");
+    LRNN_MULTIPLY_128("bf16");
   }
 }
+#undef LRNN_MULTIPLY_128
 
 /// c = [c +] a b over 16 columns of a, which is an A fragment; b is [16, 8 kTiles] in shared
 /// memory, or [8 kTiles, 16] if kTransposeB is false.
@@ -196,6 +193,21 @@ __device__ __forceinline__ void barrier_wait(std::uint32_t barrier, int parity) 
       "r"(parity)
       : "memory");
 }
+/// Goes round kStages buffers, each with barriers of its own: a round is a phase of them.
+template <int kStages>
+struct Ring {
+  int stage = 0;
+  int parity = 0;
+
+  __device__ __forceinline__ void next() {
+    if (++stage == kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+  /// The buffer used before this one.
+  __device__ __forceinline__ int before() const { return stage == 0 ? kStages - 1 : stage - 1; }
+};
 /// Orders this thread's shared memory writes before later products and tensor copies.
 __device__ __forceinline__ void fence_shared_async() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");

@@ -41,6 +41,9 @@ void check_rank(const char* op, const char* operand, TensorView t, int rank) {
   LRNN_CHECK(t.rank() == rank, ShapeError, op, ": ", operand, ": expected rank ", rank, ", got ",
              t.shape());
 }
+void check_one_token(const char* op, const char* operand, TensorView t) {
+  LRNN_CHECK(t.dim(1) == 1, ShapeError, op, ": ", operand, ": expected one token, got ", t.shape());
+}
 DType weight_dtype(const Context& ctx, TensorView weight, DType dtype) {
   const bool narrow =
       ctx.device().is_cpu() && dtype == DType::float32 && weight.dtype() == DType::bfloat16;

@@ -18,6 +18,14 @@ void check_rows(const char* op, const char* operand, const Context& ctx, TensorV
                 const Shape& shape, DType dtype);
 /// @throws ShapeError unless `t` has this rank.
 void check_rank(const char* op, const char* operand, TensorView t, int rank);
+/// @throws ShapeError unless `t`, of a step, has one token: [B, 1, ...].
+void check_one_token(const char* op, const char* operand, TensorView t);
+/// @throws InvalidArgument if the inputs of a step have what only a whole sequence has.
+template <class Inputs>
+void check_inputs_of_step(const char* op, const Inputs& in) {
+  LRNN_CHECK(!in.state_in && !in.lengths, InvalidArgument, op,
+             ": state_in and lengths have no meaning here");
+}
 /// The dtype that a matrix beside activations of `dtype` should have: theirs, or on the CPU that of
 /// a bfloat16 matrix beside float32.
 [[nodiscard]] DType weight_dtype(const Context& ctx, TensorView weight, DType dtype);

@@ -78,7 +78,7 @@ void dplr_scan_backward(Context& ctx, const DplrScanBackward& args) {
 void dplr_scan_step(Context& ctx, const DplrScanStep& args) {
   constexpr const char* op = "dplr_scan_step";
   const DplrScanSizes s = check_parameters(op, ctx, args);
-  LRNN_CHECK(s.seqlen == 1, ShapeError, op, ": u: expected one token, got ", args.u.shape());
+  detail::check_one_token(op, "u", args.u);
   detail::check_operand(op, "y", ctx, args.y, {s.batch, 1, s.channels * s.heads}, args.u.dtype());
   detail::check_operand(op, "state", ctx, args.state, {s.batch, 2, s.heads, s.states},
                         accumulate_dtype(args.u.dtype()));

@@ -59,9 +59,8 @@ void first_order_scan_step(Context& ctx, const FirstOrderScanStep& a) {
   constexpr const char* op = "first_order_scan_step";
   detail::check_rank(op, "b", a.in.b, 3);
   const Shape& shape = a.in.b.shape();
-  LRNN_CHECK(shape[1] == 1, ShapeError, op, ": b: expected one token, got ", shape);
-  LRNN_CHECK(!a.in.state_in && !a.in.lengths, InvalidArgument, op,
-             ": state_in and lengths have no meaning here");
+  detail::check_one_token(op, "b", a.in.b);
+  detail::check_inputs_of_step(op, a.in);
   detail::check_operand(op, "state", ctx, a.state, {shape[0], shape[2]},
                         accumulate_dtype(a.in.b.dtype()));
   FirstOrderScanForward forward{.in = a.in, .h = a.h, .state_out = a.state};

@@ -88,7 +88,7 @@ void lane_scan_backward(Context& ctx, const LaneScanBackward& args) {
 void lane_scan_step(Context& ctx, const LaneScanStep& args) {
   constexpr const char* op = "lane_scan_step";
   const LaneScanSizes s = check_sizes(op, args.a, args.W, args.v);
-  LRNN_CHECK(s.seqlen == 1, ShapeError, op, ": v: expected one token, got ", args.v.shape());
+  detail::check_one_token(op, "v", args.v);
   check_parameters(op, ctx, args, s);
   detail::check_operand(op, "y", ctx, args.y, {s.batch, 1, s.outputs}, args.v.dtype());
   detail::check_operand(op, "state", ctx, args.state, {s.batch, 2, s.lanes, s.substates},

@@ -61,9 +61,8 @@ void rglru_scan_step(Context& ctx, const RglruScanStep& a) {
   constexpr const char* op = "rglru_scan_step";
   detail::check_rank(op, "v", a.in.v, 3);
   const Shape& vs = a.in.v.shape();
-  LRNN_CHECK(vs[1] == 1, ShapeError, op, ": v: expected one token, got ", vs);
-  LRNN_CHECK(!a.in.state_in && !a.in.lengths, InvalidArgument, op,
-             ": state_in and lengths have no meaning here");
+  detail::check_one_token(op, "v", a.in.v);
+  detail::check_inputs_of_step(op, a.in);
   detail::check_operand(op, "state", ctx, a.state, {vs[0], vs[2]},
                         accumulate_dtype(a.in.v.dtype()));
   RglruScanForward forward{.in = a.in, .h = a.h, .state_out = a.state};

@@ -16,7 +16,7 @@ void s7_gated_step(Context& ctx, const S7GatedStep& a) {
   detail::check_rank(op, "x", a.x, 3);
   detail::check_rank(op, "base", a.base, 1);
   const Shape& xs = a.x.shape();
-  LRNN_CHECK(xs[1] == 1, ShapeError, op, ": x: expected one token, got ", xs);
+  detail::check_one_token(op, "x", a.x);
   const detail::S7Rows rows{xs[2], a.base.dim(0)};
   const DType dtype = a.x.dtype();
   const DType accumulate = accumulate_dtype(dtype);

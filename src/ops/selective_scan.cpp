@@ -107,9 +107,8 @@ void selective_scan_step(Context& ctx, const SelectiveScanStep& a) {
     detail::check_operand(op, "dt_weight", ctx, a.dt_weight, {a.in.u.dim(2), rank}, dtype);
   }
   const Shape state = check_inputs(op, ctx, a.in, !a.dt_low);
-  LRNN_CHECK(a.in.u.dim(1) == 1, ShapeError, op, ": u: expected one token, got ", a.in.u.shape());
-  LRNN_CHECK(!a.in.state_in && !a.in.lengths, InvalidArgument, op,
-             ": state_in and lengths have no meaning here");
+  detail::check_one_token(op, "u", a.in.u);
+  detail::check_inputs_of_step(op, a.in);
   detail::check_rows(op, "y", ctx, a.y, a.in.u.shape(), a.in.u.dtype());
   detail::check_operand(op, "state", ctx, a.state, state, accumulate_dtype(a.in.u.dtype()));
   if (a.y.numel() == 0) return;

@@ -33,13 +33,13 @@ OpCase activation_case(Activation kind, std::int64_t rows, std::int64_t width,
       .outputs = {{.name = "y", .shape = shape}},
       .forward =
           [=](Context& ctx, Tensors& t) {
-            ctx.zero(t["y"]);
+            if (margin > 0) ctx.zero(t["y"]);
             activation_forward(
                 ctx, {.kind = kind, .x = columns(t["x"]), .y = columns(t["y"]), .twice = twice});
           },
       .backward =
           [=](Context& ctx, Tensors& t) {
-            ctx.zero(t["dx"]);
+            if (margin > 0) ctx.zero(t["dx"]);
             activation_backward(ctx, {.kind = kind,
                                       .dy = columns(t["dy"]),
                                       .x = columns(t["x"]),
@@ -64,7 +64,16 @@ std::vector<OpCase> cases() {
   return all;
 }
 
+OpCase bench_case(Activation kind, std::int64_t width, bool twice) {
+  OpCase c = activation_case(kind, 16384, width, 0, twice);
+  c.gradcheck = false;
+  c.bytes_backward = 3.0 * 4.0 * static_cast<double>(16384 * width);  // dy, x; dx
+  return c;
+}
+
 const RegisterOpCases kRegister(cases());
+const RegisterBenchCases kRegisterBench({bench_case(Activation::Silu, 1536, false),
+                                         bench_case(Activation::Gelu, 768, true)});
 
 }  // namespace
 }  // namespace lrnn::testing

@@ -47,14 +47,14 @@ void backward(const Sizes& z, Context& ctx, Tensors& t) {
                                .dbias = t["dbias"],
                                .dstate_in = t["dstate_in"]});
 }
-void step(const Sizes& z, Context& ctx, Tensors& t) {
+void step(const Sizes& z, Context& ctx, Tensors& t, MutableTensorView state) {
   if (z.margin > 0) ctx.zero(t["y"]);
   causal_conv1d_step(ctx, {.x = token(z, t["x"]),
                            .weight = t["weight"],
                            .bias = t["bias"],
                            .activation = z.activation,
                            .y = token(z, t["y"]),
-                           .state = t["state"]});
+                           .state = state});
 }
 
 std::string name_of_case(const Sizes& z) {
@@ -77,7 +77,7 @@ OpCase causal_conv1d_case(const Sizes& z) {
                   {.name = "state_out", .shape = state, .storage = Storage::Accumulate}},
       .forward = [z](Context& ctx, Tensors& t) { forward(z, ctx, t); },
       .backward = [z](Context& ctx, Tensors& t) { backward(z, ctx, t); },
-      .step = [z](Context& ctx, Tensors& t) { step(z, ctx, t); },
+      .step = [z](Context& ctx, Tensors& t) { step(z, ctx, t, t["state"]); },
       .at_length =
           [z](std::int64_t seqlen) {
             Sizes other = z;
@@ -126,6 +126,13 @@ std::vector<OpCase> cases() {
   return all;
 }
 
+OpCase causal_conv1d_step_case(const Sizes& z) {
+  OpCase c = causal_conv1d_case(z);
+  c.name = detail::concat("causal_conv1d_step/B:", z.batch, "/C:", z.channels, "/K:", z.width);
+  c.forward = [z](Context& ctx, Tensors& t) { step(z, ctx, t, t["state_out"]); };
+  return step_case(std::move(c));
+}
+
 std::vector<OpCase> bench_cases() {
   std::vector<OpCase> all;
   for (const Sizes& z :
@@ -133,6 +140,7 @@ std::vector<OpCase> bench_cases() {
     all.push_back(causal_conv1d_case(z));
     all.back().gradcheck = false;
   }
+  all.push_back(causal_conv1d_step_case({32, 1, 1536, 4}));
   return all;
 }
 

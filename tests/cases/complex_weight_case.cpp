@@ -48,5 +48,11 @@ const RegisterOpCases kRegister({
     complex_weight_case(ComplexProduct::Drive, true, 1, 1),
 });
 
+// B and C of an LRU.
+const RegisterBenchCases kRegisterBench({
+    complex_weight_case(ComplexProduct::Drive, false, 64, 768),
+    complex_weight_case(ComplexProduct::ReadOut, false, 768, 64),
+});
+
 }  // namespace
 }  // namespace lrnn::testing

@@ -121,5 +121,21 @@ const RegisterOpCases kRegister({
         {.name = "none", .method = Discretization::None, .lanes = 130, .rates = 130, .steps = 0}),
 });
 
+const RegisterBenchCases kRegisterBench({
+    discretize_case({.name = "lru",
+                     .method = Discretization::Exponential,
+                     .lanes = 64,
+                     .rates = 64,
+                     .steps = 0,
+                     .real = LaneTransform::Exp,
+                     .imag = LaneTransform::Exp}),
+    discretize_case({.name = "s4d",
+                     .method = Discretization::Zoh,
+                     .lanes = 768 * 32,
+                     .rates = 768 * 32,
+                     .steps = 768,
+                     .real = LaneTransform::Exp}),
+});
+
 }  // namespace
 }  // namespace lrnn::testing

@@ -91,5 +91,9 @@ const RegisterOpCases kRegister({
         {.name = "wide", .heads = 10, .states = 37, .rank = 2, .copies = 5, .angle = 50}),
 });
 
+const RegisterBenchCases kRegisterBench({
+    dplr_discretize_case({.name = "s4", .heads = 768, .states = 32, .copies = 768, .angle = 50}),
+});
+
 }  // namespace
 }  // namespace lrnn::testing

@@ -186,21 +186,16 @@ OpCase dplr_scan_case(const Options& o) {
 }
 
 // One token, whose outputs go through an activation.
-OpCase step_case(Options o, Activation activation, bool twice) {
+OpCase dplr_scan_step_case(Options o, Activation activation, bool twice) {
   o.seqlen = 1;
   OpCase c = dplr_scan_case(o);
   c.name = detail::concat("dplr_scan_step/", o.name, "/B:", o.batch, "/H:", o.heads,
                           "/N:", o.states, activation == Activation::Gelu ? "/gelu" : "",
                           activation == Activation::Silu ? "/silu" : "", twice ? "/twice" : "");
-  std::erase_if(c.saved, [](const Operand& saved) { return saved.name == "chunk_states"; });
   c.forward = [=](Context& ctx, Tensors& t) {
-    ctx.copy(t["state_out"], t["state_in"]);
     run_step(o, ctx, t, t["state_out"], activation, twice);
   };
-  c.backward = {};
-  c.step = {};
-  c.at_length = {};
-  return c;
+  return step_case(std::move(c));
 }
 
 std::vector<OpCase> step_cases() {
@@ -210,10 +205,10 @@ std::vector<OpCase> step_cases() {
   // Every number of threads of a head, sequences in part, and heads that do not fill a block.
   for (const std::int64_t n : {4, 8, 16, 32, 64})
     for (const std::int64_t batch : {1, 5, 17})
-      all.push_back(step_case({.name = "width", .batch = batch, .heads = 37, .states = n},
-                              batch == 5 ? kIdentity : kGelu, true));
+      all.push_back(dplr_scan_step_case({.name = "width", .batch = batch, .heads = 37, .states = n},
+                                        batch == 5 ? kIdentity : kGelu, true));
   const auto add = [&](const Options& o, Activation activation, bool twice) {
-    all.push_back(step_case(o, activation, twice));
+    all.push_back(dplr_scan_step_case(o, activation, twice));
   };
   add({.name = "s4", .batch = 32, .heads = 768, .states = 32, .discretized = true}, kGelu, true);
   add({.name = "no_skip", .batch = 3, .heads = 9, .states = 8, .skip = false}, kIdentity, false);
@@ -339,6 +334,9 @@ std::vector<OpCase> bench_cases() {
                                   .angle = 100,
                                   .dt_low = -7,
                                   .dt_high = -2}));
+  for (const std::int64_t batch : {1, 32})
+    all.push_back(dplr_scan_step_case({.name = "s4", .batch = batch, .heads = 768, .states = 32},
+                                      Activation::Gelu, true));
   return all;
 }
 

@@ -32,8 +32,8 @@ void backward(const Sizes& z, Context& ctx, Tensors& t) {
   (z.log ? args.dlog_a : args.da) = t["dgate"];
   first_order_scan_backward(ctx, args);
 }
-void step(const Sizes& z, Context& ctx, Tensors& t) {
-  FirstOrderScanStep args{.in = {.b = t["b"]}, .h = t["h"], .state = t["state"]};
+void step(const Sizes& z, Context& ctx, Tensors& t, MutableTensorView state) {
+  FirstOrderScanStep args{.in = {.b = t["b"]}, .h = t["h"], .state = state};
   (z.log ? args.in.log_a : args.in.a) = t["gate"];
   first_order_scan_step(ctx, args);
 }
@@ -59,7 +59,7 @@ OpCase first_order_scan_case(const Sizes& z) {
                   {.name = "state_out", .shape = state, .storage = accumulate}},
       .forward = [z](Context& ctx, Tensors& t) { forward(z, ctx, t); },
       .backward = [z](Context& ctx, Tensors& t) { backward(z, ctx, t); },
-      .step = [z](Context& ctx, Tensors& t) { step(z, ctx, t); },
+      .step = [z](Context& ctx, Tensors& t) { step(z, ctx, t, t["state"]); },
       .at_length =
           [z](std::int64_t seqlen) {
             Sizes other = z;
@@ -75,6 +75,14 @@ OpCase first_order_scan_case(const Sizes& z) {
                   .low = 1,
                   .high = static_cast<double>(z.seqlen + 1)}};
   return c;
+}
+
+OpCase first_order_scan_step_case(const Sizes& z) {
+  OpCase c = first_order_scan_case(z);
+  c.name = detail::concat("first_order_scan_step/B:", z.batch, "/D:", z.channels,
+                          z.log ? "/log_a" : "/a");
+  c.forward = [z](Context& ctx, Tensors& t) { step(z, ctx, t, t["state_out"]); };
+  return step_case(std::move(c));
 }
 
 OpCase without_gradcheck(OpCase c) {
@@ -108,6 +116,7 @@ const RegisterBenchCases kRegisterBench({
     first_order_scan_case({8, 2048, 1536, false, false, 0.9, 1.0}),
     first_order_scan_case({8, 2048, 1536, kLog, false, -0.1, 0.0}),
     first_order_scan_case({1, 65536, 1536, kLog, false, -0.1, 0.0}),
+    first_order_scan_step_case({32, 1, 1536, false, false, 0.9, 1.0}),
 });
 
 }  // namespace

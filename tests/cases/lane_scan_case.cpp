@@ -21,6 +21,7 @@ struct Options {
   bool lengths = false;
   // Multipliers: drawn themselves, or made by discretize from rates, angles and steps.
   bool discretized = false;
+  bool two_floats = false;  // multipliers that are drawn
   Discretization method = Discretization::Zoh;
   double a_low = -0.7, a_high = 0.7;
   double angle = 3.0;
@@ -157,6 +158,7 @@ OpCase lane_scan_case(const Options& o) {
   if (o.skip) c.params.push_back(accumulated("skip", {o.channels, n}, -1, 1));
   if (!o.discretized) {
     c.params.push_back(accumulated("a", {2, n, m}, o.a_low, o.a_high));
+    if (o.two_floats) c.params.push_back(accumulated("a_low", {2, n, m}, -1e-8, 1e-8));
     return c;
   }
   c.params.push_back(accumulated("A_re", {n * m}, o.rate_low, o.rate_high));
@@ -168,21 +170,16 @@ OpCase lane_scan_case(const Options& o) {
 }
 
 // One token, whose outputs go through an activation.
-OpCase step_case(Options o, Activation activation, bool twice) {
+OpCase lane_scan_step_case(Options o, Activation activation, bool twice) {
   o.seqlen = 1;
   OpCase c = lane_scan_case(o);
   c.name = detail::concat("lane_scan_step/", o.name, "/B:", o.batch, "/N:", o.lanes(),
                           "/M:", o.substates, activation == Activation::Gelu ? "/gelu" : "",
                           activation == Activation::Silu ? "/silu" : "", twice ? "/twice" : "");
-  std::erase_if(c.saved, [](const Operand& saved) { return saved.name == "chunk_states"; });
   c.forward = [=](Context& ctx, Tensors& t) {
-    ctx.copy(t["state_out"], t["state_in"]);
     run_step(o, ctx, t, t["state_out"], activation, twice);
   };
-  c.backward = {};
-  c.step = {};
-  c.at_length = {};
-  return c;
+  return step_case(std::move(c));
 }
 
 std::vector<OpCase> step_cases() {
@@ -192,10 +189,11 @@ std::vector<OpCase> step_cases() {
   // Every number of threads of a lane, sequences in part, and lanes that do not fill a block.
   for (const std::int64_t m : {4, 8, 16, 32, 64})
     for (const std::int64_t batch : {1, 5, 17})
-      all.push_back(step_case({.name = "width", .batch = batch, .inputs = 37, .substates = m},
+      all.push_back(
+          lane_scan_step_case({.name = "width", .batch = batch, .inputs = 37, .substates = m},
                               batch == 5 ? kIdentity : kGelu, true));
   const auto add = [&](const Options& o, Activation activation, bool twice) {
-    all.push_back(step_case(o, activation, twice));
+    all.push_back(lane_scan_step_case(o, activation, twice));
   };
   add({.name = "s4d", .batch = 32, .inputs = 768, .substates = 32, .discretized = true}, kGelu,
       true);
@@ -340,6 +338,10 @@ std::vector<OpCase> bench_cases() {
     o.method = Discretization::Euler;
     all.push_back(lane_scan_case(o));
   }
+  for (const std::int64_t batch : {1, 32})
+    all.push_back(lane_scan_step_case(
+        {.name = "s4d", .batch = batch, .inputs = 768, .substates = 32, .two_floats = true},
+        Activation::Gelu, true));
   return all;
 }
 

@@ -73,5 +73,10 @@ const RegisterOpCases kRegister({
     lane_weight_case({.name = "dws", .lanes = 37, .substates = 4, .real = true, .sides = true}),
 });
 
+const RegisterBenchCases kRegisterBench({
+    lane_weight_case({.name = "s4d", .lanes = 768, .substates = 32, .copies = 768}),
+    lane_weight_case({.name = "neck", .lanes = 64, .substates = 8, .real = true}),
+});
+
 }  // namespace
 }  // namespace lrnn::testing

@@ -37,19 +37,22 @@ MambaStackLayer layer_of(Tensors& t, std::int64_t i) {
           .lrnn_state = view("lrnn_state_out")};
 }
 
-void forward(const Sizes& z, Context& ctx, Tensors& t) {
+void step(const Sizes& z, Context& ctx, Tensors& t) {
   std::vector<MambaStackLayer> layers;
-  for (std::int64_t i = 0; i < z.layers; ++i) {
-    for (const char* state : {"conv_state", "lrnn_state"})
-      ctx.copy(t[of_layer(detail::concat(state, "_out").c_str(), i)],
-               t[of_layer(detail::concat(state, "_in").c_str(), i)]);
-    layers.push_back(layer_of(t, i));
-  }
+  for (std::int64_t i = 0; i < z.layers; ++i) layers.push_back(layer_of(t, i));
   mamba_stack_step(ctx, {.layers = layers,
                          .x = t["x"],
                          .residual = t["residual"],
                          .y = t["y"],
                          .residual_out = t["residual_out"]});
+}
+
+void forward(const Sizes& z, Context& ctx, Tensors& t) {
+  for (std::int64_t i = 0; i < z.layers; ++i)
+    for (const char* state : {"conv_state", "lrnn_state"})
+      ctx.copy(t[of_layer(detail::concat(state, "_out").c_str(), i)],
+               t[of_layer(detail::concat(state, "_in").c_str(), i)]);
+  step(z, ctx, t);
 }
 
 Operand uniform(const std::string& name, const Shape& shape, double bound,
@@ -102,6 +105,7 @@ OpCase mamba_stack_case(const Sizes& z) {
       .outputs = {{.name = "y", .shape = rows},
                   {.name = "residual_out", .shape = rows, .storage = residual}},
       .forward = [z](Context& ctx, Tensors& t) { forward(z, ctx, t); },
+      .timed = [z](Context& ctx, Tensors& t) { step(z, ctx, t); },
   };
   // A float sum of K terms in turn is off by u^2 K / 6 of its square on average: its partial sums
   // grow as sqrt(k), and each is rounded by at most u = 2^-24 of it. A layer chains four sums.
@@ -136,6 +140,9 @@ std::vector<OpCase> cases() {
   return all;
 }
 const RegisterOpCases kRegister(cases());
+// Mamba-130m.
+const RegisterBenchCases kRegisterBench({mamba_stack_case({24, 1, 768, 1536, 16, 48, 4}),
+                                         mamba_stack_case({24, 16, 768, 1536, 16, 48, 4})});
 
 }  // namespace
 }  // namespace lrnn::testing

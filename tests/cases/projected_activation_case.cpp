@@ -45,6 +45,11 @@ std::vector<OpCase> cases() {
   return all;
 }
 const RegisterOpCases kRegister(cases());
+// Behind S4 and S4D.
+const RegisterBenchCases kRegisterBench({projected_activation_case(1, 768, 768, Activation::Gelu),
+                                         projected_activation_case(32, 768, 768, Activation::Gelu),
+                                         projected_activation_case(128, 768, 768,
+                                                                   Activation::Gelu)});
 
 }  // namespace
 }  // namespace lrnn::testing

@@ -12,8 +12,7 @@ struct Sizes {
   bool biases = true;
 };
 
-void forward(const Sizes& z, Context& ctx, Tensors& t) {
-  ctx.copy(t["state_out"], t["state_in"]);
+void step(const Sizes& z, Context& ctx, Tensors& t) {
   projected_conv1d_step(ctx, {.x = t["x"],
                               .projection = t["projection"],
                               .projection_bias = t["projection_bias"],
@@ -44,7 +43,7 @@ OpCase projected_conv1d_case(const Sizes& z) {
                  {.name = "weight", .shape = {z.channels, z.width}}},
       .outputs = {{.name = "y", .shape = {z.batch, z.outputs}},
                   {.name = "state_out", .shape = state, .storage = Storage::Accumulate}},
-      .forward = [z](Context& ctx, Tensors& t) { forward(z, ctx, t); },
+      .forward = [z](Context& ctx, Tensors& t) { step(z, ctx, t); },
   };
   if (z.biases) {
     c.params.push_back({.name = "projection_bias", .shape = {z.outputs}});
@@ -55,7 +54,7 @@ OpCase projected_conv1d_case(const Sizes& z) {
     if (z.biases) c.params.push_back({.name = "side_bias", .shape = {z.side}});
     c.outputs.push_back({.name = "side_y", .shape = {z.batch, z.side}});
   }
-  return c;
+  return step_case(std::move(c));
 }
 
 std::vector<OpCase> cases() {
@@ -79,6 +78,18 @@ std::vector<OpCase> cases() {
   return all;
 }
 const RegisterOpCases kRegister(cases());
+
+// Mamba-130m and 1.4b, RG-LRU.
+std::vector<OpCase> bench_cases() {
+  std::vector<OpCase> all;
+  for (const std::int64_t batch : {1, 32, 128}) {
+    all.push_back(projected_conv1d_case({batch, 768, 3072, 1536, 4}));
+    all.push_back(projected_conv1d_case({batch, 2048, 8192, 4096, 4}));
+    all.push_back(projected_conv1d_case({batch, 768, 768, 768, 4, 768, Activation::Identity}));
+  }
+  return all;
+}
+const RegisterBenchCases kRegisterBench(bench_cases());
 
 }  // namespace
 }  // namespace lrnn::testing

@@ -13,8 +13,7 @@ struct Sizes {
   bool matrix = false;   // D
 };
 
-void forward(Context& ctx, Tensors& t) {
-  ctx.copy(t["state_out"], t["state_in"]);
+void step(Context& ctx, Tensors& t) {
   projected_diagonal_step(ctx, {.x = t["x"],
                                 .B = t["B"],
                                 .a = t["a"],
@@ -34,7 +33,7 @@ OpCase projected_diagonal_case(const Sizes& z) {
   const double bound = 2.0 / std::sqrt(static_cast<double>(z.width));
   Operand D{.name = "D", .shape = {z.width}, .storage = accumulate};
   if (z.matrix) D = {.name = "D", .shape = {z.width, z.width}, .low = -bound, .high = bound};
-  return {
+  return step_case({
       .name = detail::concat("projected_diagonal/B:", z.batch, "/H:", z.width, "/N:", z.lanes,
                              z.complex ? "/complex" : "", z.matrix ? "/matrix" : ""),
       .inputs = {{.name = "x", .shape = rows},
@@ -51,8 +50,8 @@ OpCase projected_diagonal_case(const Sizes& z) {
            D},
       .outputs = {{.name = "y", .shape = rows},
                   {.name = "state_out", .shape = state, .storage = accumulate}},
-      .forward = forward,
-  };
+      .forward = step,
+  });
 }
 
 std::vector<OpCase> cases() {
@@ -71,6 +70,16 @@ std::vector<OpCase> cases() {
   return all;
 }
 const RegisterOpCases kRegister(cases());
+
+// LRU and S5.
+std::vector<OpCase> bench_cases() {
+  std::vector<OpCase> all;
+  for (const std::int64_t batch : {1, 32})
+    for (const bool complex : {true, false})
+      all.push_back(projected_diagonal_case({batch, 768, 64, complex}));
+  return all;
+}
+const RegisterBenchCases kRegisterBench(bench_cases());
 
 }  // namespace
 }  // namespace lrnn::testing

@@ -33,6 +33,8 @@ std::vector<OpCase> cases() {
   return all;
 }
 const RegisterOpCases kRegister(cases());
+const RegisterBenchCases kRegisterBench({projected_gate_case(1, 768, 2048, Activation::Silu),
+                                         projected_gate_case(32, 768, 2048, Activation::Silu)});
 
 }  // namespace
 }  // namespace lrnn::testing

@@ -8,11 +8,23 @@
 namespace lrnn::testing {
 namespace {
 
+void step(Context& ctx, Tensors& t) {
+  projected_rglru_step(ctx, {.v = t["v"],
+                             .r_projection = t["r_projection"],
+                             .r_bias = t["r_bias"],
+                             .i_projection = t["i_projection"],
+                             .i_bias = t["i_bias"],
+                             .a_log = t["a_log"],
+                             .gate = t["gate"],
+                             .y = t["y"],
+                             .state = t["state_out"]});
+}
+
 OpCase projected_rglru_case(std::int64_t batch, std::int64_t width) {
   const Shape rows = {batch, width};
   const Shape square = {width, width};
   const double bound = 2.0 / std::sqrt(static_cast<double>(width));
-  return {
+  return step_case({
       .name = detail::concat("projected_rglru/B:", batch, "/E:", width),
       .inputs = {{.name = "v", .shape = rows},
                  {.name = "gate", .shape = rows},
@@ -28,20 +40,8 @@ OpCase projected_rglru_case(std::int64_t batch, std::int64_t width) {
                   .storage = Storage::Accumulate}},
       .outputs = {{.name = "y", .shape = rows},
                   {.name = "state_out", .shape = rows, .storage = Storage::Accumulate}},
-      .forward =
-          [](Context& ctx, Tensors& t) {
-            ctx.copy(t["state_out"], t["state_in"]);
-            projected_rglru_step(ctx, {.v = t["v"],
-                                       .r_projection = t["r_projection"],
-                                       .r_bias = t["r_bias"],
-                                       .i_projection = t["i_projection"],
-                                       .i_bias = t["i_bias"],
-                                       .a_log = t["a_log"],
-                                       .gate = t["gate"],
-                                       .y = t["y"],
-                                       .state = t["state_out"]});
-          },
-  };
+      .forward = step,
+  });
 }
 
 std::vector<OpCase> cases() {
@@ -54,6 +54,10 @@ std::vector<OpCase> cases() {
   return all;
 }
 const RegisterOpCases kRegister(cases());
+const RegisterBenchCases kRegisterBench({projected_rglru_case(1, 768),
+                                         projected_rglru_case(32, 768),
+                                         projected_rglru_case(1, 2560),
+                                         projected_rglru_case(32, 2560)});
 
 }  // namespace
 }  // namespace lrnn::testing

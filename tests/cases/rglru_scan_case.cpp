@@ -44,13 +44,13 @@ std::function<void(Context&, Tensors&)> backward(double c) {
                               .dstate_in = t["dstate_in"]});
   };
 }
-std::function<void(Context&, Tensors&)> step(double c) {
-  return [c](Context& ctx, Tensors& t) {
+std::function<void(Context&, Tensors&)> step(double c, const char* state = "state") {
+  return [=](Context& ctx, Tensors& t) {
     rglru_scan_step(
         ctx,
         {.in = {.v = t["v"], .pre_r = t["pre_r"], .pre_i = t["pre_i"], .a_log = t["a_log"], .c = c},
          .h = t["h"],
-         .state = t["state"]});
+         .state = t[state]});
   };
 }
 
@@ -95,6 +95,13 @@ OpCase rglru_scan_case(const Sizes& z) {
   return c;
 }
 
+OpCase rglru_scan_step_case(const Sizes& z) {
+  OpCase c = rglru_scan_case(z);
+  c.name = detail::concat("rglru_scan_step/B:", z.batch, "/E:", z.channels);
+  c.forward = step(z.c, "state_out");
+  return step_case(std::move(c));
+}
+
 OpCase without_gradcheck(OpCase c) {
   c.gradcheck = false;
   return c;
@@ -123,6 +130,7 @@ const RegisterBenchCases kRegisterBench({
     rglru_scan_case({1, 65536, 2560}),
     rglru_scan_case({8, 2048, 768}),
     rglru_scan_case({32, 2048, 128}),
+    rglru_scan_step_case({32, 1, 2560}),
 });
 
 }  // namespace

@@ -7,8 +7,7 @@
 namespace lrnn::testing {
 namespace {
 
-void forward(Context& ctx, Tensors& t) {
-  ctx.copy(t["state_out"], t["state_in"]);
+void step(Context& ctx, Tensors& t) {
   s7_gated_step(ctx, {.x = t["x"],
                       .weight = t["weight"],
                       .base = t["base"],
@@ -23,7 +22,7 @@ OpCase s7_gated_step_case(std::int64_t batch, std::int64_t dim, std::int64_t dst
   const Shape state = {batch, dstate};
   const auto accumulate = Storage::Accumulate;
   const double bound = 2.0 / std::sqrt(static_cast<double>(dim));
-  return {
+  return step_case({
       .name = detail::concat("s7_gated_step/B:", batch, "/H:", dim, "/N:", dstate),
       .inputs = {{.name = "x", .shape = x},
                  {.name = "hid", .shape = x},
@@ -36,8 +35,8 @@ OpCase s7_gated_step_case(std::int64_t batch, std::int64_t dim, std::int64_t dst
                  {.name = "gate", .shape = {dim, dim}, .low = -bound, .high = bound}},
       .outputs = {{.name = "y", .shape = x},
                   {.name = "state_out", .shape = state, .storage = accumulate}},
-      .forward = forward,
-  };
+      .forward = step,
+  });
 }
 
 std::vector<OpCase> cases() {
@@ -62,6 +61,8 @@ std::vector<OpCase> cases() {
   return all;
 }
 const RegisterOpCases kRegister(cases());
+const RegisterBenchCases kRegisterBench({s7_gated_step_case(1, 256, 16),
+                                         s7_gated_step_case(32, 256, 16)});
 
 }  // namespace
 }  // namespace lrnn::testing

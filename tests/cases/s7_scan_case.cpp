@@ -35,10 +35,9 @@ void backward(Context& ctx, Tensors& t) {
                          .dbase = t["dbase"],
                          .dstate_in = t["dstate_in"]});
 }
-void step(Context& ctx, Tensors& t) {
+void step(Context& ctx, Tensors& t, MutableTensorView state) {
   s7_scan_step(
-      ctx,
-      {.x = t["x"], .weight = t["weight"], .base = t["base"], .y = t["y"], .state = t["state"]});
+      ctx, {.x = t["x"], .weight = t["weight"], .base = t["base"], .y = t["y"], .state = state});
 }
 
 OpCase s7_scan_case(const Sizes& z) {
@@ -60,7 +59,7 @@ OpCase s7_scan_case(const Sizes& z) {
                 {.name = "s", .shape = sequence, .time = 1, .storage = accumulate}},
       .forward = forward,
       .backward = backward,
-      .step = step,
+      .step = [](Context& ctx, Tensors& t) { step(ctx, t, t["state"]); },
       .at_length =
           [z](std::int64_t seqlen) {
             Sizes other = z;
@@ -96,6 +95,18 @@ const RegisterOpCases kRegister({
     s7_scan_case({5, 420, 72, 17, true}),
     s7_scan_case({2, 1030, 136, 3}),
 });
+
+OpCase s7_scan_step_case(const Sizes& z) {
+  OpCase c = s7_scan_case(z);
+  c.name = detail::concat("s7_scan_step/B:", z.batch, "/H:", z.dim, "/N:", z.dstate);
+  c.forward = [](Context& ctx, Tensors& t) { step(ctx, t, t["state_out"]); };
+  c.saved = {};
+  return step_case(std::move(c));
+}
+
+// A layer whose reference in double takes seconds, and a step of it.
+const RegisterBenchCases kRegisterBench({s7_scan_case({8, 512, 256, 16}),
+                                         s7_scan_step_case({32, 1, 256, 16})});
 
 }  // namespace
 }  // namespace lrnn::testing

@@ -13,19 +13,22 @@ struct Options {
 // Six draws in a row, each of which changes the mask and the counters. Outputs are floats here: ids
 // are widened on the host.
 OpCase sample_case(std::int64_t rows, std::int64_t vocab_size, const Options& options) {
-  const auto draw = [=, o = options.value](Context& ctx, Tensors& t) {
-    Tensor counters = ctx.zeros({rows}, DType::int64);
-    Tensor seen = ctx.zeros({rows, seen_words(vocab_size)}, DType::int32);
-    Tensor ids = ctx.empty({rows}, DType::int32);
+  const auto draw = [o = options.value](Context& ctx, Tensors& t) {
+    sample_forward(ctx, {.logits = t["logits"],
+                         .options = o,
+                         .seed = 5,
+                         .counters = t["counters"],
+                         .seen = t["seen"],
+                         .ids = t["drawn"]});
+  };
+  const auto draw_all = [=](Context& ctx, Tensors& t) {
+    t["counters"] = ctx.zeros({rows}, DType::int64);
+    t["seen"] = ctx.zeros({rows, seen_words(vocab_size)}, DType::int32);
+    t["drawn"] = ctx.empty({rows}, DType::int32);
     std::vector<double> all;
     for (int i = 0; i < 6; ++i) {
-      sample_forward(ctx, {.logits = t["logits"],
-                           .options = o,
-                           .seed = 5,
-                           .counters = counters,
-                           .seen = seen,
-                           .ids = ids});
-      for (const double id : ctx.to_host_as_double(ids)) all.push_back(id);
+      draw(ctx, t);
+      for (const double id : ctx.to_host_as_double(t["drawn"])) all.push_back(id);
     }
     ctx.write_from_host(t["ids"], all);
   };
@@ -33,7 +36,8 @@ OpCase sample_case(std::int64_t rows, std::int64_t vocab_size, const Options& op
       .name = detail::concat("sample/", options.name, "/rows:", rows, "/V:", vocab_size),
       .inputs = {{.name = "logits", .shape = {rows, vocab_size}, .low = -6, .high = 6}},
       .outputs = {{.name = "ids", .shape = {6, rows}, .storage = Storage::Accumulate}},
-      .forward = draw,
+      .forward = draw_all,
+      .timed = draw,
       .forward_nmse = 0,
       .bfloat16_nmse = 0,
   };
@@ -57,7 +61,18 @@ std::vector<OpCase> all_cases() {
   return cases;
 }
 
+// One draw.
+std::vector<OpCase> bench_cases() {
+  std::vector<OpCase> cases;
+  for (const std::int64_t rows : {1, 32})
+    for (const Options& options : std::initializer_list<Options>{
+             {"plain", {}}, {"top_k", {.top_k = 40}}, {"top_p", {.top_p = 0.9}}})
+      cases.push_back(sample_case(rows, 50288, options));
+  return cases;
+}
+
 const RegisterOpCases kRegister(all_cases());
+const RegisterBenchCases kRegisterBench(bench_cases());
 
 }  // namespace
 }  // namespace lrnn::testing

@@ -193,22 +193,17 @@ std::vector<OpCase> cases() {
 }
 const RegisterOpCases kRegister(cases());
 
+OpCase selective_scan_step_case(const Sizes& z) {
+  OpCase c = selective_scan_case(z);
+  c.name.insert(std::string("selective_scan").size(), "_step");
+  c.forward = [z](Context& ctx, Tensors& t) { step(z, ctx, t, t["state_out"]); };
+  return step_case(std::move(c));
+}
+
 // One token in every dtype.
 std::vector<OpCase> step_cases() {
   std::vector<OpCase> all;
-  const auto add = [&](const Sizes& z) {
-    OpCase c = selective_scan_case(z);
-    c.name.insert(std::string("selective_scan").size(), "_step");
-    std::erase_if(c.saved, [](const Operand& saved) { return saved.name == "chunk_states"; });
-    c.forward = [z](Context& ctx, Tensors& t) {
-      ctx.copy(t["state_out"], t["state_in"]);
-      step(z, ctx, t, t["state_out"]);
-    };
-    c.backward = {};
-    c.step = {};
-    c.at_length = {};
-    all.push_back(c);
-  };
+  const auto add = [&](const Sizes& z) { all.push_back(selective_scan_step_case(z)); };
   for (const std::int64_t rank : {0, 5, 48}) {
     add({1, 1, 24, 16, Disc::Mamba, false, true, false, rank});
     add({9, 1, 70, 16, Disc::Mamba, false, true, false, rank});
@@ -227,6 +222,11 @@ std::vector<OpCase> bench_cases() {
        {Sizes{8, 2048, 1536, 16}, Sizes{8, 2048, 5120, 16}, Sizes{1, 65536, 1536, 16},
         Sizes{64, 256, 1536, 16}, Sizes{8, 2048, 1536, 64}})
     all.push_back(selective_scan_case(z));
+  // Of Mamba-130m and 1.4b, whose step also projects dt.
+  for (const std::int64_t batch : {1, 32})
+    for (const auto& [channels, rank] : {std::pair{1536, 48}, {4096, 128}})
+      all.push_back(selective_scan_step_case(
+          {batch, 1, channels, 16, Disc::Mamba, false, true, false, rank}));
   return all;
 }
 const RegisterBenchCases kRegisterBench(bench_cases());

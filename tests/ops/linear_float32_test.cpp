@@ -175,22 +175,38 @@ TEST_F(Float32OnTensorCores, LongProductsGoPieceByPiece) {
 
 // Numbers of all sizes: parts below the least normal number, sums near the largest.
 TEST_F(Float32OnTensorCores, NumbersOfAllSizes) {
-  const Problem p{130, 132, 68};
-  make(p);
-  for (std::size_t i = 0; i < left.host.size(); ++i)
-    left.host[i] *= std::ldexp(1.0F, static_cast<int>(i / 68 % 120) - 60);
-  for (std::size_t i = 0; i < right.host.size(); ++i)
-    right.host[i] *= std::ldexp(1.0F, static_cast<int>(i / 68 % 120) - 60);
-  for (const Way& way : kWays) expect_close(way, p, 0x1p-22, 0x1p-140);
+  for (const bool across : {false, true}) {
+    const Problem p{.rows = across ? 132 : 130,
+                    .columns = 132,
+                    .depth = 68,
+                    .left_across = across,
+                    .right_across = across};
+    make(p);
+    for (Matrix* m : {&left, &right})
+      for (std::size_t i = 0; i < m->host.size(); ++i) {
+        const auto width = static_cast<std::size_t>(m->stride);
+        const auto of_y = across ? i % width : i / width;
+        m->host[i] *= std::ldexp(1.0F, static_cast<int>(of_y % 120) - 60);
+      }
+    for (const Way& way : kWays) expect_close(way, p, 0x1p-22, 0x1p-140);
+  }
 }
 
 // Terms of one size whose factors differ by 2^40: tiny ones of either operand meet large ones.
 TEST_F(Float32OnTensorCores, NumbersFarBelowTheirNeighbours) {
-  for (const bool across : {false, true}) {
-    const Problem p{
-        .rows = 68, .columns = 132, .depth = 260, .left_across = across, .right_across = across};
+  for (const auto& [across, biased, adds] : {std::tuple{false, false, false},
+                                             {true, false, false},
+                                             {false, true, false},
+                                             {true, false, true}}) {
+    const Problem p{.rows = 68,
+                    .columns = 132,
+                    .depth = 260,
+                    .left_across = across,
+                    .right_across = across,
+                    .bias = biased,
+                    .accumulate = adds};
     make(p);
-    const auto scale = [&](Matrix& m, int sign) {
+    const auto scale = [&, across = across](Matrix& m, int sign) {
       for (std::size_t i = 0; i < m.host.size(); ++i) {
         const auto width = static_cast<std::size_t>(m.stride);
         const auto k = across ? i / width : i % width;

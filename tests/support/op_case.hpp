@@ -44,13 +44,18 @@ struct OpCase {
   std::function<void(Context&, Tensors&)> backward = {};  ///< empty for ops without gradient
   /// One token: time operands have L = 1 (the dimension is kept), "state" is updated in place.
   std::function<void(Context&, Tensors&)> step = {};
+  /// What the benchmark times in place of forward, which has run before: the op alone, where
+  /// forward copies states first or brings results to the host.
+  std::function<void(Context&, Tensors&)> timed = {};
   /// The same case with another length, for cases with a time dimension: chunk, step and padding
   /// tests. The state operands must be called state_in and state_out.
   std::function<OpCase(std::int64_t seqlen)> at_length = {};
 
-  bool gradcheck = true;     ///< false for sizes meant for parity and speed only
-  bool bfloat16 = true;      ///< whether CUDA runs it in bfloat16 as well
-  double bytes_forward = 0;  ///< least DRAM traffic of one call at float32, for the benchmark
+  bool gradcheck = true;  ///< false for sizes meant for parity and speed only
+  bool bfloat16 = true;   ///< whether CUDA runs it in bfloat16 as well
+  /// Least DRAM traffic of one call at float32, for the benchmark. 0: every operand of forward
+  /// once.
+  double bytes_forward = 0;
   double bytes_backward = 0;
   double flops_forward = 0;
   double flops_backward = 0;
@@ -65,6 +70,10 @@ struct OpCase {
 inline std::ostream& operator<<(std::ostream& os, const OpCase& c) {
   return os << c.name;
 }
+
+/// The case of a step in every dtype, from one of a token whose forward updates state_out in place:
+/// what comes in is first copied there.
+[[nodiscard]] OpCase step_case(OpCase token);
 
 /// All registered cases. Adding a file in tests/cases/ adds to this list.
 const std::vector<OpCase>& all_op_cases();
