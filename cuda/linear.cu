@@ -5,8 +5,9 @@
 // the weight once and overlap the kernel before: cuBLASLt takes several microseconds for any of
 // them.
 //
-// On Hopper products of little depth in bfloat16 go to a kernel that keeps W in shared memory
-// (linear_thin_sm90.cu), gradients of wide weights in TF32 to one of their own
+// On Hopper products of few rows and very many columns, logits of a decoding step, go to a kernel
+// whose blocks stay (linear_wide_sm90.cu), those of little depth in bfloat16 to one that keeps W in
+// shared memory (linear_thin_sm90.cu), gradients of wide weights in TF32 to one of their own
 // (linear_weight_sm90.cu). Large products of float32 go to Hopper's tensor cores, split so that
 // they keep the accuracy of float32, unless TF32 is allowed.
 //
@@ -22,6 +23,7 @@
 #include "common/linear_sm90.cuh"
 #include "common/linear_thin_sm90.cuh"
 #include "common/linear_weight_sm90.cuh"
+#include "common/linear_wide_sm90.cuh"
 #include "ops/dispatch.hpp"
 #include "runtime.hpp"
 
@@ -219,6 +221,49 @@ bool multiply_float32([[maybe_unused]] Context& ctx, linear_float32_sm90::Operan
   return false;
 }
 
+// cuBLASLt takes several times as long where rows of y are not aligned or their length is odd, as
+// that of logits may be. A product of fewer columns takes little anyway, and few rows are no
+// matter.
+constexpr std::int64_t kFewestAlignedColumns = 1024;
+constexpr std::int64_t kFewestAlignedRows = 17;
+constexpr std::int64_t kColumnAlignment = 8;
+
+/// Whether y is better formed with aligned rows and copied.
+bool aligning_pays(const LinearForward& a) {
+  return a.y.dim(-1) >= kFewestAlignedColumns && detail::row_count(a.y) >= kFewestAlignedRows &&
+         detail::row_stride(a.y) % kColumnAlignment != 0 && !a.accumulate && a.x.is_contiguous() &&
+         a.y.is_contiguous();
+}
+
+/// y = x W^T (+ bias) by way of aligned rows, some of them at a time; the few columns beyond a
+/// multiple of kColumnAlignment by a product of their own.
+void forward_aligned(Context& ctx, const LinearForward& a) {
+  constexpr std::int64_t kMostRows = 1840;
+  constexpr std::int64_t kPitch = 64;  // rows start at cache lines
+  const std::int64_t rows = detail::row_count(a.y);
+  const std::int64_t columns = a.y.dim(-1);
+  const std::int64_t whole = columns / kColumnAlignment * kColumnAlignment;
+  const TensorView x = a.x.reshape({rows, a.x.dim(-1)});
+  const MutableTensorView y = a.y.reshape({rows, columns});
+  Tensor aligned =
+      ctx.empty({std::min(rows, kMostRows), (columns + kPitch - 1) / kPitch * kPitch}, y.dtype());
+  for (std::int64_t begin = 0; begin < rows; begin += kMostRows) {
+    const std::int64_t count = std::min(kMostRows, rows - begin);
+    const MutableTensorView z = aligned.view().slice(0, 0, count).slice(1, 0, columns);
+    const auto multiply = [&](std::int64_t first, std::int64_t number) {
+      if (number == 0) return;
+      lrnn::linear_forward(ctx, {.x = x.slice(0, begin, count),
+                                 .weight = a.weight.slice(0, first, number),
+                                 .bias = a.bias ? a.bias.slice(0, first, number) : TensorView(),
+                                 .y = z.slice(1, first, number),
+                                 .stable_weight = a.stable_weight});
+    };
+    multiply(0, whole);
+    multiply(whole, columns - whole);
+    lrnn::cast(ctx, {.src = z, .dst = y.slice(0, begin, count)});
+  }
+}
+
 /// Whether dx = dy W is better formed as a product with a copy of W^T: tensor cores take TF32 only
 /// with the summed dimension inside, and the library's kernels for other layouts lose a third.
 bool transposing_pays(const Context& ctx, const LinearBackward& a) {
@@ -279,6 +324,7 @@ void linear_forward(Context& ctx, const LinearForward& a) {
   visit_float("linear_forward", a.x.dtype(), [&]<class T>() {
     const bool few = few_rows::applies<T>(a.x, a.weight, few_rows::most_rows<T>(a.weight));
 #ifdef LRNN_WITH_SM90A
+    if (linear_wide::applies(a)) return linear_wide::forward(ctx, a);
     if (linear_sm90::applies(a.x, a.weight) &&
         (few ? linear_sm90::streams(a.weight)
              : linear_sm90::pays(detail::row_count(a.x), a.weight, a.y)))
@@ -292,6 +338,7 @@ void linear_forward(Context& ctx, const LinearForward& a) {
       return;
 #endif
     if (few) return few_rows_forward<T>(ctx, a);
+    if (aligning_pays(a)) return forward_aligned(ctx, a);
     if constexpr (sizeof(T) == 4)
       if (multiply_float32(ctx, rows_of(a.x, false), rows_of(a.weight, false), a.y, a.x.dim(-1),
                            a.accumulate, a.bias))

@@ -152,6 +152,14 @@ const RegisterOpCases kRegister({
     without_gradcheck(linear_case({100, 1544, 200})),
     without_gradcheck(linear_case({2, 2056, 130})),
     decode_case(16, 264, 16387),
+    // Many columns: rows of y that are aligned, or none like another, more tiles than blocks.
+    decode_case(17, 104, 16387),
+    decode_case(33, 40, 25553),
+    decode_case(65, 200, 16583),
+    decode_case(128, 72, 16400),
+    // And of more rows, which are not aligned.
+    without_gradcheck(linear_case({130, 40, 1031})),
+    decode_case(1900, 24, 1036),
     without_gradcheck(accumulate_case(20, 200, 24)),
     without_gradcheck(accumulate_case(70, 136, 33)),
     // Many rows, but few columns or little depth.
