@@ -7,9 +7,12 @@
 
 namespace lrnn::cuda::linear_sm90 {
 
-void forward(Context& ctx, const LinearForward& a) {
+void forward(Context& ctx, const LinearForward& a, bool behind_wait) {
   launch(ctx.stream().handle,
-         Product{.x = a.x, .weight = a.weight, .stable_weight = a.stable_weight},
+         Product{.x = a.x,
+                 .weight = a.weight,
+                 .stable_weight = a.stable_weight,
+                 .behind_wait = behind_wait},
          StoreSum{.bias = a.bias ? a.bias.data<bf16>() : nullptr,
                   .y = device_rows<bf16>(a.y),
                   .accumulate = a.accumulate});

@@ -40,6 +40,7 @@ inline bool pays(std::int64_t rows, TensorView weight, MutableTensorView y) {
   if (!allows_vectors(y.data<__nv_bfloat16>(), 8, detail::row_stride(y), 8)) return true;
   return rows <= 32 || weight.numel() < (rows <= 64 ? 8 : 2) * kSmallWeight;
 }
-void forward(Context& ctx, const LinearForward& args);
+/// behind_wait: the next kernel starts only when the kernels before this one have ended.
+void forward(Context& ctx, const LinearForward& args, bool behind_wait = false);
 
 }  // namespace lrnn::cuda::linear_sm90

@@ -80,6 +80,7 @@ struct Args {
   int row_tiles;         // blocks that share a part of W
   int panels, per_part;  // of K, of a block
   bool stable_weight;
+  bool behind_wait;  // lets the next kernel start only when the kernels before this one have ended
 };
 
 /// Which columns of y the rows of W in a block's buffers belong to: neighbours, or if kHalves
@@ -282,6 +283,7 @@ struct Copies {
       if (!a.stable_weight) copy_weight(i);
       copy_input(i);
     }
+    if (a.behind_wait) let_next_kernel_start();
     for (int i = ahead(); i < w.count; ++i) {
       barrier_wait(mem.free(i % Z::kStages), i / Z::kStages % 2 ^ 1);
       copy_weight(i);
@@ -540,7 +542,7 @@ __global__ __launch_bounds__(Z::kThreads) void product_sm90_kernel(
     Args a, Epilogue epilogue, const __grid_constant__ Maps maps) {
   extern __shared__ __align__(16) unsigned char shared[];
   const Shared<Z> mem(shared);
-  let_next_kernel_start();
+  if (!a.behind_wait) let_next_kernel_start();
   const Work w(a, kParts, Z{});
   using Own = Columns<Z, kParts, (kStagedBytes<Epilogue> > 0)>;
   const Copies<Z, Own> copies{a, maps, mem, w};
@@ -619,6 +621,7 @@ void launch_clusters(cudaStream_t stream, int tiles, const Args& a, const Epilog
 struct Product {
   TensorView x, weight;
   bool stable_weight;
+  bool behind_wait = false;  // see Args
 };
 
 template <class Z, class Epilogue>
@@ -635,6 +638,7 @@ void launch(cudaStream_t stream, const Product& f, const Epilogue& epilogue) {
       .panels = panels,
       .per_part = ceil_div(panels, parts),
       .stable_weight = f.stable_weight,
+      .behind_wait = f.behind_wait,
   };
   const int tiles = row_tiles * ceil_div(columns, Z::kColumns);
   const auto run = [&]<int kParts>() {

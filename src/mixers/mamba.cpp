@@ -7,6 +7,7 @@
 #include "lrnn/ops/elementwise.hpp"
 #include "lrnn/ops/linear.hpp"
 #include "lrnn/ops/projected_conv1d.hpp"
+#include "lrnn/ops/projected_selective_scan.hpp"
 
 namespace lrnn {
 namespace {
@@ -142,8 +143,8 @@ SelectiveScanInputs Mamba::scan_inputs(TensorView u, TensorView dt, TensorView x
           .dt = dt,
           .dt_bias = dt_bias_.value,
           .A_log = A_log_.value,
-          .B = x_dbl.slice(2, dt_rank_, dstate_),
-          .C = x_dbl.slice(2, dt_rank_ + dstate_, dstate_),
+          .B = x_dbl ? x_dbl.slice(2, dt_rank_, dstate_) : TensorView(),
+          .C = x_dbl ? x_dbl.slice(2, dt_rank_ + dstate_, dstate_) : TensorView(),
           .D = D_.value,
           .z = xz.slice(2, inner_, inner_),
           .integration_timesteps = tau,
@@ -287,7 +288,6 @@ void Mamba::do_step(Context& ctx, const MixerStep& args) const {
   const DType dtype = args.x.dtype();
   State& state = state_as<State>(args.state);
   Tensor uz = ctx.empty({batch, 1, 2 * inner_}, dtype);
-  Tensor x_dbl = ctx.empty({batch, 1, dt_rank_ + 2 * dstate_}, dtype);
   Tensor y = ctx.empty({batch, 1, inner_}, dtype);
   projected_conv1d_step(ctx, {.x = args.x.reshape({batch, d_model()}),
                               .projection = in_proj_.weight_value(),
@@ -298,12 +298,11 @@ void Mamba::do_step(Context& ctx, const MixerStep& args) const {
                               .y = uz.view().reshape({batch, 2 * inner_}),
                               .state = state.conv_state});
   const TensorView u = uz.view().slice(2, 0, inner_);
-  x_proj_.forward(ctx, u, x_dbl);
-  selective_scan_step(ctx, {.in = scan_inputs(u, {}, uz, x_dbl, args.integration_timesteps),
-                            .dt_low = x_dbl.view().slice(2, 0, dt_rank_),
-                            .dt_weight = dt_weight_.value,
-                            .y = y,
-                            .state = state.lrnn_state});
+  projected_selective_scan_step(ctx, {.in = scan_inputs(u, {}, uz, {}, args.integration_timesteps),
+                                      .projection = x_proj_.weight_value(),
+                                      .dt_weight = dt_weight_.value,
+                                      .y = y,
+                                      .state = state.lrnn_state});
   out_proj_.forward(ctx, y, args.y);
 }
 

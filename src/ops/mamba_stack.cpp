@@ -3,7 +3,7 @@
 #include "lrnn/ops/add_norm.hpp"
 #include "lrnn/ops/linear.hpp"
 #include "lrnn/ops/projected_conv1d.hpp"
-#include "lrnn/ops/selective_scan.hpp"
+#include "lrnn/ops/projected_selective_scan.hpp"
 
 #include "ops/dispatch.hpp"
 #include "ops/mamba_stack_parts.hpp"
@@ -49,12 +49,11 @@ void check_layer(const Context& ctx, const MambaStackLayer& l, const Sizes& z, D
 
 // What lies between the stages of a layer, for all layers.
 struct Values {
-  Tensor n, uz, x_dbl, v;
+  Tensor n, uz, v;
 
   Values(Context& ctx, const Sizes& z, DType dtype)
       : n(ctx.empty({z.batch, z.inputs}, dtype)),
         uz(ctx.empty({z.batch, 1, 2 * z.channels}, dtype)),
-        x_dbl(ctx.empty({z.batch, 1, z.x_dbl()}, dtype)),
         v(ctx.empty({z.batch, 1, z.channels}, dtype)) {}
 };
 
@@ -69,20 +68,18 @@ void mixer_by_parts(Context& ctx, const MambaStackLayer& l, const Sizes& z, Valu
                               .y = t.uz.view().reshape({z.batch, 2 * z.channels}),
                               .state = l.conv_state});
   const TensorView u = t.uz.view().slice(2, 0, z.channels);
-  const TensorView x_dbl = t.x_dbl;
-  linear_forward(ctx, {.x = u, .weight = l.x_proj, .y = t.x_dbl, .stable_weight = true});
-  selective_scan_step(ctx, {.in = {.u = u,
-                                   .dt = {},
-                                   .dt_bias = l.dt_bias,
-                                   .A_log = l.A_log,
-                                   .B = x_dbl.slice(2, z.rank, z.states),
-                                   .C = x_dbl.slice(2, z.rank + z.states, z.states),
-                                   .D = l.D,
-                                   .z = t.uz.view().slice(2, z.channels, z.channels)},
-                            .dt_low = x_dbl.slice(2, 0, z.rank),
-                            .dt_weight = l.dt_weight,
-                            .y = t.v,
-                            .state = l.lrnn_state});
+  projected_selective_scan_step(ctx, {.in = {.u = u,
+                                             .dt = {},
+                                             .dt_bias = l.dt_bias,
+                                             .A_log = l.A_log,
+                                             .B = {},
+                                             .C = {},
+                                             .D = l.D,
+                                             .z = t.uz.view().slice(2, z.channels, z.channels)},
+                                      .projection = l.x_proj,
+                                      .dt_weight = l.dt_weight,
+                                      .y = t.v,
+                                      .state = l.lrnn_state});
   linear_forward(ctx, {.x = t.v.view().reshape({z.batch, z.channels}),
                        .weight = l.out_proj,
                        .y = y,
