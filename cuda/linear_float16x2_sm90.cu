@@ -97,7 +97,7 @@ struct Shared {
   __device__ void init_barriers() const {
     for (int s = 0; s < kStages; ++s) {
       barrier_init(full(s), 2 * kPanels);
-      barrier_init(free(s), 4 * kGroups);
+      barrier_init(free(s), kWarpgroup * kGroups);
     }
     barrier_init_done();
   }
@@ -414,8 +414,7 @@ __device__ __forceinline__ void multiply(const Args& a, const Shared& mem, int w
       promote<true>(cross, units, sum);
       products_wait<0>();
       pin(c);
-      __syncwarp();  // all lanes have their units
-      if (lane == 0) barrier_arrive(mem.free(ring.stage));
+      barrier_arrive(mem.free(ring.stage));  // each lane for its own reads of units
       promote<false>(c, units, sum);
       ring.next();
     }
