@@ -6,18 +6,19 @@
 // There is no barrier: every value goes to L2 beside the number of its layer, in one store, and
 // whoever needs it asks for it until it has that number. One warp of a block does nothing but copy
 // the weights, which it reads through a ring of buffers, as far ahead of the others as the ring
-// reaches. The other kWarps multiply on tensor cores, weights as the left operand and the sequences
-// as its few columns, each a part of the depth; they take the first weights of a stage before they
-// ask for its input.
+// reaches, and one prefetches small operands. The other kWarps multiply on tensor cores, the few
+// sequences as the left operand and rows of the weights as its columns, each a part of the depth;
+// they take the first weights of a stage before they ask for its input.
 //
 // A sum is cut by its depth alone: 32 of every 256 go to each warp. So the bits depend neither on
 // the device nor on the number of sequences.
 //
-// One sequence on an H200, recorded: 48 layers of d_model 2048 in 0.90 ms, weights at 2.8 TB/s;
-// bound by HBM next to the waiting (0.75 ms before buffers waited for their loads). 24 layers of
-// d_model 768 in 0.15 ms, bound by latency: an exchange takes about 1500 cycles, four of which are
-// more than half of a layer's 10,400. Clusters that make x_dbl for themselves would save one, but
-// 128 blocks do not fit into clusters of 8.
+// One sequence on an H200, recorded: 48 layers of d_model 2048 in 0.79 ms, weights at 3.2 TB/s;
+// bound by HBM while in_proj comes, and else by the waiting: an exchange takes 2000 to 4700 cycles
+// next to the copies, and the ring of 200 KB is full before x_dbl is there. 24 layers of d_model
+// 768 in 0.15 ms, bound by latency: an exchange takes about 1500 cycles, four of which are more
+// than half of a layer's 10,400. Clusters that make x_dbl for themselves would save one, but 128
+// blocks do not fit into clusters of 8.
 #include "common/mamba_stack.cuh"
 #include "common/reduce.cuh"
 
@@ -46,7 +47,7 @@ template <class Z, int kRows>
 struct Shared {
   alignas(128) bf16 operand[kRows][Z::kChannels + kPad];
   bf16 normal[kRows][Z::kInputs + kPad];
-  float partials[2][2][kWarps][kRows][kTileRows];
+  alignas(16) float partials[2][2][kWarps][kRows][kTileRows];
   float x_dbl[kRows][Z::kXDblRows];
   float u[kRows][Z::own(kIn)];
   float gate[kRows][Z::own(kIn)];
@@ -60,7 +61,8 @@ constexpr int kRingOffset = (static_cast<int>(sizeof(Shared<Z, kRows>)) + 127) /
 #if __CUDA_ARCH__ >= 900
 
 constexpr int kMostAhead = 8;  // pairs of words that a thread asks for at a time
-constexpr int kHeldSteps = 6;  // of a stage, whose weights wait in registers
+constexpr int kMostKept = 8;   // steps of an operand that stay in registers
+constexpr int kHeldSteps = 8;  // of a stage, whose weights wait in registers
 
 __device__ __forceinline__ void publish(Word* to, std::uint32_t value, unsigned epoch) {
   asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(to),
@@ -109,36 +111,29 @@ __device__ __forceinline__ void gather(unsigned epoch, At at, Use use) {
       use(j, static_cast<std::uint32_t>(v[j][0]), static_cast<std::uint32_t>(v[j][1]));
 }
 
-// --- the warp that copies ----------------------------------------------------------------------
+// --- the warps that copy and prefetch ----------------------------------------------------------
 
 template <class Z>
-struct Copier {
-  const Args& p;
-  RingWriter ring;
-
-  /// The small operands of a layer, which the others read by themselves.
-  __device__ __forceinline__ void prefetch(const Layer& l) const {
-    constexpr int kOwn = Z::own(kIn);
-    ring.prefetch(l.norm_weight, Z::kInputs * 4);
-    ring.prefetch_channels<Z>(l, p.batch);
-    for (int n = 0; n < p.batch; ++n)
-      ring.prefetch(
-          l.lrnn_state +
-              (std::int64_t{n} * Z::kChannels + std::int64_t{blockIdx.x} * kOwn) * kDState,
-          kOwn * kDState * 4);
-  }
-  __device__ __forceinline__ void run() {
-    const Layer* const layers = ring.common.layers;
-    prefetch(layers[0]);
+__device__ __forceinline__ void copy_layers(const Args& p, RingWriter<Z> ring) {
+  const Layer* const layers = ring.common.layers;
 #pragma unroll 1
-    for (int i = 0; i < p.layer_count; ++i) {
-      ring.copy_stage<Z, kIn>(layers[i]);
-      ring.copy_stage<Z, kXDbl>(layers[i]);
-      ring.copy_stage<Z, kOut>(layers[i]);
-      if (i + 1 < p.layer_count) prefetch(layers[i + 1]);
-    }
+  for (int i = 0; i < p.layer_count; ++i) {
+    ring.template copy_stage<kIn>(layers[i]);
+    ring.template copy_stage<kXDbl>(layers[i]);
+    ring.template copy_stage<kOut>(layers[i]);
   }
-};
+}
+/// The small operands of a layer, and its states.
+template <class Z>
+__device__ __forceinline__ void prefetch_small(const Layer& l, int batch, int lane) {
+  constexpr int kOwn = Z::own(kIn);
+  prefetch_bytes(l.norm_weight, Z::kInputs * 4, lane);
+  prefetch_channels<Z>(l, batch, lane);
+  for (int n = 0; n < batch; ++n)
+    prefetch_bytes(
+        l.lrnn_state + (std::int64_t{n} * Z::kChannels + std::int64_t{blockIdx.x} * kOwn) * kDState,
+        kOwn * kDState * 4, lane);
+}
 
 // --- the warps that compute --------------------------------------------------------------------
 
@@ -162,7 +157,7 @@ struct Computer {
 
   const Args& p;
   Shared<Z, kRows>& s;
-  RingReader ring;
+  RingReader<Z> ring;
   const int thread = static_cast<int>(threadIdx.x);
   const int lane = thread % 32;
   const int warp = thread / 32;
@@ -176,17 +171,12 @@ struct Computer {
   }
 
   // --- products ------------------------------------------------------------------------------
-  /// Sums of this warp's part of a tile, to shared memory.
-  __device__ __forceinline__ void store(const float (&c)[2][4], int which) {
-    float (&to)[kRows][kTileRows] = s.partials[turn][which][warp];
-    const int row = lane / 4;
-    const int column = lane % 4 * 2;
-#pragma unroll
-    for (int j = 0; j < 2; ++j)
-      if (column + j < kRows) {
-        to[column + j][row] = c[0][j] + c[1][j];
-        to[column + j][row + 8] = c[0][j + 2] + c[1][j + 2];
-      }
+  /// Sums of this warp's part of half of a tile, to shared memory.
+  __device__ __forceinline__ void store(const float (&c)[kSums][4], int which, int half) {
+    if (lane / 4 >= kRows) return;
+    *reinterpret_cast<float2*>(
+        &s.partials[turn][which][warp][lane / 4][half * kBufferRows + lane % 4 * 2]) =
+        make_float2(sum_of(c, 0), sum_of(c, 1));
   }
   /// Row of a tile and sequence whose sum this thread finishes: the first half of the threads in
   /// the first of two tiles.
@@ -203,9 +193,7 @@ struct Computer {
     return sum_of(parts);
   }
   template <int kStage>
-  static constexpr int kUnits = Z::tiles(kStage) * Z::steps(kStage);
-  template <int kStage>
-  static constexpr int kHeld = Z::lesser(kHeldSteps, kUnits<kStage>);
+  static constexpr int kHeld = Z::lesser(kHeldSteps, Z::part(kStage));
 
   /// All products of a stage. take() brings their operand, of rows `pitch` elements apart;
   /// finish(t) gets tiles t and t + 1.
@@ -213,31 +201,44 @@ struct Computer {
   __device__ __forceinline__ void products(const bf16* operand, Take take, Finish finish) {
     constexpr int kSteps = Z::steps(kStage);
     constexpr int kTiles = Z::tiles(kStage);
-    Weights held[kHeld<kStage>];
+    constexpr int kPart = Z::part(kStage);
+    constexpr int kLive = kSteps <= kPart ? 1 : 2;  // halves of a tile, whose sums are not whole
+    uint4 held[kHeld<kStage>];
 #pragma unroll
-    for (int i = 0; i < kHeld<kStage>; ++i) ring.load<Z, kStage>(held[i], i);
+    for (int i = 0; i < kHeld<kStage>; ++i) held[i] = ring.template load<kStage>(0, 0, i);
     ring.release();
     take();
     const bf16* const x =
         operand + lane / 4 * (Z::depth(kStage) + kPad) + lane % 4 * 8 + warp * kStep;
+    const auto row = [&](int step) {
+      return lane / 4 < batch ? *reinterpret_cast<const uint4*>(x + step * kUnit) : uint4{};
+    };
+    constexpr bool kKeeps = kPart <= kMostKept;
+    uint4 rows[kKeeps ? kPart : 1];  // of the part of the depth that all tiles or halves take
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
-      float c[2][4] = {};
+      float c[kLive][kSums][4] = {};
 #pragma unroll
-      for (int i = 0; i < kSteps; ++i) {
-        const int unit = t * kSteps + i;
-        uint4 right = {};
-        if (lane / 4 < batch) right = *reinterpret_cast<const uint4*>(x + i * kUnit);
-        if (unit < kHeld<kStage>) {
-          multiply(c, held[unit < kHeld<kStage> ? unit : 0], right);
-        } else {
-          Weights w;
-          ring.load<Z, kStage>(w, unit);
-          multiply(c, w, right);
-          ring.release();
+      for (int first = 0; first < kSteps; first += kPart) {
+        if (kKeeps && (t == 0 || kPart < kSteps))
+#pragma unroll
+          for (int i = 0; i < Z::lesser(kPart, kSteps - first); ++i)
+            rows[kKeeps ? i : 0] = row(first + i);
+#pragma unroll
+        for (int h = 0; h < Z::halves(kStage, t); ++h) {
+          float (&sums)[kSums][4] = c[h % kLive];
+#pragma unroll
+          for (int i = first; i < Z::lesser(kSteps, first + kPart); ++i) {
+            const bool waits = t == 0 && h == 0 && i < kHeld<kStage>;
+            const uint4 w = waits ? held[waits ? i : 0] : ring.template load<kStage>(t, h, i);
+            multiply(sums, i, w, kKeeps ? rows[kKeeps ? i - first : 0] : row(i), {});
+            ring.release();
+          }
+          if (first + kPart < kSteps) continue;
+          store(sums, t % 2, h);
+          clear(sums);
         }
       }
-      store(c, t % 2);
       if (t % 2 == 0 && t + 1 < kTiles) continue;
       sync();
       finish(t / 2 * 2);
@@ -284,7 +285,7 @@ struct Computer {
       squares[n] = warp_sum(squares[n]);
       if (lane == 0) s.squares[n][warp] = squares[n];
     }
-    sync();
+    meet();
   }
   /// 1 / rms of this thread's sequence.
   __device__ __forceinline__ float rstd() const {
@@ -518,7 +519,7 @@ struct Computer {
 #endif
 
 template <class Z, int kRows>
-__global__ __launch_bounds__(kThreads + 32, 1) void stack_kernel(const __grid_constant__ Args p) {
+__global__ __launch_bounds__(kAllThreads, 1) void stack_kernel(const __grid_constant__ Args p) {
 #if __CUDA_ARCH__ >= 900
   extern __shared__ __align__(128) char shared[];
   auto& s = *reinterpret_cast<Shared<Z, kRows>*>(shared);
@@ -527,7 +528,10 @@ __global__ __launch_bounds__(kThreads + 32, 1) void stack_kernel(const __grid_co
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int warp = static_cast<int>(threadIdx.x) / 32;
   if (warp == kWarps)
-    Copier<Z>{p, {s.common, shared_address(ring), p.slots, lane}}.run();
+    copy_layers<Z>(p, {s.common, shared_address(ring), p.slots, lane});
+  else if (warp > kWarps)
+    prefetch_layers(s.common, p.layer_count,
+                    [&](const Layer& l) { prefetch_small<Z>(l, p.batch, lane); });
   else
     Computer<Z, kRows>{p, s, {s.common, ring, p.slots, p.none, lane, warp}}.run();
 #endif
@@ -557,10 +561,9 @@ bool aligned(const MambaStackStep& a) {
 template <class Z, int kRows>
 bool step(Context& ctx, const MambaStackStep& a) {
   // Cleared: no layer has number 0.
-  return step_layers(
-      ctx, a, stack_kernel<Z, kRows>, kBlocks, kRingOffset<Z, kRows>, kMaxSlots, 1, [&] {
-        return ctx.zeros(Shape{2 * std::int64_t{Exchange<Z, kRows>::kWords}}, DType::float32);
-      });
+  return step_layers<Z>(ctx, a, stack_kernel<Z, kRows>, kRingOffset<Z, kRows>, kMaxSlots, 1, [&] {
+    return ctx.zeros(Shape{2 * std::int64_t{Exchange<Z, kRows>::kWords}}, DType::float32);
+  });
 }
 
 template <class Z>

@@ -13,10 +13,12 @@
 // A sum is cut by the sizes alone, so the bits depend neither on the device nor on the number of
 // sequences.
 //
-// 16 sequences on an H200, recorded: 24 layers of d_model 768 in 0.22 ms, bound by latency: four
-// exchanges of 1500 to 2700 cycles each are half of a layer's 17,000, most of the rest is one
-// warp's chain of instructions. 48 layers of d_model 2048 in 1.25 ms, weights and states at 2.8
-// TB/s.
+// 16 sequences on an H200, recorded: 24 layers of d_model 768 in 0.21 ms, bound by latency: the
+// exchanges, 950 to 2500 cycles each with the fence, are half of a layer's 15,000, most of the rest
+// is one warp's chain of instructions. 48 layers of d_model 2048 in 1.15 ms, weights and states at
+// 2.6 TB/s: of a layer's 43,000 cycles the products that wait for HBM are 14,000, the fence 6000,
+// for which stores have to arrive next to the copies, and the exchanges of r and v, 64 and 128 KB
+// to every block, 5000 each.
 #include "common/mamba_stack.cuh"
 #include "core/runtime.hpp"
 
@@ -24,14 +26,12 @@ namespace lrnn::cuda {
 namespace mamba_stack {
 namespace {
 
-constexpr int kRows = 16;              // sequences
+constexpr int kRows = kMostRows;
 constexpr int kPitch = kTileRows + 4;  // of partial sums, without bank conflicts
 
-/// States of a sequence in a block, and sequences whose states a buffer takes.
+/// States of a sequence in a block.
 template <class Z>
 constexpr int kStateBytes = Z::own(kIn) * kDState * 4;
-template <class Z>
-constexpr int kStateRows = kRows * kStateBytes<Z> <= kSlotBytes ? kRows : kRows / 2;
 
 /// Of the exchange: 8 values in bfloat16, or two numbers and the layer that they belong to.
 struct alignas(16) Word {
@@ -72,7 +72,7 @@ constexpr int kRingOffset = (static_cast<int>(sizeof(Shared<Z>)) + 127) / 128 * 
 
 #if __CUDA_ARCH__ >= 900
 
-constexpr int kHeldSteps = 2;  // of a stage, whose weights wait in registers
+constexpr int kHeldSteps = 4;  // of a stage, whose weights wait in registers
 constexpr int kMostSteps = 8;  // of a stage, whose operand waits in registers
 
 __device__ __forceinline__ void store_word(Word* to, Word w) {
@@ -133,42 +133,40 @@ __device__ __forceinline__ bool all_complete(const Word& w) {
   return complete(w) && lower(w.low) != kAbsent && lower(w.high) != kAbsent;
 }
 
-// --- the warp that copies ----------------------------------------------------------------------
+// --- the warps that copy and prefetch ----------------------------------------------------------
 
 template <class Z>
 struct Copier {
   const Args& p;
-  RingWriter ring;
+  RingWriter<Z> ring;
 
   __device__ __forceinline__ void copy_states(const Layer& l) {
     const std::int64_t first_channel = static_cast<std::int64_t>(blockIdx.x) * Z::own(kIn);
-#pragma unroll 1
-    for (int n = 0; n < p.batch; n += kStateRows<Z>)
-      ring.copy(
-          l.lrnn_state + (std::int64_t{n + ring.lane} * Z::kChannels + first_channel) * kDState,
-          min(kStateRows<Z>, p.batch - n), kStateBytes<Z>, kStateBytes<Z>);
-  }
-  /// The small operands of a layer, which the others read by themselves.
-  __device__ __forceinline__ void prefetch(const Layer& l) const {
-    ring.prefetch_channels<Z>(l, p.batch);
-    if (ring.lane == 0)
-      prefetch_to_l2(l.norm_weight + static_cast<std::int64_t>(blockIdx.x) * Z::own(kOut));
-    for (int row = ring.lane; row < Z::kXDblRows; row += 32)
-      prefetch_to_l2(l.weights[kXDbl] + std::int64_t{row} * Z::kChannels +
-                     static_cast<std::int64_t>(blockIdx.x) * Z::own(kIn));
+    ring.copy(l.lrnn_state + first_channel * kDState, std::int64_t{Z::kChannels} * kDState * 4,
+              p.batch, kStateBytes<Z>, kStateBytes<Z>);
   }
   __device__ __forceinline__ void run() {
     const Layer* const layers = ring.common.layers;
-    prefetch(layers[0]);
 #pragma unroll 1
     for (int i = 0; i < p.layer_count; ++i) {
-      ring.copy_stage<Z, kIn>(layers[i]);
+      ring.template copy_stage<kIn>(layers[i]);
       copy_states(layers[i]);
-      ring.copy_stage<Z, kOut>(layers[i]);
-      if (i + 1 < p.layer_count) prefetch(layers[i + 1]);
+      ring.template copy_stage<kOut>(layers[i]);
     }
   }
 };
+
+/// The small operands of a layer.
+template <class Z>
+__device__ __forceinline__ void prefetch_small(const Layer& l, int batch, int lane) {
+  prefetch_channels<Z>(l, batch, lane);
+  if (lane == 0)
+    prefetch_to_l2(l.norm_weight + static_cast<std::int64_t>(blockIdx.x) * Z::own(kOut));
+  for (int row = lane; row < Z::kXDblRows; row += 32)
+    for (int at = 0; at < Z::own(kIn); at += kSector / 2)
+      prefetch_to_l2(l.weights[kXDbl] + std::int64_t{row} * Z::kChannels +
+                     static_cast<std::int64_t>(blockIdx.x) * Z::own(kIn) + at);
+}
 
 // --- the warps that compute --------------------------------------------------------------------
 
@@ -184,7 +182,7 @@ struct Computer {
 
   const Args& p;
   Shared<Z>& s;
-  RingReader ring;
+  RingReader<Z> ring;
   const int thread = static_cast<int>(threadIdx.x);
   const int lane = thread % 32;
   const int warp = thread / 32;
@@ -218,18 +216,14 @@ struct Computer {
   }
 
   // --- products ------------------------------------------------------------------------------
-  /// Sums of this warp's part of a tile, to shared memory.
-  __device__ __forceinline__ void store(const float (&c)[2][2][4], int which) {
+  /// Sums of this warp's part of half of a tile, to shared memory.
+  __device__ __forceinline__ void store(const float (&c)[kSums][4], int which, int half) {
     float (&to)[kRows][kPitch] = s.partials[turn][which][warp];
-    const int row = lane / 4;
-    const int n = lane % 4 * 2;
+    const int row = half * kBufferRows + lane % 4 * 2;
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        to[8 * half + n + j][row] = c[half][0][j] + c[half][1][j];
-        to[8 * half + n + j][row + 8] = c[half][0][j + 2] + c[half][1][j + 2];
-      }
+    for (int j = 0; j < 2; ++j)
+      *reinterpret_cast<float2*>(&to[8 * j + lane / 4][row]) =
+          make_float2(sum_of(c, 2 * j), sum_of(c, 2 * j + 1));
   }
   __device__ __forceinline__ float finished(int which) const {
     float parts[kWarps];
@@ -239,9 +233,7 @@ struct Computer {
   }
 
   template <int kStage>
-  static constexpr int kUnits = Z::tiles(kStage) * Z::steps(kStage);
-  template <int kStage>
-  static constexpr int kHeld = Z::lesser(kHeldSteps, kUnits<kStage>);
+  static constexpr int kHeld = Z::lesser(kHeldSteps, Z::part(kStage));
 
   /// Where depths k .. k + 7 of a sequence are in an operand: as lanes take them.
   __device__ __forceinline__ static int operand_word(int n, int k) {
@@ -268,29 +260,35 @@ struct Computer {
     constexpr int kSteps = Z::steps(kStage);
     constexpr int kTiles = Z::tiles(kStage);
     constexpr int kCount = kAtOnce<kStage>;
-    static_assert(kSteps % kCount == 0 && (kTiles == 1 || kSteps == kCount));
-    Weights held[kHeld<kStage>];
+    constexpr int kPart = Z::part(kStage);
+    constexpr int kLive = kSteps == kPart ? 1 : 2;  // halves of a tile, whose sums are not whole
+    static_assert(kSteps % kCount == 0 && (kTiles == 1 || kSteps == kCount) && kCount % kPart == 0);
+    uint4 held[kHeld<kStage>];
 #pragma unroll
-    for (int i = 0; i < kHeld<kStage>; ++i) ring.load<Z, kStage>(held[i], i);
+    for (int i = 0; i < kHeld<kStage>; ++i) held[i] = ring.template load<kStage>(0, 0, i);
     ring.release();
     Word x[2 * kCount];
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
-      float c[2][2][4] = {};
+      float c[kLive][kSums][4] = {};
 #pragma unroll
-      for (int i = 0; i < kSteps; ++i) {
-        if (t == 0 && i % kCount == 0) take(x, i);
-        const int unit = t * kSteps + i;
-        Weights w;
-        if (unit < kHeld<kStage>)
-          w = held[unit < kHeld<kStage> ? unit : 0];
-        else
-          ring.load<Z, kStage>(w, unit);
-        multiply(c[0], w, values(x[i % kCount * 2]));
-        multiply(c[1], w, values(x[i % kCount * 2 + 1]));
-        ring.release();
+      for (int first = 0; first < kSteps; first += kPart) {
+        if (t == 0 && first % kCount == 0) take(x, first);
+#pragma unroll
+        for (int h = 0; h < Z::halves(kStage, t); ++h) {
+          float (&sums)[kSums][4] = c[h % kLive];
+#pragma unroll
+          for (int i = first; i < first + kPart; ++i) {
+            const bool waits = t == 0 && h == 0 && i < kHeld<kStage>;
+            const uint4 w = waits ? held[waits ? i : 0] : ring.template load<kStage>(t, h, i);
+            multiply(sums, i, w, values(x[i % kCount * 2]), values(x[i % kCount * 2 + 1]));
+            ring.release();
+          }
+          if (first + kPart < kSteps) continue;
+          store(sums, t % 2, h);
+          clear(sums);
+        }
       }
-      store(c, t % 2);
       if (t % 2 == 0 && t + 1 < kTiles) continue;
       if (t <= 1) before();
       sync();
@@ -361,17 +359,25 @@ struct Computer {
     s.gate[sequence][own] = z * selective::fast_sigmoid(z);
     if (sequence < batch) *reinterpret_cast<float4*>(l.conv_state + window_of(own)) = w.values;
   }
-  __device__ __forceinline__ void in_proj(const Layer& l, unsigned epoch) {
-    Window windows[kPairs] = {};
-#pragma unroll
-    for (int i = 0; i < kPairs; ++i) {
-      const int own = i * kTileRows + tile_row;
-      if (sequence < batch) windows[i].load(l, first_channel + own, window_of(own));
-    }
+  __device__ __forceinline__ void load(Window& w, const Layer& l, int own) const {
+    if (sequence < batch) w.load(l, first_channel + own, window_of(own));
+  }
+  /// before_last() comes before the last tiles.
+  template <class BeforeLast>
+  __device__ __forceinline__ void in_proj(const Layer& l, unsigned epoch, BeforeLast before_last) {
+    Window window{};
+    load(window, l, tile_row);
+    if (kPairs == 1) before_last();
     Word squares[kSquares];
     products<kIn>([&](auto& x, int) { take_r(x, squares, epoch); }, [&] { add_squares(squares); },
-                  [&](int t) { finish_in(windows[t / 2], l, t / 2 * kTileRows + tile_row); });
-    sync();
+                  [&](int t) {
+                    const int own = t / 2 * kTileRows + tile_row;
+                    finish_in(window, l, own);
+                    if (own + kTileRows >= kChannels) return;
+                    load(window, l, own + kTileRows);
+                    if (t / 2 == kPairs - 2) before_last();
+                  });
+    meet();
   }
 
   // --- u -> x_dbl ------------------------------------------------------------------------------
@@ -543,8 +549,8 @@ struct Computer {
   }
 
   // kLanes lanes have a channel of a sequence; a warp 8 channels of one.
-  static constexpr int kItems = kThreads / kLanes;                    // at a time
-  static constexpr int kRounds = kStateRows<Z> * kChannels / kItems;  // of a buffer
+  static constexpr int kItems = kThreads / kLanes;  // at a time
+  static constexpr int kRounds = kRows * kChannels / kItems;
 
   /// Parameters of the channel that a lane has.
   struct ScanLane {
@@ -566,46 +572,57 @@ struct Computer {
     a.A = reinterpret_cast<const float4*>(l.A_log)[c * kLanes + thread % kLanes];
     a.D = l.D[c];
   }
-  /// Moves a channel on by its token; the gated output.
-  __device__ __forceinline__ float gated(const ScanLane& a, float4& h, int n) const {
+  /// Moves a channel of a sequence on by its token; this lane's part of the output.
+  __device__ __forceinline__ float advanced(const ScanLane& a, float4& h, int n) const {
     const int own = channel();
     const bf16* const x_dbl = s.x_dbl[n] + thread % kLanes * kStates;
-    const float u = to_float(s.u[n][own]);
-    const float delta = s.delta[n][own];
     const uint2 B = *reinterpret_cast<const uint2*>(x_dbl + Z::kRank);
     const uint2 C = *reinterpret_cast<const uint2*>(x_dbl + Z::kRank + kDState);
-    const float y = advance(h, a.A, delta, u, make_float4(low(B.x), high(B.x), low(B.y), high(B.y)),
-                            make_float4(low(C.x), high(C.x), low(C.y), high(C.y)));
-    return fmaf(a.D, u, lane_sum(y)) * s.gate[n][own];
+    return advance(h, a.A, s.delta[n][own], to_float(s.u[n][own]),
+                   make_float4(low(B.x), high(B.x), low(B.y), high(B.y)),
+                   make_float4(low(C.x), high(C.x), low(C.y), high(C.y)));
+  }
+  /// Sums over the lanes of a channel: lane j gets that of y[j].
+  __device__ __forceinline__ float lane_sum(const float (&y)[kLanes]) const {
+    constexpr unsigned kAll = 0xFFFFFFFFU;
+    const bool late = (lane & 2) != 0;
+    const bool odd = (lane & 1) != 0;
+    const float even_sum = (late ? y[2] : y[0]) + __shfl_xor_sync(kAll, late ? y[0] : y[2], 2);
+    const float odd_sum = (late ? y[3] : y[1]) + __shfl_xor_sync(kAll, late ? y[1] : y[3], 2);
+    return (odd ? odd_sum : even_sum) + __shfl_xor_sync(kAll, odd ? even_sum : odd_sum, 1);
+  }
+  /// Outputs of kLanes rounds, of which lane j finishes round first + j.
+  __device__ __forceinline__ void publish_gated(const ScanLane& a, const float (&y)[kLanes], int n,
+                                                unsigned epoch) const {
+    const int own = channel();
+    const float v = fmaf(a.D, to_float(s.u[n][own]), lane_sum(y)) * s.gate[n][own];
+    const Word word = pack<kLanes>(v);
+    if (lane < kLanes && n < batch)
+      publish(To::v + operand_word(n, first_channel + own), word, epoch);
   }
   __device__ __forceinline__ void scan(const Layer& l, const ScanLane& a, unsigned epoch) {
-#pragma unroll 1
-    for (int first = 0; first < batch; first += kStateRows<Z>) {
-      float4 h[kRounds];
-      ring.wait();
+    static_assert(kRounds % kLanes == 0);
+    float4 h[kRounds];
+    ring.wait();
 #pragma unroll
-      for (int r = 0; r < kRounds; ++r) {
-        h[r] = reinterpret_cast<const float4*>(ring.buffer())[r * kThreads + thread];
-        ring.seen |= __float_as_uint(h[r].x);
-      }
-      ring.next();
-      Word out[kRounds];
+    for (int r = 0; r < kRounds; ++r) {
+      h[r] = reinterpret_cast<const float4*>(ring.buffer())[r * kThreads + thread];
+      ring.seen |= __float_as_uint(h[r].x);
+    }
+    ring.next();
+    ring.release();
 #pragma unroll
-      for (int r = 0; r < kRounds; ++r)
-        out[r] = pack<kLanes>(gated(a, h[r], first + sequence_of(r)));
-      ring.release();
+    for (int r = 0; r < kRounds; r += kLanes) {
+      float y[kLanes];
 #pragma unroll
-      for (int r = 0; r < kRounds; ++r) {
-        const int n = first + sequence_of(r);
-        if (n >= batch) break;
-        if (lane == 0) publish(To::v + operand_word(n, first_channel + channel()), out[r], epoch);
-      }
+      for (int j = 0; j < kLanes; ++j) y[j] = advanced(a, h[r + j], sequence_of(r + j));
+      publish_gated(a, y, sequence_of(r + lane % kLanes), epoch);
+    }
 #pragma unroll
-      for (int r = 0; r < kRounds; ++r) {
-        const int n = first + sequence_of(r);
-        if (n >= batch) break;
-        *reinterpret_cast<float4*>(l.lrnn_state + state_of(n)) = h[r];
-      }
+    for (int r = 0; r < kRounds; ++r) {
+      const int n = sequence_of(r);
+      if (n >= batch) break;
+      *reinterpret_cast<float4*>(l.lrnn_state + state_of(n)) = h[r];
     }
   }
 
@@ -680,8 +697,7 @@ struct Computer {
       const Layer& l = s.common.layers[i];
       const unsigned epoch = p.epoch + static_cast<unsigned>(i);
       XWeights x_weights{};
-      load(x_weights, l);
-      in_proj(l, epoch);
+      in_proj(l, epoch, [&] { load(x_weights, l); });
       ScanLane scan_lane{};
       load(scan_lane, l);
       DtWeights dt_weights{};
@@ -701,7 +717,7 @@ struct Computer {
 #endif
 
 template <class Z>
-__global__ __launch_bounds__(kThreads + 32, 1) void rows_kernel(const __grid_constant__ Args p) {
+__global__ __launch_bounds__(kAllThreads, 1) void rows_kernel(const __grid_constant__ Args p) {
 #if __CUDA_ARCH__ >= 900
   extern __shared__ __align__(128) char shared[];
   auto& s = *reinterpret_cast<Shared<Z>*>(shared);
@@ -711,6 +727,9 @@ __global__ __launch_bounds__(kThreads + 32, 1) void rows_kernel(const __grid_con
   const int warp = static_cast<int>(threadIdx.x) / 32;
   if (warp == kWarps)
     Copier<Z>{p, {s.common, shared_address(ring), p.slots, lane}}.run();
+  else if (warp > kWarps)
+    prefetch_layers(s.common, p.layer_count,
+                    [&](const Layer& l) { prefetch_small<Z>(l, p.batch, lane); });
   else
     Computer<Z>{p, s, {s.common, ring, p.slots, p.none, lane, warp}}.run();
 #endif
@@ -721,9 +740,8 @@ __global__ __launch_bounds__(kThreads + 32, 1) void rows_kernel(const __grid_con
 template <class Z>
 bool step(Context& ctx, const MambaStackStep& a) {
   // To be more than a layer ahead costs more than it gains.
-  constexpr int kSlots =
-      Z::lesser(kMaxSlots, Z::buffers(kIn) + kRows / kStateRows<Z> + Z::buffers(kOut));
-  return step_layers(ctx, a, rows_kernel<Z>, Z::kBlocks, kRingOffset<Z>, kSlots, 0, [&] {
+  constexpr int kSlots = Z::lesser(kMaxSlots, Z::buffers(kIn) + 1 + Z::buffers(kOut));
+  return step_layers<Z>(ctx, a, rows_kernel<Z>, kRingOffset<Z>, kSlots, 0, [&] {
     Tensor words = ctx.empty(Shape{4 * Exchange<Z>::kWords}, DType::float32);
     ctx.runtime().fill_bytes(words, 0xFF);  // all absent, and of no layer
     return words;

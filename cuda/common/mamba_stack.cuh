@@ -1,9 +1,17 @@
 /// What the kernels of mamba_stack_step share: sizes, the ring of buffers through which the weights
 /// come, and their launch.
 ///
-/// One warp of a block copies the weights into a ring of buffers, as far ahead as the ring reaches;
-/// kWarps warps multiply, weights as the left operand and the sequences as its few columns, each a
-/// part of the depth: 32 of every 256.
+/// One warp of a block copies the weights into a ring of buffers, as far ahead as the ring reaches,
+/// and one asks for the small operands of the next layer; kWarps warps multiply, the sequences as
+/// the left operand and rows of the weights as its columns, each a part of the depth: 32 of every
+/// 256.
+///
+/// How the weights are copied decides the rate. A copy takes its warp about 120 cycles, so rows
+/// should be long: 16 rows of 1.5 KB at a time come at 3.2 TB/s, of 2 KB at 4.2, 8 rows of 4 KB at
+/// 4.4. What is on its way delays what the blocks exchange: a word takes 840 cycles without copies,
+/// 1200 behind 48 KB, 1600 behind 64 KB and 6800 behind 192 KB of each block, while 48 KB already
+/// come at 4.4 TB/s. So a ring is deep, but little of it is on its way at a time; and what is
+/// copied is the first to leave L2, where it would drive out what the blocks exchange.
 #pragma once
 
 #include <algorithm>
@@ -16,17 +24,20 @@
 
 namespace lrnn::cuda::mamba_stack {
 
-constexpr int kWarps = 8;  // that compute; one more copies
+constexpr int kWarps = 8;  // that compute
 constexpr int kThreads = 32 * kWarps;
-constexpr int kTileRows = 16;  // of a weight, in a product
-constexpr int kStep = 32;      // depth of a step of a warp: two products
+constexpr int kAllThreads = kThreads + 64;  // one warp copies, one prefetches
+constexpr int kTileRows = 16;               // of a weight, in a product
+constexpr int kBufferRows = 8;  // of a weight, in a buffer of the ring: columns of a product
+constexpr int kStep = 32;       // depth of a step of a warp: two products
 constexpr int kUnit = kStep * kWarps;
-constexpr int kPad = 32;  // elements behind a row, so that two rows fill the banks
-constexpr int kSlotBytes = kTileRows * (3 * kUnit + kPad) * 2;  // of the ring: 3 steps of a tile
+constexpr int kPad = 32;               // elements behind a row, so that two rows fill the banks
+constexpr int kBytesInFlight = 50000;  // at most, of a block
 constexpr int kMinSlots = 3;
 constexpr int kMaxSlots = 16;
-constexpr int kStates = 4;  // of a lane
-constexpr int kLanes = 4;   // of a channel
+constexpr int kMostRows = 16;  // sequences
+constexpr int kStates = 4;     // of a lane
+constexpr int kLanes = 4;      // of a channel
 constexpr int kDState = kStates * kLanes;
 constexpr int kWidth = 4;       // of the convolution
 constexpr int kMaxLayers = 24;  // whose pointers are arguments
@@ -42,6 +53,11 @@ struct Sizes {
   static constexpr int kChannels = 2 * kInputs;
   static constexpr int kRank = kInputs / 16;
   static constexpr int kXDblRows = kRank + 2 * kDState;
+  /// Of a buffer of the ring: rows of a weight, or the states of kMostRows sequences.
+  static constexpr int kSlotBytes =
+      std::max(kBufferRows * (kInputs + kPad) * 2, (kChannels / kBlocks) * kMostRows * kDState * 4);
+  /// Halves of buffers that are on their way at a time.
+  static constexpr int kInFlight = std::min(2 * kMinSlots, kBytesInFlight / (kSlotBytes / 2));
 
   __host__ __device__ static constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
   __host__ __device__ static constexpr int all(int stage) {
@@ -64,17 +80,30 @@ struct Sizes {
   __host__ __device__ static constexpr int rows(int stage, int tile) {
     return lesser(kTileRows, own(stage) - first_row(stage, tile));
   }
-  /// Steps that a buffer of the ring takes.
+  /// Buffers that take its rows: the first kBufferRows, and the others.
+  __host__ __device__ static constexpr int halves(int stage, int tile) {
+    return ceil_div(rows(stage, tile), kBufferRows);
+  }
+  __host__ __device__ static constexpr int rows(int stage, int tile, int half) {
+    return lesser(kBufferRows, rows(stage, tile) - half * kBufferRows);
+  }
+  /// Steps that a buffer of the ring takes: depth by depth of kIn, which divides the others'.
   __host__ __device__ static constexpr int part(int stage) {
-    const int rows = lesser(kTileRows, own(stage));
-    return lesser(steps(stage), (kSlotBytes / rows / 2 - kPad) / kUnit);
+    constexpr int kInputSteps = kInputs / kUnit;
+    const int rows = lesser(kBufferRows, own(stage));
+    const int room = (kSlotBytes / rows / 2 - kPad) / kUnit;
+    return lesser(steps(stage), room / kInputSteps * kInputSteps);
+  }
+  __host__ __device__ static constexpr int parts(int stage) {
+    return ceil_div(steps(stage), part(stage));
   }
   __host__ __device__ static constexpr int pitch(int stage) { return part(stage) * kUnit + kPad; }
   /// Buffers that the weights of a stage fill.
   __host__ __device__ static constexpr int buffers(int stage) {
-    return tiles(stage) * ceil_div(steps(stage), part(stage));
+    return ceil_div(own(stage), kBufferRows) * parts(stage) * (stage == kIn ? 2 : 1);
   }
-  static_assert(kInputs % kUnit == 0 && kInputs % kBlocks == 0 && kChannels % (4 * kBlocks) == 0);
+  static_assert(kInFlight > 0 && kInputs % kUnit == 0 && kInputs % kBlocks == 0 &&
+                kChannels % (4 * kBlocks) == 0);
 };
 
 /// Pointers of one layer.
@@ -110,7 +139,7 @@ struct Args {
 /// Barriers of the buffers, and the pointers of all layers, in shared memory.
 struct Common {
   Layer layers[kMaxLayers];
-  std::uint64_t full[kMaxSlots];
+  std::uint64_t full[kMaxSlots][2];  // halves of the rows of a buffer
   std::uint64_t empty[kMaxSlots];
 
 #if __CUDA_ARCH__ >= 900
@@ -122,7 +151,7 @@ struct Common {
       reinterpret_cast<std::uint64_t*>(layers)[i] = from[i];
     if (threadIdx.x == 0) {
       for (int i = 0; i < p.slots; ++i) {
-        barrier_init(shared_address(&full[i]), 1);
+        for (std::uint64_t& half : full[i]) barrier_init(shared_address(&half), 1);
         barrier_init(shared_address(&empty[i]), kWarps);
       }
       barrier_init_done();
@@ -135,6 +164,7 @@ struct Common {
 #if __CUDA_ARCH__ >= 900
 
 constexpr int kComputers = 1;  // barrier of the warps that compute
+constexpr int kLayers = 2;     // and of them and the one that prefetches: once a layer
 
 /// Where in the ring a warp is.
 struct Place {
@@ -150,26 +180,53 @@ struct Place {
 };
 
 /// The warp that copies, as it writes the ring.
+template <class Z>
 struct RingWriter {
   Common& common;
   std::uint32_t ring;
   int slots;
   int lane;
   Place place = {};
+  Place landed = {};  // what comes behind it is on its way
+  int landed_half = 0;
+  int in_flight = 0;  // halves of buffers
 
-  /// Row `lane` < rows, of `bytes` each, to the next buffer, where rows are `pitch` bytes apart.
-  __device__ __forceinline__ void copy(const void* from, int rows, int bytes, int pitch) {
-    const std::uint32_t full = shared_address(&common.full[place.slot]);
+  /// Waits until so little is on its way that another half of a buffer may follow.
+  __device__ __forceinline__ void pace() {
+    if (in_flight < Z::kInFlight) {
+      ++in_flight;
+      return;
+    }
+    barrier_wait(shared_address(&common.full[landed.slot][landed_half]), landed.turn);
+    if (landed_half == 1) landed.next(slots);
+    landed_half ^= 1;
+  }
+  /// `rows` rows of `bytes` each, `stride` bytes apart, to the next buffer, where they are `pitch`
+  /// bytes apart.
+  __device__ __forceinline__ void copy(const void* from, std::int64_t stride, int rows, int bytes,
+                                       int pitch) {
+    const std::uint32_t to = ring + static_cast<std::uint32_t>(place.slot * Z::kSlotBytes);
     barrier_wait(shared_address(&common.empty[place.slot]), place.turn ^ 1);
-    if (lane == 0) barrier_expect(full, rows * bytes);
-    __syncwarp();
-    if (lane < rows)
-      copy_bytes(ring + static_cast<std::uint32_t>(place.slot * kSlotBytes + lane * pitch), from,
-                 bytes, full);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int first = half * (rows / 2);
+      const int last = half == 0 ? rows / 2 : rows;
+      const std::uint32_t full = shared_address(&common.full[place.slot][half]);
+      pace();
+      // One lane's addresses are the warp's: those of several would take turns, slowly.
+      if (lane == 0) {
+        barrier_expect(full, (last - first) * bytes);
+#pragma unroll 4
+        for (int i = first; i < last; ++i)
+          copy_bytes_once(to + static_cast<std::uint32_t>(i * pitch),
+                          static_cast<const char*>(from) + i * stride, bytes, full);
+      }
+      __syncwarp();
+    }
     place.next(slots);
   }
   /// What this block has of the weight of a stage.
-  template <class Z, int kStage>
+  template <int kStage>
   __device__ __forceinline__ void copy_stage(const Layer& l) {
     constexpr int kDepth = Z::depth(kStage);
     constexpr int kPart = Z::part(kStage) * kUnit;
@@ -179,49 +236,86 @@ struct RingWriter {
     for (int t = 0; t < Z::tiles(kStage); ++t) {
       const int row =
           first + Z::first_row(kStage, t) + (kStage == kIn && t % 2 != 0 ? Z::kChannels : 0);
-      const bf16* const from = l.weights[kStage] + std::int64_t{row + lane} * kDepth;
+      const bf16* const from = l.weights[kStage] + std::int64_t{row} * kDepth;
 #pragma unroll 1
       for (int k = 0; k < kDepth; k += kPart)
-        copy(from + k, Z::rows(kStage, t), min(kPart, kDepth - k) * 2, Z::pitch(kStage) * 2);
+#pragma unroll 1
+        for (int h = 0; h < Z::halves(kStage, t); ++h)
+          copy(from + h * kBufferRows * kDepth + k, kDepth * 2, Z::rows(kStage, t, h),
+               min(kPart, kDepth - k) * 2, Z::pitch(kStage) * 2);
     }
-  }
-  __device__ __forceinline__ void prefetch(const void* from, int bytes) const {
-    for (int at = lane * 128; at < bytes; at += 32 * 128)
-      prefetch_to_l2(static_cast<const char*>(from) + at);
-  }
-  /// The small operands of this block's channels, which the others read by themselves.
-  template <class Z>
-  __device__ __forceinline__ void prefetch_channels(const Layer& l, int batch) const {
-    constexpr int kOwn = Z::own(kIn);
-    const std::int64_t c = static_cast<std::int64_t>(blockIdx.x) * kOwn;
-    prefetch(l.conv_weight + c * kWidth, kOwn * kWidth * 2);
-    prefetch(l.dt_weight + c * Z::kRank, kOwn * Z::kRank * 2);
-    prefetch(l.A_log + c * kDState, kOwn * kDState * 4);
-    if (lane == 0) {
-      if (l.conv_bias != nullptr) prefetch_to_l2(l.conv_bias + c);
-      prefetch_to_l2(l.dt_bias + c);
-      prefetch_to_l2(l.D + c);
-    }
-    for (int n = 0; n < batch; ++n)
-      prefetch(l.conv_state + (std::int64_t{n} * Z::kChannels + c) * kWidth, kOwn * kWidth * 4);
   }
 };
 
-/// A part of 16 rows of a weight, 32 deep. A step of a warp is two products of depth 16. Lane 4 g +
-/// c has 8 neighbours in depth, 8 c on, of rows g and g + 8 of the weight and of sequence g: the
-/// order within a step is free.
-struct Weights {
-  uint4 upper, lower;
-};
-/// c += the step's two products with x: even and odd sums.
-__device__ __forceinline__ void multiply(float (&c)[2][4], const Weights& w, uint4 x) {
-  const std::uint32_t first[4] = {w.upper.x, w.lower.x, w.upper.y, w.lower.y};
-  const std::uint32_t second[4] = {w.upper.z, w.lower.z, w.upper.w, w.lower.w};
-  multiply_add(c[0], first, x.x, x.y);
-  multiply_add(c[1], second, x.z, x.w);
+// --- the warp that prefetches ------------------------------------------------------------------
+
+constexpr int kSector = 32;  // bytes that a prefetch brings
+
+__device__ __forceinline__ void prefetch_bytes(const void* from, int bytes, int lane) {
+  for (int at = lane * kSector; at < bytes; at += 32 * kSector)
+    prefetch_to_l2(static_cast<const char*>(from) + at);
+}
+/// The small operands of this block's channels, which the others read by themselves.
+template <class Z>
+__device__ __forceinline__ void prefetch_channels(const Layer& l, int batch, int lane) {
+  constexpr int kOwn = Z::own(kIn);
+  const std::int64_t c = static_cast<std::int64_t>(blockIdx.x) * kOwn;
+  prefetch_bytes(l.conv_weight + c * kWidth, kOwn * kWidth * 2, lane);
+  prefetch_bytes(l.dt_weight + c * Z::kRank, kOwn * Z::kRank * 2, lane);
+  prefetch_bytes(l.A_log + c * kDState, kOwn * kDState * 4, lane);
+  if (lane == 0) {
+    if (l.conv_bias != nullptr) prefetch_to_l2(l.conv_bias + c);
+    prefetch_to_l2(l.dt_bias + c);
+    prefetch_to_l2(l.D + c);
+  }
+  for (int n = 0; n < batch; ++n)
+    prefetch_bytes(l.conv_state + (std::int64_t{n} * Z::kChannels + c) * kWidth, kOwn * kWidth * 4,
+                   lane);
+}
+/// The warps that compute and the one that prefetches have come to the same layer.
+__device__ __forceinline__ void meet() {
+  group_wait(kLayers, kThreads + 32);
+}
+/// Prefetches the first layer, and every other one while the one before is computed: much
+/// earlier, and the weights that pass through L2 would drive it out again.
+template <class Prefetch>
+__device__ __forceinline__ void prefetch_layers(const Common& common, int count,
+                                                Prefetch prefetch) {
+  prefetch(common.layers[0]);
+#pragma unroll 1
+  for (int i = 0; i < count; ++i) {
+    meet();
+    if (i + 1 < count) prefetch(common.layers[i + 1]);
+  }
+}
+
+// --- the warps that compute --------------------------------------------------------------------
+
+/// A step of a warp is two products of depth 16, with even and odd steps four independent sums.
+/// Lane 4 g + c has 8 neighbours in depth, 8 c on, of row g of the weight and of sequences g and
+/// g + 8: the order within a step is free.
+constexpr int kSums = 4;
+
+/// c += the product of step `step` with weights w.
+__device__ __forceinline__ void multiply(float (&c)[kSums][4], int step, uint4 w, uint4 upper,
+                                         uint4 lower) {
+  const std::uint32_t first[4] = {upper.x, lower.x, upper.y, lower.y};
+  const std::uint32_t second[4] = {upper.z, lower.z, upper.w, lower.w};
+  multiply_add(c[step % 2 * 2], first, w.x, w.y);
+  multiply_add(c[step % 2 * 2 + 1], second, w.z, w.w);
+}
+__device__ __forceinline__ void clear(float (&c)[kSums][4]) {
+#pragma unroll
+  for (int i = 0; i < kSums; ++i)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) c[i][e] = 0.0F;
+}
+__device__ __forceinline__ float sum_of(const float (&c)[kSums][4], int e) {
+  return (c[0][e] + c[1][e]) + (c[2][e] + c[3][e]);
 }
 
 /// A warp that multiplies, as it reads the ring.
+template <class Z>
 struct RingReader {
   Common& common;
   const char* ring;
@@ -236,10 +330,11 @@ struct RingReader {
 
   /// The next buffer, once it is full.
   __device__ __forceinline__ void wait() const {
-    barrier_wait(shared_address(&common.full[place.slot]), place.turn);
+    for (std::uint64_t& half : common.full[place.slot])
+      barrier_wait(shared_address(&half), place.turn);
   }
   [[nodiscard]] __device__ __forceinline__ const char* buffer() const {
-    return ring + place.slot * kSlotBytes;
+    return ring + place.slot * Z::kSlotBytes;
   }
   /// To the buffer after this one, which has been read.
   __device__ __forceinline__ void next() {
@@ -258,23 +353,19 @@ struct RingReader {
     read = 0;
     seen = 0;
   }
-  /// Step `unit` of a stage, counted over its tiles.
-  template <class Z, int kStage>
-  __device__ __forceinline__ void load(Weights& w, int unit) {
-    constexpr int kSteps = Z::steps(kStage);
+  /// Step `step` of a half of a tile: rows of the weight as they lie in the next buffer.
+  template <int kStage>
+  __device__ __forceinline__ uint4 load(int tile, int half, int step) {
     constexpr int kPart = Z::part(kStage);
-    const int rows = Z::rows(kStage, unit / kSteps);
-    const int step = unit % kSteps;
     if (step % kPart == 0) wait();
     const int row = lane / 4;
-    const char* const from = buffer() + row * Z::pitch(kStage) * 2 + lane % 4 * 16 +
-                             warp * kStep * 2 + step % kPart * kUnit * 2;
-    w = {};
-    if (row < rows) w.upper = *reinterpret_cast<const uint4*>(from);
-    if (rows > 8 && row + 8 < rows)
-      w.lower = *reinterpret_cast<const uint4*>(from + 8 * Z::pitch(kStage) * 2);
-    seen |= w.upper.x | w.lower.x;
-    if (step % kPart == kPart - 1 || step == kSteps - 1) next();
+    uint4 w = {};
+    if (row < Z::rows(kStage, tile, half))
+      w = *reinterpret_cast<const uint4*>(buffer() + row * Z::pitch(kStage) * 2 + lane % 4 * 16 +
+                                          warp * kStep * 2 + step % kPart * kUnit * 2);
+    seen |= w.x;
+    if (step % kPart == kPart - 1 || step == Z::steps(kStage) - 1) next();
+    return w;
   }
 };
 
@@ -384,7 +475,7 @@ void launch(cudaStream_t stream, Kernel* kernel, int blocks, int shared, const A
   together.val.cooperative = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = static_cast<unsigned>(blocks);
-  config.blockDim = kThreads + 32;
+  config.blockDim = kAllThreads;
   config.dynamicSmemBytes = static_cast<std::size_t>(shared);
   config.stream = stream;
   config.attrs = &together;
@@ -395,13 +486,13 @@ void launch(cudaStream_t stream, Kernel* kernel, int blocks, int shared, const A
 /// Takes all layers, numbered from `first_epoch`, kMaxLayers at most in a launch. The ring, of at
 /// most `slots` buffers, lies `offset` bytes into shared memory; words() gives the exchange. False
 /// if the device is another.
-template <class Kernel, class Words>
-bool step_layers(Context& ctx, const MambaStackStep& a, Kernel* kernel, int blocks, int offset,
-                 int slots, unsigned first_epoch, Words words) {
+template <class Z, class Kernel, class Words>
+bool step_layers(Context& ctx, const MambaStackStep& a, Kernel* kernel, int offset, int slots,
+                 unsigned first_epoch, Words words) {
   Args p{};
-  p.slots = std::min(slots, (shared_memory_per_block() - offset) / kSlotBytes);
-  if (p.slots < kMinSlots || !fits(kernel, blocks)) return false;
-  const int shared = offset + p.slots * kSlotBytes;
+  p.slots = std::min(slots, (shared_memory_per_block() - offset) / Z::kSlotBytes);
+  if (p.slots < kMinSlots || !fits(kernel, Z::kBlocks)) return false;
+  const int shared = offset + p.slots * Z::kSlotBytes;
   LRNN_CUDA_CHECK(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
   Tensor exchange = words();
@@ -421,7 +512,7 @@ bool step_layers(Context& ctx, const MambaStackStep& a, Kernel* kernel, int bloc
       p.layers[j] = pointers(a.layers[static_cast<std::size_t>(begin + j)]);
     p.x = i == 0 ? a.x.data<bf16>() : p.y;
     p.residual = i > 0 ? p.residual_out : a.residual ? a.residual.raw() : nullptr;
-    launch(ctx.stream().handle, kernel, blocks, shared, p);
+    launch(ctx.stream().handle, kernel, Z::kBlocks, shared, p);
   }
   return true;
 }
