@@ -4,7 +4,7 @@
 ///     r = x + r,   n = rms_norm(r) weight                  (ops/add_norm.hpp)
 ///     [u0 | z] = n in_proj^T,   u = silu(conv1d(u0))       (ops/projected_conv1d.hpp)
 ///     [q | B | C] = u x_proj^T,   dt = q dt_weight^T
-///     v = selective_scan_step(u, dt, A_log, B, C, D, z)    (ops/selective_scan.hpp)
+///     v = selective_scan_step(u, dt, A_log, B, C, D, z)    (ops/projected_selective_scan.hpp)
 ///     x = v out_proj^T
 ///
 /// x and r are what the last layer leaves to its successor. By parts the result is that of those

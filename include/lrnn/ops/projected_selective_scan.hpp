@@ -4,8 +4,10 @@
 ///   y, state = selective_scan_step(u, dt, B, C, ..)
 ///
 /// Both products are rounded to the dtype of u, so the result is that of the ops one by one. On
-/// Hopper the states of many sequences are on their way while the product is formed: that needs
-/// both kernels to be launched by one op, which knows what ran before the scan.
+/// Hopper the states of 17 to 256 sequences are on their way while the product is formed: that
+/// needs both kernels to be launched by one op, which knows what ran before the scan. The bits of a
+/// sequence are the same for any of these numbers; linear_forward may add in another order for up
+/// to 32 and from 129 sequences on.
 /// Paper: Gu and Dao, "Mamba", arXiv:2312.00752.
 #pragma once
 
