@@ -15,9 +15,9 @@
 //
 // One sequence on an H200, recorded: 48 layers of d_model 2048 in 0.79 ms, weights at 3.2 TB/s;
 // bound by HBM while in_proj comes, and else by the waiting: an exchange takes 2000 to 4700 cycles
-// next to the copies, and the ring of 200 KB is full before x_dbl is there. 24 layers of d_model
-// 768 in 0.15 ms, bound by latency: an exchange takes about 1500 cycles, four of which are more
-// than half of a layer's 10,400. Clusters that make x_dbl for themselves would save one, but 128
+// next to the copies. 24 layers of d_model 768 in 0.15 ms, bound by latency: an exchange takes
+// about 1500 cycles, four of which are more than half of a layer's 10,400. (Cycles are those of a
+// version that reads clocks.) Clusters that make x_dbl for themselves would save one, but 128
 // blocks do not fit into clusters of 8.
 #include "common/mamba_stack.cuh"
 #include "common/reduce.cuh"
@@ -27,7 +27,8 @@ namespace mamba_stack {
 namespace {
 
 constexpr int kBlocks = 128;
-constexpr int kRankGroup = 4 * kLanes;  // weights of dt that the lanes of a channel read at a time
+// Weights of dt that the lanes of a channel read at a time.
+[[maybe_unused]] constexpr int kRankGroup = 4 * kLanes;
 
 /// A value and the number of the layer that it belongs to.
 using Word = std::uint64_t;

@@ -16,9 +16,10 @@
 // 16 sequences on an H200, recorded: 24 layers of d_model 768 in 0.21 ms, bound by latency: the
 // exchanges, 950 to 2500 cycles each with the fence, are half of a layer's 15,000, most of the rest
 // is one warp's chain of instructions. 48 layers of d_model 2048 in 1.15 ms, weights and states at
-// 2.6 TB/s: of a layer's 43,000 cycles the products that wait for HBM are 14,000, the fence 6000,
-// for which stores have to arrive next to the copies, and the exchanges of r and v, 64 and 128 KB
-// to every block, 5000 each.
+// 2.6 TB/s: of a layer's 43,000 cycles the exchange of r, 64 KB to every block, and the products of
+// in_proj behind it take 9000 to 12,000, the fence, for which stores have to arrive next to the
+// copies, 6000 and the exchange of v, 128 KB, 5000. (Cycles are those of a version that reads
+// clocks.)
 #include "common/mamba_stack.cuh"
 #include "core/runtime.hpp"
 
@@ -37,7 +38,8 @@ constexpr int kStateBytes = Z::own(kIn) * kDState * 4;
 struct alignas(16) Word {
   std::uint64_t low, high;
 };
-constexpr std::uint32_t kAbsent = 0xFFFFFFFF;  // no rounded pair, and no number that is computed
+// No rounded pair, and no number that is computed.
+[[maybe_unused]] constexpr std::uint32_t kAbsent = 0xFFFFFFFF;
 
 template <class Z>
 struct Exchange {
