@@ -6,8 +6,8 @@
 // of its warps 16 rows, which it rounds and stores by itself, by way of shared memory: in whole
 // words of two columns wherever a row of y begins.
 //
-// Bound by the reading of W. In a chain of such products on an H200 50277 columns of 768 take 27.7
-// us with 128 rows and 23.4 with 64 (2.8 and 3.3 TB/s of W), of 2048 with 128 rows 59.9 (3.4 TB/s);
+// Bound by the reading of W. In a chain of such products on an H200 50277 columns of 768 take 26.3
+// us with 128 rows and 22.6 with 64 (2.9 and 3.4 TB/s of W), of 2048 with 128 rows 58.8 (3.5 TB/s);
 // more of them at 4.1 TB/s, the rest is the beginning and the end. An x shared by clusters of two
 // made no difference: what neighbours ask for at the same time L2 delivers once.
 #include "common/launch.cuh"
@@ -85,9 +85,10 @@ struct Tiles {
 
   __device__ __forceinline__ explicit Tiles(int all)
       : count((all - 1 - static_cast<int>(blockIdx.x)) / static_cast<int>(gridDim.x) + 1) {}
-  __device__ __forceinline__ int column(int n) const {
-    return static_cast<int>(blockIdx.x + n * gridDim.x) * kColumns;
+  __device__ __forceinline__ int at(int n) const {
+    return static_cast<int>(blockIdx.x + n * gridDim.x);
   }
+  __device__ __forceinline__ int column(int n) const { return at(n) * kColumns; }
 };
 
 /// The copies of a block, by one thread.
@@ -98,13 +99,17 @@ struct Copies {
   const Shared<Z>& mem;
   const Tiles& tiles;
 
+  /// First column of x of the block's panel i. Neighbouring tiles begin with different ones, lest
+  /// all blocks ask for the same lines at once.
+  __device__ __forceinline__ int depth(int i) const {
+    return (tiles.at(i / a.panels) + i) % a.panels * kPanel;
+  }
   __device__ __forceinline__ void copy_weight(int i) const {
     barrier_expect(mem.full(i), Z::kStageBytes);
-    copy_box(mem.weight(i), &maps.weight, mem.full(i), i % a.panels * kPanel, 0,
-             tiles.column(i / a.panels), 0);
+    copy_box(mem.weight(i), &maps.weight, mem.full(i), depth(i), 0, tiles.column(i / a.panels), 0);
   }
   __device__ __forceinline__ void copy_input(int i) const {
-    copy_box(mem.input(i), &maps.x, mem.full(i), i % a.panels * kPanel, 0, 0, 0);
+    copy_box(mem.input(i), &maps.x, mem.full(i), depth(i), 0, 0, 0);
   }
   __device__ __forceinline__ void run() const {
     const int count = tiles.count * a.panels;

@@ -29,6 +29,22 @@ inline bool streams(TensorView weight) {
   return weight.numel() >= std::int64_t{1} << 22 || depth >= 2048 || depth <= 128;
 }
 
+constexpr int kMaxParts = 8;     // blocks of a cluster that any Hopper device takes
+constexpr int kMaxBlocks = 132;  // up to which K is cut further: one for each SM of an H200
+constexpr int kMinPanels = 6;    // of a part
+
+/// Parts of K: a power of two, while the blocks stay few and parts long.
+inline int parts_of(int columns, int panels) {
+  const int tiles = (columns + 63) / 64;
+  int parts = 1;
+  while (parts < kMaxParts && 2 * parts * tiles <= kMaxBlocks && 2 * parts * kMinPanels <= panels)
+    parts *= 2;
+  return parts;
+}
+inline int parts_of(TensorView weight) {
+  return parts_of(static_cast<int>(weight.dim(0)), static_cast<int>((weight.dim(1) + 63) / 64));
+}
+
 /// Elements of a weight that may be read once for every 64 rows.
 constexpr std::int64_t kSmallWeight = std::int64_t{1} << 21;
 
@@ -38,7 +54,8 @@ constexpr std::int64_t kSmallWeight = std::int64_t{1} << 21;
 inline bool pays(std::int64_t rows, TensorView weight, MutableTensorView y) {
   if (rows > 128) return false;
   if (!allows_vectors(y.data<__nv_bfloat16>(), 8, detail::row_stride(y), 8)) return true;
-  return rows <= 32 || weight.numel() < (rows <= 64 ? 8 : 2) * kSmallWeight;
+  const bool most = rows <= 64 || parts_of(weight) == 4;
+  return rows <= 32 || weight.numel() < (most ? 8 : 2) * kSmallWeight;
 }
 /// behind_wait: the next kernel starts only when the kernels before this one have ended.
 void forward(Context& ctx, const LinearForward& args, bool behind_wait = false);

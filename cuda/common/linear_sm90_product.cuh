@@ -28,14 +28,14 @@
 
 namespace lrnn::cuda::linear_sm90 {
 
-constexpr int kMaxParts = 8;     // blocks of a cluster that any Hopper device takes
-constexpr int kMaxBlocks = 132;  // up to which K is cut further: one for each SM of an H200
-constexpr int kMinPanels = 6;    // of a part
-
-/// Compile-time sizes: rows of x in a block, warpgroups along columns and rows of y, buffers.
-template <int kRows_, int kColumnGroups_, int kRowGroups_, int kStages_>
+/// Compile-time sizes: rows of x in a block, warpgroups along columns and rows of y, buffers of W
+/// and of x. If x has fewer, what is received lies in the buffers as well: shared memory is short.
+template <int kRows_, int kColumnGroups_, int kRowGroups_, int kStages_,
+          int kInputStages_ = kStages_>
 struct Tile {
   static constexpr int kRows = kRows_;
+  static constexpr int kInputStages = kInputStages_;
+  static constexpr bool kShort = kInputStages < kStages_;
   static constexpr int kColumnGroups = kColumnGroups_;
   static constexpr int kStages = kStages_;
   static constexpr int kGroups = kColumnGroups * kRowGroups_;
@@ -51,18 +51,20 @@ struct Tile {
   // different banks.
   __host__ __device__ static constexpr int pitch(int parts) { return kColumns / parts + 4; }
   __host__ __device__ static constexpr int sum_bytes(int parts) { return kRows * pitch(parts) * 4; }
-  static_assert(kRows * (kColumns + 4 * kMaxParts) * 4 <= kStages * kStageBytes);
-  // Those of the other parts are received behind the barriers; of all, if they come one by one.
+  static constexpr int kBufferBytes = kStages * kWeightBytes + kInputStages * kInputBytes;
+  static_assert(kRows * (kColumns + 4 * kMaxParts) * 4 <= kBufferBytes);
+  // Those of the other parts are received behind the barriers, or behind these sums if kShort; of
+  // all, if they come one by one.
   __host__ __device__ static constexpr bool one_by_one(int parts) {
     return kRows < 64 || parts > 4;
   }
   __host__ __device__ static constexpr int senders(int parts) {
     return parts > 1 && one_by_one(parts) ? parts : parts - 1;
   }
-  static constexpr int kBarrierBytes = 16 * kStages + 16;
+  static constexpr int kBarrierBytes = 8 * kStages + 16 * kInputStages + 24;
   /// With `staged` bytes for each of half of the sums that a block finishes.
   static constexpr int shared_bytes(int parts, int staged) {
-    return 1024 + kStages * kStageBytes + kBarrierBytes + senders(parts) * sum_bytes(parts) +
+    return 1024 + kBufferBytes + kBarrierBytes + (kShort ? 0 : senders(parts) * sum_bytes(parts)) +
            kRows * kColumns / parts / 2 * staged;
   }
 };
@@ -180,17 +182,23 @@ struct Shared {
 
   __device__ __forceinline__ explicit Shared(const void* p)
       : base((shared_address(p) + 1023U) & ~1023U) {}
-  __device__ __forceinline__ std::uint32_t weight(int stage) const {
-    return base + static_cast<std::uint32_t>(stage * Z::kStageBytes);
+  __device__ __forceinline__ std::uint32_t weight(int i) const {
+    return base + static_cast<std::uint32_t>(i % Z::kStages * Z::kWeightBytes);
   }
-  __device__ __forceinline__ std::uint32_t input(int stage) const {
-    return weight(stage) + Z::kWeightBytes;
+  __device__ __forceinline__ std::uint32_t input(int i) const {
+    return base + static_cast<std::uint32_t>(Z::kStages * Z::kWeightBytes +
+                                             i % Z::kInputStages * Z::kInputBytes);
   }
-  __device__ __forceinline__ std::uint32_t full(int stage) const {
-    return weight(Z::kStages) + 8U * static_cast<std::uint32_t>(stage);
+  __device__ __forceinline__ std::uint32_t barrier(int number) const {
+    return base + static_cast<std::uint32_t>(Z::kBufferBytes + 8 * number);
   }
-  __device__ __forceinline__ std::uint32_t free(int stage) const {
-    return full(Z::kStages + stage);
+  /// Of panel i of W, and of x unless they have buffers for as many panels.
+  __device__ __forceinline__ std::uint32_t full(int i) const { return barrier(i % Z::kStages); }
+  __device__ __forceinline__ std::uint32_t free(int i) const {
+    return barrier(Z::kStages + i % Z::kInputStages);
+  }
+  __device__ __forceinline__ std::uint32_t input_full(int i) const {
+    return Z::kShort ? barrier(Z::kStages + Z::kInputStages + i % Z::kInputStages) : full(i);
   }
   /// Where this block's sums of the columns that `part` finishes begin.
   template <int kParts>
@@ -199,10 +207,15 @@ struct Shared {
   }
   /// Barrier of the sums that are received, and where block `to` of the cluster has those of
   /// `from`.
-  __device__ __forceinline__ std::uint32_t received() const { return full(2 * Z::kStages); }
+  __device__ __forceinline__ std::uint32_t received() const {
+    return base + static_cast<std::uint32_t>(Z::kBufferBytes + (Z::kBarrierBytes - 16) / 16 * 16);
+  }
   template <int kParts>
   __device__ __forceinline__ std::uint32_t received(int from, int to) const {
     const int place = Z::one_by_one(kParts) || from < to ? from : from - 1;
+    // The cluster meets when all its products are formed.
+    if constexpr (Z::kShort)
+      return base + static_cast<std::uint32_t>((kParts + place) * Z::sum_bytes(kParts));
     return received() + 16U + static_cast<std::uint32_t>(place * Z::sum_bytes(kParts));
   }
   /// What an epilogue staged.
@@ -214,9 +227,10 @@ struct Shared {
   __device__ void init_barriers(int bytes) const {
     barrier_init(received(), 1);
     if (bytes > 0) barrier_expect(received(), bytes);
-    for (int s = 0; s < Z::kStages; ++s) {
-      barrier_init(full(s), 1);
-      barrier_init(free(s), 4 * Z::kGroups);
+    for (int i = 0; i < Z::kStages; ++i) barrier_init(full(i), 1);
+    for (int i = 0; i < Z::kInputStages; ++i) {
+      barrier_init(free(i), 4 * Z::kGroups);
+      if (Z::kShort) barrier_init(input_full(i), 1);
     }
     barrier_init_done();
   }
@@ -245,7 +259,7 @@ struct Copies {
   const Shared<Z>& mem;
   const Work& w;
 
-  /// Panels that fit in the buffers at once.
+  /// Panels of W that fit in the buffers at once.
   __device__ __forceinline__ int ahead() const { return min(w.count, Z::kStages); }
 
   /// Calls f(row in a buffer, row of W) for every box of W.
@@ -255,16 +269,15 @@ struct Copies {
     for (int c = 0; c < Z::kColumns; c += Own::kRun) f(c, Own::at(a, w.column, c));
   }
   __device__ __forceinline__ void copy_weight(int i) const {
-    const int stage = i % Z::kStages;
-    barrier_expect(mem.full(stage), Z::kStageBytes);
+    barrier_expect(mem.full(i), Z::kShort ? Z::kWeightBytes : Z::kStageBytes);
     for_each_box([&](int to, int row) {
-      copy_box(mem.weight(stage) + static_cast<std::uint32_t>(to * kPanelRowBytes), &maps.weight,
-               mem.full(stage), (w.first + i) * kPanel, 0, row, 0);
+      copy_box(mem.weight(i) + static_cast<std::uint32_t>(to * kPanelRowBytes), &maps.weight,
+               mem.full(i), (w.first + i) * kPanel, 0, row, 0);
     });
   }
   __device__ __forceinline__ void copy_input(int i) const {
-    const int stage = i % Z::kStages;
-    copy_box(mem.input(stage), &maps.x, mem.full(stage), (w.first + i) * kPanel, 0, w.row, 0);
+    if (Z::kShort) barrier_expect(mem.input_full(i), Z::kInputBytes);
+    copy_box(mem.input(i), &maps.x, mem.input_full(i), (w.first + i) * kPanel, 0, w.row, 0);
   }
   /// What fits in the buffers of W is read, if it may be, or asked for while the kernels before
   /// this one run.
@@ -279,14 +292,16 @@ struct Copies {
   }
   /// The rest, behind the kernels before this one.
   __device__ __forceinline__ void run() const {
-    for (int i = 0; i < ahead(); ++i) {
-      if (!a.stable_weight) copy_weight(i);
-      copy_input(i);
-    }
+    if (!a.stable_weight)
+      for (int i = 0; i < ahead(); ++i) copy_weight(i);
+    const int first = min(w.count, Z::kInputStages);
+    for (int i = 0; i < first; ++i) copy_input(i);
     if (a.behind_wait) let_next_kernel_start();
-    for (int i = ahead(); i < w.count; ++i) {
-      barrier_wait(mem.free(i % Z::kStages), i / Z::kStages % 2 ^ 1);
-      copy_weight(i);
+    for (int i = first; i < w.count; ++i) {
+      barrier_wait(mem.free(i), i / Z::kInputStages % 2 ^ 1);
+      // The panel whose buffer of x is free now has left one of W as well.
+      const int next = i + Z::kStages - Z::kInputStages;
+      if (next < w.count) copy_weight(next);
       copy_input(i);
     }
   }
@@ -303,7 +318,7 @@ __device__ __forceinline__ void hand_on(const Shared<Z>& mem, const Work& w, int
   if constexpr (kOneByOne)
     cluster_wait();  // until the barriers of the others are there
   else
-    group_wait(1, kThreads);  // until no warpgroup reads the buffers
+    __syncthreads();  // until no warpgroup reads the buffers, and nothing is copied to them
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int at = column + half * 8;
@@ -350,22 +365,26 @@ __device__ __forceinline__ void multiply_panels(const Shared<Z>& mem, const Work
   const int lane = thread % 32;
   const int column = group % Z::kColumnGroups * 64;
   const int row = group / Z::kColumnGroups * Z::kGroupRows;
+  // Buffers are given back at once where x is large, so that as many copies as possible are on
+  // their way; else one panel later, so that products follow each other.
+  constexpr int kPending = Z::kRows >= 64 ? 0 : 1;
   for (int i = 0; i < w.count; ++i) {
-    const int stage = i % Z::kStages;
-    barrier_wait(mem.full(stage), i / Z::kStages % 2);
+    barrier_wait(mem.full(i), i / Z::kStages % 2);
+    if (Z::kShort) barrier_wait(mem.input_full(i), i / Z::kInputStages % 2);
     const auto bytes = [](int rows) { return static_cast<std::uint32_t>(rows * kPanelRowBytes); };
-    const std::uint64_t left = panel_descriptor(mem.weight(stage) + bytes(column), 16);
-    const std::uint64_t right = panel_descriptor(mem.input(stage) + bytes(row), 16);
+    const std::uint64_t left = panel_descriptor(mem.weight(i) + bytes(column), 16);
+    const std::uint64_t right = panel_descriptor(mem.input(i) + bytes(row), 16);
     products_begin();
 #pragma unroll
     for (int step = 0; step < 4; ++step)
       multiply_shared<false, false>(c, advance(left, step * 32), advance(right, step * 32), true);
     products_commit();
-    products_wait<1>();  // those of the panel before
-    if (i > 0 && lane == 0) barrier_arrive(mem.free((i - 1) % Z::kStages));
+    products_wait<kPending>();
+    if (i >= kPending && lane == 0) barrier_arrive(mem.free(i - kPending));
   }
   products_wait<0>();
   pin(c);
+  if constexpr (kParts > 1 && Z::kShort) cluster_arrive();  // they may be received into
   hand_on<Z, kParts>(mem, w, row + lane % 4 * 2, column + warp * 16 + lane / 4, c);
 }
 
@@ -548,6 +567,7 @@ __global__ __launch_bounds__(Z::kThreads) void product_sm90_kernel(
   const Copies<Z, Own> copies{a, maps, mem, w};
   const bool copies_panels = threadIdx.x == Z::kGroups * kWarpgroup;
   constexpr bool kOneByOne = kParts > 1 && Z::one_by_one(kParts);
+  constexpr bool kMeets = kParts > 1 && Z::kShort;  // once more, when the buffers are read
   if (copies_panels)
     mem.init_barriers(kOneByOne ? w.rows * Z::kColumns * 4
                                 : (kParts - 1) * w.rows * Z::pitch(kParts) * 4);
@@ -557,13 +577,17 @@ __global__ __launch_bounds__(Z::kThreads) void product_sm90_kernel(
   const int group = __shfl_sync(0xFFFFFFFFU, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
   if (group == Z::kGroups) {
     if (copies_panels) copies.begin();
+    if constexpr (kMeets) cluster_wait();
     wait_for_previous_kernel();
     if (copies_panels) copies.run();
     __syncwarp();
     finish.load();
+    if constexpr (kMeets) cluster_arrive();
+    if constexpr (!kOneByOne) __syncthreads();
     if constexpr (kParts > 1) cluster_wait();
   } else {
     finish.prefetch();
+    if constexpr (kMeets) cluster_wait();
     wait_for_previous_kernel();
     finish.load();
     multiply_panels<Z, kParts>(mem, w, group, static_cast<int>(threadIdx.x) % kWarpgroup);
@@ -573,15 +597,6 @@ __global__ __launch_bounds__(Z::kThreads) void product_sm90_kernel(
   if constexpr (kParts > 1 && !kOneByOne) cluster_arrive();
   finish.run();
   if constexpr (kParts > 1 && !kOneByOne) cluster_wait();  // until what it sent has been received
-}
-
-/// Parts of K: a power of two, while the blocks stay few and parts long.
-inline int parts_of(int columns, int panels) {
-  const int tiles = (columns + 63) / 64;
-  int parts = 1;
-  while (parts < kMaxParts && 2 * parts * tiles <= kMaxBlocks && 2 * parts * kMinPanels <= panels)
-    parts *= 2;
-  return parts;
 }
 
 /// The matrix of the rows of an operand.
@@ -656,11 +671,15 @@ void launch(cudaStream_t stream, const Product& f, const Epilogue& epilogue) {
       if constexpr (kWidth > 1) launch_clusters<Z, kParts, 1>(stream, tiles, args, epilogue, maps);
     }
   };
-  if constexpr (kStagedBytes<Epilogue> == 0)
-    if (parts == 8) return run.template operator()<8>();
-  if (parts == 4) return run.template operator()<4>();
-  if (parts == 2) return run.template operator()<2>();
-  run.template operator()<1>();
+  if constexpr (Z::kShort) {
+    run.template operator()<4>();
+  } else {
+    if constexpr (kStagedBytes<Epilogue> == 0)
+      if (parts == 8) return run.template operator()<8>();
+    if (parts == 4) return run.template operator()<4>();
+    if (parts == 2) return run.template operator()<2>();
+    run.template operator()<1>();
+  }
 }
 
 template <class Epilogue>
@@ -675,9 +694,13 @@ void launch(cudaStream_t stream, const Product& f, const Epilogue& epilogue) {
   if (rows <= 32 && short_rows) return launch<Tile<32, 2, 1, 5>>(stream, f, epilogue);
   if (rows <= 32) return launch<Tile<32, 1, 1, 8>>(stream, f, epilogue);
   // Two tiles of rows read W twice, from L2 the second time.
+  constexpr bool kHalves = kStagedBytes<Epilogue> > 0;
   if (rows <= 64 || f.weight.numel() < kSmallWeight)
-    return launch<Tile<64, 1, 1, 5>>(stream, f, epilogue);
+    return launch<Tile<64, 1, 1, kHalves ? 5 : 6>>(stream, f, epilogue);
   if (f.weight.numel() < 2 * kSmallWeight) return launch<Tile<128, 1, 2, 7>>(stream, f, epilogue);
+  // 32 clusters of four: an H200 takes 30 at once if they do not share multiprocessors.
+  if constexpr (!kHalves)
+    if (parts_of(f.weight) == 4) return launch<Tile<128, 1, 2, 5, 4>>(stream, f, epilogue);
   launch<Tile<128, 1, 2, 4>>(stream, f, epilogue);
 }
 

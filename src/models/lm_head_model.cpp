@@ -27,6 +27,10 @@ std::int64_t logits_pitch(std::int64_t columns) {
   return (columns + kLogitsPitch - 1) / kLogitsPitch * kLogitsPitch;
 }
 
+// Up to here, as in decoding, a product takes any width as it is; beyond, an odd one costs more
+// than a copy.
+constexpr std::int64_t kFewLogitsRows = 128;
+
 // dx = dz W without the padding rows of W, which may hold anything. The few rows beyond a multiple
 // of kLogitsAlignment come first, so that the long sum is the one that is not rounded again.
 void head_dx(Context& ctx, TensorView dz, TensorView weight, std::int64_t vocab_size,
@@ -364,11 +368,32 @@ EncoderOutput LRNNLMHeadModel::hidden_states(Context& ctx, const Inputs& inputs,
 
 Tensor LRNNLMHeadModel::head(Context& ctx, TensorView x) const {
   Tensor logits = ctx.empty({x.dim(0), x.dim(1), config_.vocab_size}, activation_dtype_);
-  linear_forward(ctx, {.x = x,
-                       .weight = head_->value.slice(0, 0, config_.vocab_size),
-                       .y = logits,
-                       .stable_weight = true});
+  const std::int64_t rows = x.dim(0) * x.dim(1);
+  if (ctx.device().is_cuda() && rows > kFewLogitsRows && config_.vocab_size % kLogitsAlignment != 0)
+    aligned_head(ctx, x.reshape({rows, config_.d_model}),
+                 logits.view().reshape({rows, config_.vocab_size}));
+  else
+    linear_forward(ctx, {.x = x,
+                         .weight = head_->value.slice(0, 0, config_.vocab_size),
+                         .y = logits,
+                         .stable_weight = true});
   return logits;
+}
+
+void LRNNLMHeadModel::aligned_head(Context& ctx, TensorView x, MutableTensorView logits) const {
+  const std::int64_t rows = x.dim(0);
+  const std::int64_t columns = config_.padded_vocab_size();
+  Tensor aligned =
+      ctx.empty({std::min(rows, kLossChunkRows), logits_pitch(columns)}, activation_dtype_);
+  for (std::int64_t begin = 0; begin < rows; begin += kLossChunkRows) {
+    const std::int64_t count = std::min(kLossChunkRows, rows - begin);
+    const MutableTensorView z = aligned.view().slice(0, 0, count);
+    linear_forward(ctx, {.x = x.slice(0, begin, count),
+                         .weight = head_->value,
+                         .y = z.slice(1, 0, columns),
+                         .stable_weight = true});
+    cast(ctx, {.src = z.slice(1, 0, config_.vocab_size), .dst = logits.slice(0, begin, count)});
+  }
 }
 
 CausalLMOutput LRNNLMHeadModel::forward(Context& ctx, TensorView input_ids,

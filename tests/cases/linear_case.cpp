@@ -152,6 +152,9 @@ const RegisterOpCases kRegister({
     without_gradcheck(linear_case({100, 1544, 200})),
     without_gradcheck(linear_case({2, 2056, 130})),
     decode_case(16, 264, 16387),
+    // Large weights of few columns, whose sum is cut into four.
+    decode_case(70, 2056, 2048),
+    decode_case(101, 2104, 2003),
     // Many columns: rows of y that are aligned, or none like another, more tiles than blocks.
     decode_case(17, 104, 16387),
     decode_case(33, 40, 25553),

@@ -176,6 +176,8 @@ class LRNNLMHeadModel {
   [[nodiscard]] Tensor step_stack(Context& ctx, std::span<const MambaStackLayer> layers,
                                   TensorView hidden, TensorView residual, BlockSaved& saved) const;
   [[nodiscard]] Tensor head(Context& ctx, TensorView x) const;
+  /// Logits [T, V] of x [T, H] by products of aligned width.
+  void aligned_head(Context& ctx, TensorView x, MutableTensorView logits) const;
   /// The mean loss of normalised hidden values. Unless dx is absent, also the gradients of x, which
   /// may be overwritten with them, and of the head.
   [[nodiscard]] Tensor head_loss(Context& ctx, TensorView x, TensorView targets, TensorView lengths,
