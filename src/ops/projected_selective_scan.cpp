@@ -15,11 +15,10 @@ void projected_selective_scan_step(Context& ctx, const ProjectedSelectiveScanSte
   const DType accumulate = accumulate_dtype(dtype);
   const std::int64_t rank = a.dt_weight.dim(1);
   const std::int64_t dstate = a.in.A_log.dim(1);
-  LRNN_CHECK(us[1] == 1, ShapeError, op, ": u: expected one token, got ", us);
+  detail::check_one_token(op, "u", a.in.u);
   LRNN_CHECK(!a.in.dt && !a.in.B && !a.in.C, InvalidArgument, op,
              ": dt, B and C are products of the op");
-  LRNN_CHECK(!a.in.state_in && !a.in.lengths, InvalidArgument, op,
-             ": state_in and lengths have no meaning here");
+  detail::check_inputs_of_step(op, a.in);
   const auto matrix_dtype = [&](TensorView t) { return detail::weight_dtype(ctx, t, dtype); };
   detail::check_rows(op, "u", ctx, a.in.u, us, dtype);
   detail::check_rows(op, "projection", ctx, a.projection, {rank + 2 * dstate, us[2]},
