@@ -8,6 +8,7 @@
 #include <nlohmann/json.hpp>
 #include <numeric>
 #include <set>
+#include <unistd.h>
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
@@ -229,7 +230,8 @@ TEST(Tokenizer, BuildWithoutUnicodeSaysSo) {
 }
 
 TEST_F(TokenizerFiles, OfAModelsFolder) {
-  const fs::path folder = fs::temp_directory_path() / "lrnn_tokenizer_test";
+  const fs::path folder =
+      fs::temp_directory_path() / ("lrnn_tokenizer_test_" + std::to_string(::getpid()));
   fs::remove_all(folder);
   fs::create_directories(folder);
   EXPECT_TRUE(Tokenizer::of_model(folder).is_bytes());
@@ -661,7 +663,8 @@ TEST_F(TokenizerFiles, DamagedTextNeverCrashes) {
 // --- training data -----------------------------------------------------------------------------
 
 TEST_F(TokenizerFiles, TextDataCountsBytesPerToken) {
-  const fs::path path = fs::temp_directory_path() / "lrnn_tokenizer_test.txt";
+  const fs::path path = fs::temp_directory_path() /
+                        ("lrnn_tokenizer_test_" + std::to_string(::getpid()) + ".txt");
   // The cut, 8 bytes before the end of 20, falls into the second byte of an e with acute.
   write_text_file(path, "in the hous\xC3\xA9 of God");
   const Tokenizer tokenizer = gpt2_kind();

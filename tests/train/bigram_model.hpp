@@ -6,6 +6,7 @@
 #include <cstring>
 #include <filesystem>
 #include <string>
+#include <unistd.h>
 #include <vector>
 
 #include "lrnn/ops/cross_entropy.hpp"
@@ -74,7 +75,8 @@ class BigramModel {
 class ScratchDirectory {
  public:
   explicit ScratchDirectory(const std::string& name)
-      : path_(std::filesystem::temp_directory_path() / ("lrnn_test_" + name)) {
+      : path_(std::filesystem::temp_directory_path() /
+              ("lrnn_test_" + name + '_' + std::to_string(::getpid()))) {
     std::filesystem::remove_all(path_);
   }
   ScratchDirectory(const ScratchDirectory&) = delete;

@@ -4,6 +4,7 @@
 #include <filesystem>
 #include <numeric>
 #include <set>
+#include <unistd.h>
 
 #include <gtest/gtest.h>
 
@@ -51,7 +52,8 @@ TEST(TextData, HoldsOutTheEndOfEveryText) {
 }
 
 TEST(TextData, ReadsFiles) {
-  const auto directory = std::filesystem::temp_directory_path() / "lrnn_text_data_test";
+  const auto directory = std::filesystem::temp_directory_path() /
+                         ("lrnn_text_data_test_" + std::to_string(::getpid()));
   std::filesystem::create_directories(directory);
   write_text_file(directory / "a.txt", std::string("abc\xff", 4));
   const TextData data = TextData::from_files({directory / "a.txt"}, 0.25);
