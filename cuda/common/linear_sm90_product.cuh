@@ -362,7 +362,7 @@ __device__ __forceinline__ void hand_on(const Shared<Z>& mem, const Work& w, int
 }
 
 /// A warpgroup's 64 columns by kGroupRows rows: products of the block's panels.
-template <class Z, int kParts>
+template <class Z, int kParts, int kPending>
 __device__ __forceinline__ void multiply_panels(const Shared<Z>& mem, const Work& w, int group,
                                                 int thread) {
   float c[Z::kRowTiles][4] = {};
@@ -371,9 +371,6 @@ __device__ __forceinline__ void multiply_panels(const Shared<Z>& mem, const Work
   const int lane = thread % 32;
   const int column = group % Z::kColumnGroups * 64;
   const int row = group / Z::kColumnGroups * Z::kGroupRows;
-  // Buffers are given back at once where x is large, so that as many copies as possible are on
-  // their way; else one panel later, so that products follow each other.
-  constexpr int kPending = Z::kRows >= 64 ? 0 : 1;
   for (int i = 0; i < w.count; ++i) {
     barrier_wait(mem.full(i), i / Z::kStages % 2);
     if (Z::kShort) barrier_wait(mem.input_full(i), i / Z::kInputStages % 2);
@@ -596,7 +593,14 @@ __global__ __launch_bounds__(Z::kThreads) void product_sm90_kernel(
     if constexpr (kMeets) cluster_wait();
     wait_for_previous_kernel();
     finish.load();
-    multiply_panels<Z, kParts>(mem, w, group, static_cast<int>(threadIdx.x) % kWarpgroup);
+    // Buffers are given back at once where x is large and their turn comes again and again, so that
+    // as many copies as possible are on their way; else one panel later, so that products follow
+    // each other.
+    const int thread = static_cast<int>(threadIdx.x) % kWarpgroup;
+    if (Z::kRows >= 64 && w.count >= 2 * Z::kInputStages)
+      multiply_panels<Z, kParts, 0>(mem, w, group, thread);
+    else
+      multiply_panels<Z, kParts, 1>(mem, w, group, thread);
   }
   if constexpr (!kOneByOne) __syncthreads();  // the block's own sums
   if constexpr (kParts > 1) barrier_wait(mem.received(), 0);
@@ -701,8 +705,8 @@ void launch(cudaStream_t stream, const Product& f, const Epilogue& epilogue) {
   if (rows <= 32) return launch<Tile<32, 1, 1, 8>>(stream, f, epilogue);
   // Two tiles of rows read W twice, from L2 the second time.
   constexpr bool kHalves = kStagedBytes<Epilogue> > 0;
-  if (rows <= 64 || f.weight.numel() < kSmallWeight)
-    return launch<Tile<64, 1, 1, kHalves ? 5 : 6>>(stream, f, epilogue);
+  if (f.weight.numel() < kSmallWeight) return launch<Tile<64, 1, 1, 5>>(stream, f, epilogue);
+  if (rows <= 64) return launch<Tile<64, 1, 1, kHalves ? 5 : 6>>(stream, f, epilogue);
   if (f.weight.numel() < 2 * kSmallWeight) return launch<Tile<128, 1, 2, 7>>(stream, f, epilogue);
   // 32 clusters of four: an H200 takes 30 at once if they do not share multiprocessors.
   if constexpr (!kHalves)
