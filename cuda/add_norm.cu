@@ -39,6 +39,9 @@ struct EitherConst {
     else
       load_vec<T, N>(static_cast<const T*>(data) + i, out);
   }
+  __device__ __forceinline__ void prefetch(std::int64_t i) const {
+    prefetch_to_l2(static_cast<const char*>(data) + i * (wide ? 4 : sizeof(T)));
+  }
 };
 template <class T>
 struct Either {
@@ -202,9 +205,14 @@ __global__ __launch_bounds__(kRowThreads<kBlockRow>) void forward_kernel(Forward
   float w[kCount][kN];
   if constexpr (kFewRows)
 #pragma unroll
-    for (int j = 0; j < kCount; ++j)
-      if (p.template column<kN>(j) < a.width)
-        load_vec<float, kN>(a.weight + p.template column<kN>(j), w[j]);
+    for (int j = 0; j < kCount; ++j) {
+      const int column = p.template column<kN>(j);
+      if (column >= a.width) continue;
+      load_vec<float, kN>(a.weight + column, w[j]);
+      // Between two norms of a model more passes the caches than they hold.
+      if (a.residual.data != nullptr && p.row < a.rows && column % 32 == 0)
+        a.residual.prefetch(p.row * a.width + column);
+    }
   wait_for_previous_kernel();
   if (p.row >= a.rows) return;  // whole warps; blocks never leave when they own the row
   const int width = static_cast<int>(a.width);

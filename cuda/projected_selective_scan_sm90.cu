@@ -49,10 +49,9 @@ struct ScanArgs {
   [[nodiscard]] __host__ __device__ int width() const { return rank + 2 * kN; }
 };
 
-/// Shared addresses. Rows of u and z are 16 bytes longer than they need, so that those that a warp
-/// reads together hit different banks.
+/// Shared addresses. Of u and z each warp has its own channels, sequence by sequence.
 struct Shared {
-  static constexpr int kTokenPitch = kChannels * 2 + 16;
+  static constexpr int kTokenBytes = kPerWarp * 2;  // of a warp and a sequence
   static constexpr int kDtBytes = kProductRows * kPerWarp * 4;  // of a warp
   std::uint32_t states, x, u, z, dt, barriers, end;
 
@@ -61,15 +60,19 @@ struct Shared {
         static_cast<std::uint32_t>((p.per_block + kProductRows - 1) / kProductRows * kProductRows);
     x = states + kBuffers * 4 * kSequenceBytes;
     u = x + rows * static_cast<std::uint32_t>(p.width()) * 2U;
-    z = u + rows * kTokenPitch;
-    dt = z + rows * kTokenPitch;
+    z = u + kWarps * rows * kTokenBytes;
+    dt = z + kWarps * rows * kTokenBytes;
     barriers = dt + kWarps * kDtBytes;
     end = barriers + 8 * (1 + 2 * kBuffers);
   }
   [[nodiscard]] __device__ __forceinline__ std::uint32_t buffer(int i) const {
     return states + static_cast<std::uint32_t>(i * 4 * kSequenceBytes);
   }
-  /// Barrier of x, u and z.
+  /// From u or z to the tokens of a warp.
+  [[nodiscard]] __device__ __forceinline__ std::uint32_t tokens(int warp) const {
+    return static_cast<std::uint32_t>(warp) * ((z - u) / kWarps);
+  }
+  /// Barrier of x.
   [[nodiscard]] __device__ __forceinline__ std::uint32_t inputs() const { return barriers; }
   [[nodiscard]] __device__ __forceinline__ std::uint32_t full(int i) const {
     return barriers + 8U * static_cast<std::uint32_t>(1 + i);
@@ -100,9 +103,9 @@ struct Block {
   [[nodiscard]] __device__ __forceinline__ float* states(const ScanArgs& p) const {
     return p.state + first * stride + std::int64_t{channel} * kN;
   }
-  /// Bytes of x, u and z.
+  /// Bytes of x.
   [[nodiscard]] __device__ __forceinline__ int input_bytes(const ScanArgs& p) const {
-    return count * 2 * (p.width() + (p.z.data != nullptr ? 2 : 1) * kChannels);
+    return count * 2 * p.width();
   }
 };
 
@@ -123,14 +126,17 @@ __device__ __forceinline__ void copy_states(const ScanArgs& p, const Shared& mem
                  kSequenceBytes, mem.full(to));
   }
 }
-/// Copies u and z, each thread those of one sequence.
+/// Copies u and z of a warp's channels, which are behind copies_async_wait() and __syncwarp().
 __device__ __forceinline__ void copy_tokens(const ScanArgs& p, const Shared& mem, const Block& b) {
-  const int i = static_cast<int>(threadIdx.x);
-  if (i >= b.count) return;
-  const auto place = static_cast<std::uint32_t>(i * Shared::kTokenPitch);
-  copy_bytes(mem.u + place, p.u.row(b.first + i) + b.channel, kChannels * 2, mem.inputs());
-  if (p.z.data != nullptr)
-    copy_bytes(mem.z + place, p.z.row(b.first + i) + b.channel, kChannels * 2, mem.inputs());
+  static_assert(Shared::kTokenBytes == 16);
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  const std::int64_t channel = b.channel + warp * kPerWarp;
+  for (int i = static_cast<int>(threadIdx.x) % 32; i < b.count; i += 32) {
+    const std::uint32_t place =
+        mem.tokens(warp) + static_cast<std::uint32_t>(i * Shared::kTokenBytes);
+    copy_async(mem.u + place, p.u.row(b.first + i) + channel);
+    if (p.z.data != nullptr) copy_async(mem.z + place, p.z.row(b.first + i) + channel);
+  }
 }
 
 __device__ __forceinline__ void load_words(std::uint32_t (&w)[2], std::uint32_t at) {
@@ -165,20 +171,22 @@ struct Lane {
   Packed<float, kStates> A_log;
   float dt_bias, D;
 
-  __device__ __forceinline__ Lane(const ScanArgs& p, const Block& b)
-      : part(static_cast<int>(threadIdx.x) % kLanes),
-        local(static_cast<int>(threadIdx.x) % 32 / kLanes),
-        warp(static_cast<int>(threadIdx.x) / 32),
-        channel(b.channel + static_cast<int>(threadIdx.x) / kLanes) {
+  /// The loads stay where they are, before the kernels before this one have ended: the compiler
+  /// puts those of constants where they are used.
+  __device__ __forceinline__ Lane(const ScanArgs& p, const Block& b, int thread)
+      : part(thread % kLanes),
+        local(thread % 32 / kLanes),
+        warp(thread / 32),
+        channel(b.channel + thread / kLanes) {
     const bf16* const w = p.dt_weight + std::int64_t{channel} * p.rank + 4 * part;
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) {
       dt_weight[s] = {};
-      if (s * kProductRows < p.rank) dt_weight[s].load_constant(w + s * kProductRows);
+      if (s * kProductRows < p.rank) dt_weight[s].load(w + s * kProductRows);
     }
-    A_log.load_constant(p.A_log + std::int64_t{channel} * kN + part * kStates);
-    dt_bias = __ldg(p.dt_bias + channel);
-    D = p.D != nullptr ? __ldg(p.D + channel) : 0.0F;
+    A_log.load(p.A_log + std::int64_t{channel} * kN + part * kStates);
+    dt_bias = p.dt_bias[channel];
+    D = p.D != nullptr ? p.D[channel] : 0.0F;
   }
   /// dt of kProductRows sequences, from those of x at shared address `x`, by the channels of the
   /// warp to [kProductRows][kPerWarp] at `to`. The order of a sum is free, so a lane takes four
@@ -244,13 +252,15 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const Shared& mem, const
   float A[kStates];
 #pragma unroll
   for (int k = 0; k < kStates; ++k) A[k] = -expf(lane.A_log.get(k)) * selective::kLog2e;
+  copies_async_wait();
+  __syncwarp();
   barrier_wait(mem.inputs(), 0);
   const auto pitch = 2U * static_cast<std::uint32_t>(p.width());
   const std::uint32_t dt_of_warp = mem.dt + static_cast<std::uint32_t>(lane.warp * mem.kDtBytes);
   std::uint32_t x = mem.x;
   std::uint32_t own_dt = 0;
-  std::uint32_t token =
-      static_cast<std::uint32_t>(lane.part * mem.kTokenPitch + (lane.channel - b.channel) * 2);
+  std::uint32_t token = mem.tokens(lane.warp) +
+                        static_cast<std::uint32_t>(lane.part * mem.kTokenBytes + lane.local * 2);
   float* to = b.states(p) + 4 * threadIdx.x;
   bf16* y_at = p.y.row(b.first + lane.part) + lane.channel;
   int buffer = 0;
@@ -283,7 +293,7 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const Shared& mem, const
     }
     x += 4 * pitch;
     own_dt += 4 * kPerWarp * 4;
-    token += 4 * mem.kTokenPitch;
+    token += 4 * mem.kTokenBytes;
     to += 4 * b.stride;
     y_at += 4 * p.y.stride;
   }
@@ -300,13 +310,14 @@ __global__ __launch_bounds__(kThreads, 2) void scan_step_kernel(ScanArgs p) {
     mem.init_barriers();
     barrier_expect(mem.inputs(), block.input_bytes(p));
   }
+  // Before the states, which fill the queues.
+  if (threadIdx.x < kCopier) copy_tokens(p, mem, block);
+  const Lane<kSteps> lane(p, block, min(static_cast<int>(threadIdx.x), kCopier - 1));
   __syncthreads();
   if (threadIdx.x >= kCopier) {
     if (threadIdx.x == kCopier) copy_states(p, mem, block);
     return;
   }
-  copy_tokens(p, mem, block);
-  const Lane<kSteps> lane(p, block);
   wait_for_previous_kernel();
   if (threadIdx.x == 0)
     copy_bytes(mem.x, p.x + std::int64_t{block.first} * p.width(), block.count * p.width() * 2,

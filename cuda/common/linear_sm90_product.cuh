@@ -151,15 +151,6 @@ __device__ __forceinline__ void cluster_wait() {
   __syncwarp();
   asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
 }
-/// Copies 16 bytes to shared memory; copies_async_wait() waits for all that the thread asked for.
-__device__ __forceinline__ void copy_async(std::uint32_t to, const void* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to),
-               "l"(__cvta_generic_to_global(from))
-               : "memory");
-}
-__device__ __forceinline__ void copies_async_wait() {
-  asm volatile("cp.async.wait_all;" ::: "memory");
-}
 /// Floats at a shared address of this block.
 template <int N>
 __device__ __forceinline__ void load_shared(float (&v)[N], std::uint32_t at) {

@@ -172,10 +172,11 @@ __device__ __forceinline__ void give_registers() {
 __device__ __forceinline__ void barrier_init(std::uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
-/// Makes initialised barriers visible to tensor copies.
+/// Makes initialised barriers visible to tensor copies. A fence of shared memory: one of all memory
+/// waits for the whole device, about 1 us before a block's first copy.
 __device__ __forceinline__ void barrier_init_done() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-  asm volatile("fence.proxy.async;" ::: "memory");
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 __device__ __forceinline__ void barrier_arrive(std::uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
@@ -235,6 +236,15 @@ __device__ __forceinline__ void prefetch_box(const CUtensorMap* map, int c, int 
                    reinterpret_cast<std::uint64_t>(map)),
                "r"(c), "r"(h), "r"(r), "r"(b)
                : "memory");
+}
+/// Copies 16 bytes to shared memory; copies_async_wait() waits for all that the thread asked for.
+__device__ __forceinline__ void copy_async(std::uint32_t to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to),
+               "l"(__cvta_generic_to_global(from))
+               : "memory");
+}
+__device__ __forceinline__ void copies_async_wait() {
+  asm volatile("cp.async.wait_all;" ::: "memory");
 }
 /// Copies `bytes`, a multiple of 16, between 16-byte aligned places; they count at `barrier`.
 __device__ __forceinline__ void copy_bytes(std::uint32_t to, const void* from, int bytes,
