@@ -298,11 +298,9 @@ struct Copies {
   }
 };
 
-/// All threads of a block meet, the copying warp and the others from different places.
-template <class Z>
-__device__ __forceinline__ void block_meets() {
-  group_wait(2, Z::kThreads);
-}
+/// Barrier at which the warpgroups of a block wait for each other and for the copying warp, which
+/// does not wait itself.
+constexpr int kProductsDone = 2;
 
 /// Puts sums of a thread, those of rows from `row` and columns from `column` on, into shared memory
 /// where the buffers were, and sends those of several parts to the blocks that finish them.
@@ -315,7 +313,8 @@ __device__ __forceinline__ void hand_on(const Shared<Z>& mem, const Work& w, int
   if constexpr (kOneByOne)
     cluster_wait();  // until the barriers of the others are there
   else
-    block_meets<Z>();  // until no warpgroup reads the buffers, and nothing is copied to them
+    // Until no warpgroup reads the buffers, and nothing is copied to them.
+    group_wait(kProductsDone, Z::kThreads);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int at = column + half * 8;
@@ -577,7 +576,7 @@ __global__ __launch_bounds__(Z::kThreads) void product_sm90_kernel(
     __syncwarp();
     finish.load();
     if constexpr (kMeets) cluster_arrive();
-    if constexpr (!kOneByOne) block_meets<Z>();
+    if constexpr (!kOneByOne) group_arrive(kProductsDone, Z::kThreads);
     if constexpr (kParts > 1) cluster_wait();
   } else {
     finish.prefetch();
