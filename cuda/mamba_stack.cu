@@ -20,6 +20,7 @@
 // version that reads clocks.) Clusters that make x_dbl for themselves would save one, but 128
 // blocks do not fit into clusters of 8.
 #include "common/mamba_stack.cuh"
+#include "common/mamba_stack_sm90.cuh"
 #include "common/reduce.cuh"
 
 namespace lrnn::cuda {
@@ -601,7 +602,11 @@ bool step_together(Context& ctx, const MambaStackStep& a) {
 }  // namespace mamba_stack
 
 void mamba_stack_step(Context& ctx, const MambaStackStep& a) {
-  if (!mamba_stack::step_together(ctx, a)) lrnn::detail::mamba_stack_by_parts(ctx, a);
+  if (mamba_stack::step_together(ctx, a)) return;
+#ifdef LRNN_WITH_SM90A
+  if (linear_sm90::mamba_stack_step(ctx, a)) return;
+#endif
+  lrnn::detail::mamba_stack_by_parts(ctx, a);
 }
 
 }  // namespace lrnn::cuda

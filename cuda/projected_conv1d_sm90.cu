@@ -47,13 +47,16 @@ struct Channel {
 };
 
 /// The same where half of the columns are channels.
+template <bool kScales_>
 struct HalfChannels {
+  static constexpr bool kScales = kScales_;
   static constexpr int kStagedBytes = 4 * conv::kUsualWidth;  // a window
 
   conv::Conv<bf16> conv;
   const bf16* bias;  // of the projection, or null
   DeviceRows<bf16> y;
   float* state;
+  RowScale scale;
 
   struct First {
     Packed<bf16, conv::kUsualWidth> taps;
@@ -104,16 +107,37 @@ bool has_halves(const ProjectedConv1dStep& a) {
          (!a.projection_bias || allows_vectors(a.projection_bias.data<bf16>(), columns, 0, 4));
 }
 
+/// Whether this kernel can address all operands.
+bool addressable(const ProjectedConv1dStep& a) {
+  return !a.side_y && applies(a.x, a.projection) &&
+         conv::has_usual_windows(conv::step_conv<bf16>(a), a.state.data<float>());
+}
+
+template <bool kScales>
+void launch_halves(Context& ctx, const ProjectedConv1dStep& a, const RowScale& scale) {
+  launch<ManyRows>(
+      ctx.stream().handle, Product{.x = a.x, .weight = a.projection, .stable_weight = true},
+      HalfChannels<kScales>{.conv = conv::step_conv<bf16>(a),
+                            .bias = a.projection_bias ? a.projection_bias.data<bf16>() : nullptr,
+                            .y = device_rows<bf16>(a.y),
+                            .state = a.state.data<float>(),
+                            .scale = scale});
+}
+
 }  // namespace
+
+bool scales_rows(const ProjectedConv1dStep& a) {
+  const std::int64_t rows = a.x.dim(0);
+  return addressable(a) && rows > 64 && rows <= ManyRows::kRows && has_halves(a);
+}
 
 // Where the windows do not delay the product more than a launch would: they come while products are
 // formed, or a block has a few for each thread (64 rows are the most for the threads of a tile). In
 // the latter case the sums of a large weight, half of whose blocks have windows, wait for them.
 bool takes(const ProjectedConv1dStep& a) {
-  if (a.side_y || !applies(a.x, a.projection)) return false;
-  if (!conv::has_usual_windows(conv::step_conv<bf16>(a), a.state.data<float>())) return false;
+  if (!addressable(a)) return false;
+  if (scales_rows(a)) return true;
   const std::int64_t rows = a.x.dim(0);
-  if (rows > 64 && rows <= 128 && has_halves(a)) return true;
   if (a.projection.numel() >= 2 * kSmallWeight) return rows <= 8;
   if (few_rows::applies<bf16>(a.x, a.projection)) return streams(a.projection);
   return (rows <= 32 || rows > 64) && pays(rows, a.projection, a.y);
@@ -121,16 +145,17 @@ bool takes(const ProjectedConv1dStep& a) {
 
 void projected_conv1d_step(Context& ctx, const ProjectedConv1dStep& a) {
   const Product product{.x = a.x, .weight = a.projection, .stable_weight = true};
-  const auto epilogue = [&]<class Epilogue>() {
-    return Epilogue{.conv = conv::step_conv<bf16>(a),
-                    .bias = a.projection_bias ? a.projection_bias.data<bf16>() : nullptr,
-                    .y = device_rows<bf16>(a.y),
-                    .state = a.state.data<float>()};
-  };
-  const cudaStream_t stream = ctx.stream().handle;
-  if (a.x.dim(0) > 64 && has_halves(a))
-    return launch<ManyRows>(stream, product, epilogue.template operator()<HalfChannels>());
-  launch(stream, product, epilogue.template operator()<Channel>());
+  if (a.x.dim(0) > 64 && has_halves(a)) return launch_halves<false>(ctx, a, {});
+  launch(ctx.stream().handle, product,
+         Channel{.conv = conv::step_conv<bf16>(a),
+                 .bias = a.projection_bias ? a.projection_bias.data<bf16>() : nullptr,
+                 .y = device_rows<bf16>(a.y),
+                 .state = a.state.data<float>()});
+}
+
+void projected_conv1d_step(Context& ctx, const ProjectedConv1dStep& a, const RowScale& scale) {
+  if (scale.squares == nullptr) return linear_sm90::projected_conv1d_step(ctx, a);
+  launch_halves<true>(ctx, a, scale);
 }
 
 }  // namespace lrnn::cuda::linear_sm90

@@ -88,6 +88,15 @@ __device__ __forceinline__ void send(std::uint32_t to, float2 v, std::uint32_t b
       : "memory");
 #endif
 }
+__device__ __forceinline__ void send(std::uint32_t to, const float (&v)[4], std::uint32_t barrier) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, "
+      "[%5];" ::"r"(to),
+      "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]), "r"(barrier)
+      : "memory");
+#endif
+}
 __device__ __forceinline__ void send(std::uint32_t to, std::uint32_t v, std::uint32_t barrier) {
 #if __CUDA_ARCH__ >= 900
   asm volatile(

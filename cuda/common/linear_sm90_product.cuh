@@ -24,6 +24,7 @@
 #include "common/cluster.cuh"
 #include "common/launch.cuh"
 #include "common/linear_sm90.cuh"
+#include "common/row_scale.cuh"
 #include "common/wgmma.cuh"
 
 namespace lrnn::cuda::linear_sm90 {
@@ -76,6 +77,13 @@ constexpr int kStagedBytes = 0;
 template <class Epilogue>
   requires requires { Epilogue::kStagedBytes; }
 constexpr int kStagedBytes<Epilogue> = Epilogue::kStagedBytes;
+
+/// Whether sums have a factor of their row.
+template <class Epilogue>
+constexpr bool kScalesRows = false;
+template <class Epilogue>
+  requires requires { Epilogue::kScales; }
+constexpr bool kScalesRows<Epilogue> = Epilogue::kScales;
 
 struct Args {
   int rows, columns;
@@ -164,6 +172,15 @@ __device__ __forceinline__ void load_shared(float (&v)[N], std::uint32_t at) {
                    : "r"(at + 4U * e)
                    : "memory");
   }
+}
+
+__device__ __forceinline__ void store_shared(std::uint32_t at, float v) {
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(at), "f"(v) : "memory");
+}
+__device__ __forceinline__ void store_shared(std::uint32_t at, const float (&v)[4]) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(at), "f"(v[0]), "f"(v[1]),
+               "f"(v[2]), "f"(v[3])
+               : "memory");
 }
 
 /// Shared addresses of the buffers and barriers of a block.
@@ -459,6 +476,45 @@ struct Finish {
   }
 };
 
+/// The factors of a block's rows. Two neighbouring threads share the terms of a row, which come
+/// while products are formed.
+template <class Z>
+struct RowFactors {
+  float terms[RowScale::kMostParts / 2];
+
+  __device__ __forceinline__ void load(const RowScale& scale, const Work& w) {
+    static_assert(Z::kRows == RowScale::kRows && 2 * Z::kRows <= Z::kThreads);
+    const int row = static_cast<int>(threadIdx.x) / 2;
+#pragma unroll
+    for (int i = 0; i < RowScale::kMostParts / 2; ++i) {
+      const int part = 2 * i + static_cast<int>(threadIdx.x) % 2;
+      terms[i] = 0.0F;
+      if (row < w.rows && part < scale.parts)
+        terms[i] = __ldcg(scale.squares + part * RowScale::kRows + w.row + row);
+    }
+  }
+  /// Puts them at the end of the buffers, when those have been read; the block meets behind it.
+  __device__ __forceinline__ void share(const RowScale& scale, const Shared<Z>& mem) const {
+    float sum = 0.0F;
+#pragma unroll
+    for (const float term : terms) sum += term;
+    sum += __shfl_xor_sync(0xFFFFFFFFU, sum, 1);
+    const int thread = static_cast<int>(threadIdx.x);
+    if (thread % 2 == 0 && thread < 2 * Z::kRows)
+      store_shared(place(mem, thread / 2), 1.0F / sqrtf(sum * scale.inverse_width + scale.eps));
+  }
+  __device__ __forceinline__ float at(const Shared<Z>& mem, int row) const {
+    float factor[1];
+    load_shared(factor, place(mem, row));
+    return factor[0];
+  }
+
+ private:
+  __device__ __forceinline__ static std::uint32_t place(const Shared<Z>& mem, int row) {
+    return mem.base + static_cast<std::uint32_t>(Z::kBufferBytes - 4 * (Z::kRows - row));
+  }
+};
+
 /// The same for an epilogue that has
 ///   kStagedBytes                              16, which are read from `staged_from` of every sum
 ///   of
@@ -466,6 +522,7 @@ struct Finish {
 ///   First first(column)                       what does not depend on the row, parameters
 ///   finish_first(row, column, sum, first, staged[4])
 ///   finish_second(row, column, sum[4])
+///   kScales, RowScale scale                   whether sums have a factor of their row
 /// A thread has one column of the first half.
 template <class Z, int kParts, class Epilogue>
 struct FinishHalves {
@@ -481,6 +538,7 @@ struct FinishHalves {
   const Work& w;
   int column;
   typename Epilogue::First first;
+  RowFactors<Z> factors;  // if kScales
 
   __device__ __forceinline__ FinishHalves(const Args& a, const Epilogue& epilogue,
                                           const Shared<Z>& mem, const Work& w)
@@ -515,14 +573,20 @@ struct FinishHalves {
 #pragma unroll
       for (int p = 1; p < kParts; ++p) sum[e] += part[p][e];
     }
+    if constexpr (kScalesRows<Epilogue>) {
+      const float factor = factors.at(mem, row);
+#pragma unroll
+      for (int e = 0; e < N; ++e) sum[e] *= factor;
+    }
   }
 
   __device__ __forceinline__ void prefetch() const {
     for_each_first([&](int row) { epilogue.prefetch(w.row + row, column); });
   }
-  __device__ __forceinline__ void load() const {
+  __device__ __forceinline__ void load() {
     for_each_first(
         [&](int row) { copy_async(staged(row), epilogue.staged_from(w.row + row, column)); });
+    if constexpr (kScalesRows<Epilogue>) factors.load(epilogue.scale, w);
   }
   __device__ __forceinline__ void run() const {
     copies_async_wait();
@@ -591,6 +655,7 @@ __global__ __launch_bounds__(Z::kThreads) void product_sm90_kernel(
       multiply_panels<Z, kParts, 0>(mem, w, group, thread);
     else
       multiply_panels<Z, kParts, 1>(mem, w, group, thread);
+    if constexpr (kScalesRows<Epilogue>) finish.factors.share(epilogue.scale, mem);
   }
   if constexpr (!kOneByOne) __syncthreads();  // the block's own sums
   if constexpr (kParts > 1) barrier_wait(mem.received(), 0);

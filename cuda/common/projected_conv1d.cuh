@@ -5,6 +5,7 @@
 
 #include "common/causal_conv1d.cuh"
 #include "common/linear_two_products.cuh"
+#include "common/row_scale.cuh"
 
 namespace lrnn::cuda {
 
@@ -33,6 +34,10 @@ namespace linear_sm90 {
 /// Hopper's kernel for sequences or weights that the product of few rows leaves to it.
 bool takes(const ProjectedConv1dStep& args);
 void projected_conv1d_step(Context& ctx, const ProjectedConv1dStep& args);
+
+/// The same with a factor of every row of the projection, if scales_rows().
+bool scales_rows(const ProjectedConv1dStep& args);
+void projected_conv1d_step(Context& ctx, const ProjectedConv1dStep& args, const RowScale& scale);
 
 }  // namespace linear_sm90
 

@@ -2,8 +2,6 @@
 
 #include "lrnn/ops/add_norm.hpp"
 #include "lrnn/ops/linear.hpp"
-#include "lrnn/ops/projected_conv1d.hpp"
-#include "lrnn/ops/projected_selective_scan.hpp"
 
 #include "ops/dispatch.hpp"
 #include "ops/mamba_stack_parts.hpp"
@@ -60,26 +58,8 @@ struct Values {
 // y = mixer(t.n)
 void mixer_by_parts(Context& ctx, const MambaStackLayer& l, const Sizes& z, Values& t,
                     MutableTensorView y) {
-  projected_conv1d_step(ctx, {.x = t.n,
-                              .projection = l.in_proj,
-                              .weight = l.conv_weight,
-                              .bias = l.conv_bias,
-                              .activation = Activation::Silu,
-                              .y = t.uz.view().reshape({z.batch, 2 * z.channels}),
-                              .state = l.conv_state});
-  const TensorView u = t.uz.view().slice(2, 0, z.channels);
-  projected_selective_scan_step(ctx, {.in = {.u = u,
-                                             .dt = {},
-                                             .dt_bias = l.dt_bias,
-                                             .A_log = l.A_log,
-                                             .B = {},
-                                             .C = {},
-                                             .D = l.D,
-                                             .z = t.uz.view().slice(2, z.channels, z.channels)},
-                                      .projection = l.x_proj,
-                                      .dt_weight = l.dt_weight,
-                                      .y = t.v,
-                                      .state = l.lrnn_state});
+  projected_conv1d_step(ctx, detail::mamba_stack_conv(l, t.n, t.uz));
+  projected_selective_scan_step(ctx, detail::mamba_stack_scan(l, t.uz, t.v));
   linear_forward(ctx, {.x = t.v.view().reshape({z.batch, z.channels}),
                        .weight = l.out_proj,
                        .y = y,
@@ -87,6 +67,34 @@ void mixer_by_parts(Context& ctx, const MambaStackLayer& l, const Sizes& z, Valu
 }
 
 }  // namespace
+
+ProjectedConv1dStep detail::mamba_stack_conv(const MambaStackLayer& l, TensorView n,
+                                             MutableTensorView uz) {
+  return {.x = n,
+          .projection = l.in_proj,
+          .weight = l.conv_weight,
+          .bias = l.conv_bias,
+          .activation = Activation::Silu,
+          .y = uz.reshape({uz.dim(0), uz.dim(2)}),
+          .state = l.conv_state};
+}
+
+ProjectedSelectiveScanStep detail::mamba_stack_scan(const MambaStackLayer& l, TensorView uz,
+                                                    MutableTensorView v) {
+  const std::int64_t channels = l.A_log.dim(0);
+  return {.in = {.u = uz.slice(2, 0, channels),
+                 .dt = {},
+                 .dt_bias = l.dt_bias,
+                 .A_log = l.A_log,
+                 .B = {},
+                 .C = {},
+                 .D = l.D,
+                 .z = uz.slice(2, channels, channels)},
+          .projection = l.x_proj,
+          .dt_weight = l.dt_weight,
+          .y = v,
+          .state = l.lrnn_state};
+}
 
 void detail::mamba_stack_by_parts(Context& ctx, const MambaStackStep& a) {
   const Sizes z(a.x, a.layers.front());

@@ -134,7 +134,13 @@ std::vector<OpCase> cases() {
            Sizes{1, 11, 1536, 3072, 16, 96, 4},                    // blocks with two rows of x_dbl
            Sizes{1, 16, 2048, 4096, 16, 128, 4, true, true},       // operands in two parts
            Sizes{2, 17, 256, 512, 16, 16, 4},                      // by parts: sequences
-           Sizes{2, 1, 6, 9, 3, 2, 3, true, true},                 // by parts: sizes
+           Sizes{3, 128, 256, 512, 16, 16, 4},                     // no norms between layers
+           Sizes{2, 65, 768, 1536, 16, 48, 4, false, false, false},
+           Sizes{2, 99, 1024, 2048, 16, 64, 4},            // panels of W in turns
+           Sizes{2, 70, 320, 576, 16, 16, 4},              // a part of K without panels
+           Sizes{2, 66, 256, 512, 16, 16, 4, true, true},  // by parts: rounded residual
+           Sizes{2, 129, 256, 512, 16, 16, 4},             // by parts: sequences
+           Sizes{2, 1, 6, 9, 3, 2, 3, true, true},         // by parts: sizes
        })
     all.push_back(mamba_stack_case(z));
   return all;

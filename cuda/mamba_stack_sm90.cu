@@ -1,0 +1,470 @@
+// One token of 65 to 128 sequences through a stack of Mamba blocks, four kernels a layer: in_proj
+// with the convolution, x_proj, the scan, and out_proj with the addition of the next layer's norm.
+//
+// Of r = x + r the last one stores n = r weight, without the factor 1 / rms of a row: in_proj
+// applies that to its sums. All it needs is the row's sum of squares, which comes in one part for
+// each tile of columns.
+//
+// A block of out_proj owns 64 columns of y, all rows and one of four parts of K; the blocks of all
+// parts are a cluster, of which each finishes a quarter of the rows. Two warpgroups multiply, one
+// more warp copies panels of W and x. A thread sends its sums, as they lie in its registers, to the
+// thread of its number in the block that finishes them.
+//
+// Bound by the reading of x, of which every block takes all: stamps of 2048 x 4096 with 128 rows on
+// an H200 tell 6.8 us for 384 KB a block, where W alone would take 4.1 from memory; 1.4 for the
+// exchange and 0.8 for the rest. A recorded layer took 49.1 us where out_proj and norm one by one
+// make it 51.3; one of 768 inputs 21.9 in place of 24.1.
+#include "lrnn/ops/add_norm.hpp"
+
+#include "common/linear_sm90_product.cuh"
+#include "common/mamba_stack_sm90.cuh"
+#include "common/projected_conv1d.cuh"
+#include "ops/mamba_stack_parts.hpp"
+
+namespace lrnn::cuda::linear_sm90 {
+namespace {
+
+constexpr int kComputers = 2 * kWarpgroup;  // threads
+
+/// Sizes of a block of out_proj: buffers of W and of x.
+template <int kWeightBuffers_, int kInputBuffers_>
+struct ResidualTile {
+  static constexpr int kWeightBuffers = kWeightBuffers_;
+  static constexpr int kInputBuffers = kInputBuffers_;
+  static constexpr int kParts = 4;
+  static constexpr int kColumns = 64;
+  static constexpr int kRows = RowScale::kRows;
+  static constexpr int kGroupRows = kRows / 2;   // of a warpgroup
+  static constexpr int kTiles = kGroupRows / 8;  // of a thread's sums
+  static constexpr int kOwn = kTiles / kParts;   // tiles that the block finishes
+  static constexpr int kOwnRows = 8 * kOwn;      // of a warpgroup
+  static constexpr int kWarpsOfRow = kColumns / 16;
+  static constexpr int kWeightBytes = kColumns * kPanelRowBytes;
+  static constexpr int kInputBytes = kRows * kPanelRowBytes;
+  static constexpr int kBufferBytes = kWeightBuffers * kWeightBytes + kInputBuffers * kInputBytes;
+  static constexpr int kSentBytes = kOwn * kComputers * 16;  // from one block to another
+  static constexpr int kSquareBytes = kComputers / 32 * kOwnRows * 4;
+  static constexpr int kSharedBytes = kBufferBytes + 8 * (1 + kWeightBuffers + 2 * kInputBuffers);
+  static_assert(kTiles % kParts == 0 && kWeightBuffers >= kInputBuffers);
+  static_assert(kParts * kSentBytes + kSquareBytes <= kBufferBytes);
+};
+
+/// r += x W^T, rounded; n = r norm_weight; squares of r by tiles of columns.
+struct ResidualProduct {
+  TensorView x, weight, norm_weight;
+  MutableTensorView residual, n, squares;
+  TensorView next;  // the projection that will read n
+};
+
+struct ResidualArgs {
+  int rows, columns;
+  int panels, per_part;  // of K
+  const float* norm_weight;
+  float* residual;             // [rows, columns]
+  bf16* n;                     // [rows, columns]
+  float* squares;              // [tiles of columns, kRows]
+  int next_panels, next_half;  // panels of the next projection to ask for; half of its rows
+};
+struct ResidualMaps {
+  CUtensorMap weight, x, next;
+};
+
+/// Shared addresses of a block. Sums are received where the buffers were.
+template <class Z>
+struct ResidualShared {
+  std::uint32_t base;
+
+  __device__ __forceinline__ std::uint32_t weight(int i) const {
+    return base + static_cast<std::uint32_t>(i % Z::kWeightBuffers * Z::kWeightBytes);
+  }
+  __device__ __forceinline__ std::uint32_t input(int i) const {
+    return base + static_cast<std::uint32_t>(Z::kWeightBuffers * Z::kWeightBytes +
+                                             i % Z::kInputBuffers * Z::kInputBytes);
+  }
+  __device__ __forceinline__ std::uint32_t barrier(int number) const {
+    return base + static_cast<std::uint32_t>(Z::kBufferBytes + 8 * number);
+  }
+  __device__ __forceinline__ std::uint32_t received() const { return barrier(0); }
+  __device__ __forceinline__ std::uint32_t weight_full(int i) const {
+    return barrier(1 + i % Z::kWeightBuffers);
+  }
+  __device__ __forceinline__ std::uint32_t input_full(int i) const {
+    return barrier(1 + Z::kWeightBuffers + i % Z::kInputBuffers);
+  }
+  __device__ __forceinline__ std::uint32_t free(int i) const {
+    return barrier(1 + Z::kWeightBuffers + Z::kInputBuffers + i % Z::kInputBuffers);
+  }
+  /// What block `from` has for this thread of another block, one tile.
+  __device__ __forceinline__ std::uint32_t sums(int from, int tile) const {
+    return base + static_cast<std::uint32_t>(from * Z::kSentBytes + tile * kComputers * 16) +
+           16U * threadIdx.x;
+  }
+  /// Sum of squares of a row that the block finishes, over the columns of a warp.
+  __device__ __forceinline__ std::uint32_t square(int warp, int row) const {
+    return base +
+           static_cast<std::uint32_t>(Z::kParts * Z::kSentBytes + 4 * (warp * Z::kOwnRows + row));
+  }
+  __device__ void init_barriers() const {
+    barrier_init(received(), 1);
+    barrier_expect(received(), (Z::kParts - 1) * Z::kSentBytes);
+    for (int i = 0; i < Z::kWeightBuffers; ++i) barrier_init(weight_full(i), 1);
+    for (int i = 0; i < Z::kInputBuffers; ++i) {
+      barrier_init(input_full(i), 1);
+      barrier_init(free(i), kComputers / 32);
+    }
+    barrier_init_done();
+  }
+};
+
+/// What a block computes: panels [first, first + count) of K.
+struct ResidualWork {
+  int part, tile, first, count;
+
+  __device__ __forceinline__ ResidualWork(const ResidualArgs& a, int parts)
+      : part(cluster_rank()),
+        tile(static_cast<int>(blockIdx.x) / parts),
+        first(min(part * a.per_part, a.panels)),
+        count(min(a.per_part, a.panels - first)) {}
+};
+
+/// The copies of a block, by one thread.
+template <class Z>
+struct ResidualCopies {
+  const ResidualArgs& a;
+  const ResidualMaps& maps;
+  const ResidualShared<Z>& mem;
+  const ResidualWork& w;
+
+  __device__ __forceinline__ void copy_weight(int i) const {
+    barrier_expect(mem.weight_full(i), Z::kWeightBytes);
+    copy_box(mem.weight(i), &maps.weight, mem.weight_full(i), (w.first + i) * kPanel, 0,
+             w.tile * Z::kColumns, 0);
+  }
+  __device__ __forceinline__ void copy_input(int i) const {
+    barrier_expect(mem.input_full(i), Z::kInputBytes);
+    copy_box(mem.input(i), &maps.x, mem.input_full(i), (w.first + i) * kPanel, 0, 0, 0);
+  }
+  __device__ __forceinline__ void begin() const {
+    for (int i = 0; i < min(w.count, Z::kWeightBuffers); ++i) copy_weight(i);
+    prefetch_map(&maps.x);
+  }
+  /// The rest, behind the kernels before this one.
+  __device__ __forceinline__ void run() const {
+    const int first = min(w.count, Z::kInputBuffers);
+    for (int i = 0; i < first; ++i) copy_input(i);
+    for (int i = first; i < w.count; ++i) {
+      barrier_wait(mem.free(i), i / Z::kInputBuffers % 2 ^ 1);
+      // The panel whose buffer of x is free now has left one of W as well.
+      const int next = i + Z::kWeightBuffers - Z::kInputBuffers;
+      if (next < w.count) copy_weight(next);
+      copy_input(i);
+    }
+  }
+  /// Memory is idle while sums are exchanged, so the next projection begins.
+  __device__ __forceinline__ void prefetch_next() const {
+    constexpr int kRowsOfBlock = 32;
+    const int row = static_cast<int>(blockIdx.x) * kRowsOfBlock;
+    if (row >= a.next_half) return;
+    for (int i = 0; i < a.next_panels; ++i) {
+      prefetch_box(&maps.next, i * kPanel, 0, row, 0);
+      prefetch_box(&maps.next, i * kPanel, 0, a.next_half + row, 0);
+    }
+  }
+};
+
+/// Sums of a warpgroup's rows over the block's part of K.
+template <class Z>
+__device__ __forceinline__ void multiply(const ResidualShared<Z>& mem, const ResidualWork& w,
+                                         int group, float (&c)[Z::kTiles][4]) {
+  pin(c);
+  for (int i = 0; i < w.count; ++i) {
+    barrier_wait(mem.weight_full(i), i / Z::kWeightBuffers % 2);
+    barrier_wait(mem.input_full(i), i / Z::kInputBuffers % 2);
+    const std::uint64_t left = panel_descriptor(mem.weight(i), 16);
+    const std::uint64_t right = panel_descriptor(
+        mem.input(i) + static_cast<std::uint32_t>(group * Z::kGroupRows * kPanelRowBytes), 16);
+    products_begin();
+#pragma unroll
+    for (int step = 0; step < 4; ++step)
+      multiply_shared<false, false>(c, advance(left, step * 32), advance(right, step * 32), true);
+    products_commit();
+    products_wait<0>();
+    if (threadIdx.x % 32 == 0) barrier_arrive(mem.free(i));
+  }
+  pin(c);
+}
+
+/// Hands tiles of sums to the blocks that finish them. At any time the warps of a block send to
+/// different ones.
+template <class Z>
+__device__ __forceinline__ void send_sums(const ResidualShared<Z>& mem, const ResidualWork& w,
+                                          const float (&c)[Z::kTiles][4]) {
+  const int warp = __shfl_sync(0xFFFFFFFFU, static_cast<int>(threadIdx.x) / 32, 0);
+#pragma unroll 1
+  for (int turn = 1; turn <= Z::kParts; ++turn) {
+    const int owner = (w.part + warp + turn) % Z::kParts;
+    const std::uint32_t barrier = address_in(owner, mem.received());
+#pragma unroll
+    for (int i = 0; i < Z::kTiles; ++i) {
+      if (i / Z::kOwn != owner) continue;
+      const std::uint32_t to = mem.sums(w.part, i % Z::kOwn);
+      if (owner == w.part)
+        store_shared(to, c[i]);
+      else
+        send(address_in(owner, to), c[i], barrier);
+    }
+  }
+}
+/// The tiles that this block finishes, parts added in the order of K.
+template <class Z>
+__device__ __forceinline__ void add_sums(const ResidualShared<Z>& mem, float (&sum)[Z::kOwn][4]) {
+#pragma unroll
+  for (int p = 0; p < Z::kParts; ++p)
+#pragma unroll
+    for (int j = 0; j < Z::kOwn; ++j) {
+      float part[4];
+      load_shared(part, mem.sums(p, j));
+#pragma unroll
+      for (int e = 0; e < 4; ++e) sum[j][e] = p == 0 ? part[e] : sum[j][e] + part[e];
+    }
+}
+
+/// What a thread finishes: two neighbouring columns of two neighbouring rows in every tile.
+template <class Z>
+struct ResidualFinish {
+  const ResidualArgs& a;
+  int warp, lane;
+  bool upper;       // has the upper eight of the warp's columns
+  int row, column;  // the first
+  float2 weight;
+  float2 residual[Z::kOwn][2];
+
+  /// Lanes four apart, whose fragments have the same rows, share out columns that are 8 apart.
+  __device__ __forceinline__ ResidualFinish(const ResidualArgs& a, const ResidualWork& w, int group)
+      : a(a),
+        warp(static_cast<int>(threadIdx.x) / 32),
+        lane(static_cast<int>(threadIdx.x) % 32),
+        upper(lane / 4 % 2 != 0),
+        row(group * Z::kGroupRows + w.part * Z::kOwnRows + lane % 4 * 2),
+        column(w.tile * Z::kColumns + warp % Z::kWarpsOfRow * 16 + (upper ? 8 : 0) + lane / 8 * 2),
+        weight(*reinterpret_cast<const float2*>(a.norm_weight + column)) {}
+
+  __device__ __forceinline__ int row_of(int tile, int e) const { return row + tile * 8 + e; }
+  __device__ __forceinline__ std::int64_t at(int tile, int e) const {
+    return std::int64_t{min(row_of(tile, e), a.rows - 1)} * a.columns + column;
+  }
+  __device__ __forceinline__ void load() {
+#pragma unroll
+    for (int j = 0; j < Z::kOwn; ++j)
+#pragma unroll
+      for (int e = 0; e < 2; ++e)
+        residual[j][e] = __ldcg(reinterpret_cast<const float2*>(a.residual + at(j, e)));
+  }
+  __device__ __forceinline__ void run(const ResidualShared<Z>& mem,
+                                      const float (&sum)[Z::kOwn][4]) const {
+#pragma unroll
+    for (int j = 0; j < Z::kOwn; ++j)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const float low = sum[j][e];
+        const float high = sum[j][2 + e];
+        const float other = __shfl_xor_sync(0xFFFFFFFFU, upper ? low : high, 4);
+        // A projected value is rounded as if it had been stored.
+        const auto rounded = [](float v) { return to_float(from_float<bf16>(v)); };
+        float2 r = residual[j][e];
+        r.x += rounded(upper ? other : low);
+        r.y += rounded(upper ? high : other);
+        if (row_of(j, e) < a.rows) store(at(j, e), r);
+        float square = fmaf(r.y, r.y, r.x * r.x);
+#pragma unroll
+        for (int offset = 4; offset < 32; offset *= 2)
+          square += __shfl_xor_sync(0xFFFFFFFFU, square, offset);
+        if (lane < 4) store_shared(mem.square(warp, j * 8 + lane * 2 + e), square);
+      }
+  }
+  __device__ __forceinline__ void store(std::int64_t i, float2 r) const {
+    *reinterpret_cast<float2*>(a.residual + i) = r;
+    const float n[2] = {r.x * weight.x, r.y * weight.y};
+    store_packed(a.n + i, n);
+  }
+};
+
+/// Adds what the warps of a row have left.
+template <class Z>
+__device__ __forceinline__ void store_squares(const ResidualArgs& a, const ResidualShared<Z>& mem,
+                                              const ResidualWork& w) {
+  const int i = static_cast<int>(threadIdx.x);
+  if (i >= 2 * Z::kOwnRows) return;
+  const int group = i / Z::kOwnRows;
+  const int row = i % Z::kOwnRows;
+  float sum = 0.0F;
+#pragma unroll
+  for (int warp = 0; warp < Z::kWarpsOfRow; ++warp) {
+    float square[1];
+    load_shared(square, mem.square(group * Z::kWarpsOfRow + warp, row));
+    sum += square[0];
+  }
+  a.squares[w.tile * Z::kRows + group * Z::kGroupRows + w.part * Z::kOwnRows + row] = sum;
+}
+
+template <class Z>
+__global__ __launch_bounds__(kComputers + 32) void residual_product_kernel(
+    ResidualArgs a, const __grid_constant__ ResidualMaps maps) {
+  extern __shared__ __align__(1024) unsigned char residual_buffers[];
+  let_next_kernel_start();
+  const ResidualShared<Z> mem{shared_address(residual_buffers)};
+  const ResidualWork w(a, Z::kParts);
+  if (threadIdx.x == kComputers) mem.init_barriers();
+  __syncthreads();
+  const int group = __shfl_sync(0xFFFFFFFFU, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
+  if (group == 2) {
+    const ResidualCopies<Z> copies{a, maps, mem, w};
+    const bool copies_panels = threadIdx.x == kComputers;
+    if (copies_panels) copies.begin();
+    wait_for_previous_kernel();
+    if (copies_panels) copies.run();
+    if (copies_panels) copies.prefetch_next();
+    cluster_arrive();
+    cluster_wait();
+    return;
+  }
+  ResidualFinish<Z> finish(a, w, group);
+  wait_for_previous_kernel();
+  finish.load();
+  float c[Z::kTiles][4] = {};
+  multiply(mem, w, group, c);
+  cluster_arrive();  // all that was in the buffers has been read
+  cluster_wait();
+  send_sums(mem, w, c);
+  barrier_wait(mem.received(), 0);
+  float sum[Z::kOwn][4];
+  add_sums(mem, sum);
+  finish.run(mem, sum);
+  group_wait(1, kComputers);
+  store_squares(a, mem, w);
+}
+
+/// Two blocks of a multiprocessor, or panels that are all on their way at once: clusters of four do
+/// not all fit if they have a multiprocessor for each block.
+using LongRows = ResidualTile<5, 4>;
+using ShortRows = ResidualTile<6, 6>;
+
+template <class Z>
+void launch_residual_product(cudaStream_t stream, const ResidualArgs& args,
+                             const ResidualMaps& maps) {
+  const auto kernel = residual_product_kernel<Z>;
+  LRNN_CUDA_CHECK(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Z::kSharedBytes));
+  cudaLaunchAttribute attributes[2]{};
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim = {Z::kParts, 1, 1};
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = static_cast<unsigned>(Z::kParts * args.columns / Z::kColumns);
+  config.blockDim = kComputers + 32;
+  config.dynamicSmemBytes = Z::kSharedBytes;
+  config.stream = stream;
+  config.attrs = attributes;
+  config.numAttrs = 2;
+  LRNN_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, args, maps));
+}
+
+void residual_product(cudaStream_t stream, const ResidualProduct& f) {
+  constexpr int kNextPanels = 8;
+  constexpr int kParts = LongRows::kParts;
+  const int panels = ceil_div(f.x.dim(1), kPanel);
+  const ResidualArgs args{
+      .rows = static_cast<int>(f.x.dim(0)),
+      .columns = static_cast<int>(f.weight.dim(0)),
+      .panels = panels,
+      .per_part = ceil_div(panels, kParts),
+      .norm_weight = f.norm_weight.data<float>(),
+      .residual = f.residual.data<float>(),
+      .n = f.n.data<bf16>(),
+      .squares = f.squares.data<float>(),
+      .next_panels = std::min(kNextPanels, ceil_div(f.next.dim(1), kPanel)),
+      .next_half = static_cast<int>(f.next.dim(0)) / 2,
+  };
+  const ResidualMaps maps{
+      head_map(f.weight.data<bf16>(), matrix(f.weight), LongRows::kColumns),
+      head_map(f.x.data<bf16>(), matrix(f.x), LongRows::kRows),
+      head_map(f.next.data<bf16>(), matrix(f.next), 32),
+  };
+  if (args.per_part <= ShortRows::kInputBuffers)
+    return launch_residual_product<ShortRows>(stream, args, maps);
+  launch_residual_product<LongRows>(stream, args, maps);
+}
+
+/// What lies between the kernels of a layer, for all layers.
+struct Values {
+  Tensor n, uz, v, squares;
+
+  Values(Context& ctx, const MambaStackStep& a)
+      : n(ctx.empty(a.x.shape(), DType::bfloat16)),
+        uz(ctx.empty({a.x.dim(0), 1, 2 * channels(a)}, DType::bfloat16)),
+        v(ctx.empty({a.x.dim(0), 1, channels(a)}, DType::bfloat16)),
+        squares(ctx.empty({tiles(a), RowScale::kRows}, DType::float32)) {}
+
+  static std::int64_t channels(const MambaStackStep& a) { return a.layers.front().A_log.dim(0); }
+  static std::int64_t tiles(const MambaStackStep& a) { return a.x.dim(1) / LongRows::kColumns; }
+  [[nodiscard]] TensorView out_input() const {
+    return v.view().reshape({v.view().dim(0), v.view().dim(2)});
+  }
+};
+
+/// Whether sizes and types suit, and there are norms between layers.
+bool usual(const MambaStackStep& a) {
+  return a.x.dtype() == DType::bfloat16 && a.residual_out.dtype() == DType::float32 &&
+         a.x.dim(0) > 64 && a.x.dim(0) <= RowScale::kRows && a.x.dim(1) % LongRows::kColumns == 0 &&
+         Values::tiles(a) <= RowScale::kMostParts && a.layers.size() > 1;
+}
+/// Whether the kernels of a layer can address its operands.
+bool addressable(const MambaStackStep& a, const MambaStackLayer& layer, Values& values) {
+  const std::int64_t inputs = a.x.dim(1);
+  return scales_rows(lrnn::detail::mamba_stack_conv(layer, values.n, values.uz)) &&
+         applies(values.out_input(), layer.out_proj) &&
+         allows_vectors(layer.norm_weight.data<float>(), inputs, inputs, 2) &&
+         allows_vectors(a.residual_out.data<float>(), inputs, inputs, 2);
+}
+
+}  // namespace
+
+bool mamba_stack_step(Context& ctx, const MambaStackStep& a) {
+  if (!usual(a)) return false;
+  Values values(ctx, a);
+  const auto suits = [&](const MambaStackLayer& layer) { return addressable(a, layer, values); };
+  if (!std::all_of(a.layers.begin(), a.layers.end(), suits)) return false;
+  lrnn::add_norm_forward(ctx, {.x = a.x,
+                               .residual = a.residual,
+                               .weight = a.layers.front().norm_weight,
+                               .eps = a.eps,
+                               .y = values.n,
+                               .residual_out = a.residual_out});
+  RowScale scale{};
+  for (std::size_t i = 0; i < a.layers.size(); ++i) {
+    const MambaStackLayer& layer = a.layers[i];
+    projected_conv1d_step(ctx, lrnn::detail::mamba_stack_conv(layer, values.n, values.uz), scale);
+    lrnn::projected_selective_scan_step(ctx,
+                                        lrnn::detail::mamba_stack_scan(layer, values.uz, values.v));
+    if (i + 1 == a.layers.size()) break;
+    residual_product(ctx.stream().handle, {.x = values.out_input(),
+                                           .weight = layer.out_proj,
+                                           .norm_weight = a.layers[i + 1].norm_weight,
+                                           .residual = a.residual_out,
+                                           .n = values.n,
+                                           .squares = values.squares,
+                                           .next = a.layers[i + 1].in_proj});
+    scale = {.squares = values.squares.view().data<float>(),
+             .parts = static_cast<int>(Values::tiles(a)),
+             .inverse_width = 1.0F / static_cast<float>(a.x.dim(1)),
+             .eps = static_cast<float>(a.eps)};
+  }
+  lrnn::linear_forward(ctx, {.x = values.out_input(),
+                             .weight = a.layers.back().out_proj,
+                             .y = a.y,
+                             .stable_weight = true});
+  return true;
+}
+
+}  // namespace lrnn::cuda::linear_sm90
