@@ -8,17 +8,17 @@
 // the weights, which it reads through a ring of buffers, as far ahead of the others as the ring
 // reaches, and one prefetches small operands. The other kWarps multiply on tensor cores, the few
 // sequences as the left operand and rows of the weights as its columns, each a part of the depth;
-// they take the first weights of a stage before they ask for its input.
+// they take the first weights of a stage before they ask for its input, those of out_proj before
+// they ask for x_dbl: the ring holds less than a layer, and goes on with the next.
 //
 // A sum is cut by its depth alone: 32 of every 256 go to each warp. So the bits depend neither on
 // the device nor on the number of sequences.
 //
-// One sequence on an H200, recorded: 48 layers of d_model 2048 in 0.79 ms, weights at 3.2 TB/s;
-// bound by HBM while in_proj comes, and else by the waiting: an exchange takes 2000 to 4700 cycles
-// next to the copies. 24 layers of d_model 768 in 0.15 ms, bound by latency: an exchange takes
-// about 1500 cycles, four of which are more than half of a layer's 10,400. (Cycles are those of a
-// version that reads clocks.) Clusters that make x_dbl for themselves would save one, but 128
-// blocks do not fit into clusters of 8.
+// One sequence on an H200, recorded: 48 layers of d_model 2048 in 0.69 ms, weights at 3.7 TB/s,
+// bound by HBM but for the exchanges that last longer than it takes to fill the ring. 24 layers of
+// d_model 768 in 0.15 ms, bound by latency: an exchange takes about 1500 cycles, four of which are
+// more than half of a layer. Clusters that make x_dbl for themselves would save one, but 128 blocks
+// do not fit into clusters of 8.
 #include "common/mamba_stack.cuh"
 #include "common/reduce.cuh"
 
@@ -27,6 +27,7 @@ namespace mamba_stack {
 namespace {
 
 constexpr int kBlocks = 128;
+constexpr int kBytesInFlight = 50000;  // of a block; more sequences exchange more, and want less
 // Weights of dt that the lanes of a channel read at a time.
 [[maybe_unused]] constexpr int kRankGroup = 4 * kLanes;
 
@@ -604,15 +605,15 @@ bool step_together(Context& ctx, const MambaStackStep& a) {
   if (!usual(a) || !aligned(a)) return false;
   switch (a.x.dim(1)) {
     case 256:
-      return step_few<Sizes<256, kBlocks>>(ctx, a);
+      return step_few<Sizes<256, kBlocks, kBytesInFlight>>(ctx, a);
     case 768:
-      return step_few<Sizes<768, kBlocks>>(ctx, a);
+      return step_few<Sizes<768, kBlocks, kBytesInFlight>>(ctx, a);
     case 1024:
-      return step_few<Sizes<1024, kBlocks>>(ctx, a);
+      return step_few<Sizes<1024, kBlocks, kBytesInFlight>>(ctx, a);
     case 1536:
-      return step_few<Sizes<1536, kBlocks>>(ctx, a);
+      return step_few<Sizes<1536, kBlocks, kBytesInFlight>>(ctx, a);
     case 2048:
-      return step_few<Sizes<2048, kBlocks>>(ctx, a);
+      return step_few<Sizes<2048, kBlocks, kBytesInFlight>>(ctx, a);
     default:
       return false;
   }

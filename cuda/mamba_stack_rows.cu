@@ -5,21 +5,23 @@
 // rows of out_proj. What the blocks exchange goes to L2 as words of 16 bytes in the order in which
 // the lanes of a product take them, so an operand comes straight into registers. A word is 8
 // values in bfloat16 of a sequence; that it has not come is a pair of NaNs that no rounding gives,
-// and its author puts that back two layers before the word is used again. A fence a layer orders
-// that before whatever lets the others ask for the word. The sums of x_dbl over the blocks are
-// those of the block that has the row, between two exchanges; parts of them carry the number of
-// their layer. States come through the ring as the weights do.
+// and its author puts that back two layers before the word is used again. A fence a layer, by the
+// warp that prefetches, orders that before whatever lets the others ask for the word. The sums of
+// x_dbl over the blocks are those of the block that has the row, between two exchanges;
+// the last bit of their parts is that of the number of their layer. States come through the ring as
+// the weights do. The ring holds less than a layer, so states and the first weights of out_proj go
+// to registers as soon as they have come: the blocks wait for each other while HBM does not.
 //
 // A sum is cut by the sizes alone, so the bits depend neither on the device nor on the number of
 // sequences.
 //
-// 16 sequences on an H200, recorded: 24 layers of d_model 768 in 0.21 ms, bound by latency: the
-// exchanges, 950 to 2500 cycles each with the fence, are half of a layer's 15,000, most of the rest
-// is one warp's chain of instructions. 48 layers of d_model 2048 in 1.15 ms, weights and states at
-// 2.6 TB/s: of a layer's 43,000 cycles the exchange of r, 64 KB to every block, and the products of
-// in_proj behind it take 9000 to 12,000, the fence, for which stores have to arrive next to the
-// copies, 6000 and the exchange of v, 128 KB, 5000. (Cycles are those of a version that reads
-// clocks.)
+// 16 sequences on an H200, recorded: 24 layers of d_model 768 in 0.20 ms, bound by latency: of a
+// layer's 13,600 cycles four exchanges take 800 to 1900 each, 1100 more the sums of x_dbl, most of
+// the rest is one warp's chain of instructions. 48 layers of d_model 2048 in 1.02 ms, weights and
+// states at 3.0 TB/s: of a layer's 41,000 cycles x_dbl with both of its exchanges takes 10,000, r
+// with the first weights 5400, the products of in_proj behind it, which wait for HBM, 5300, and v
+// 2800. (Cycles are those of versions that read clocks; at 2048 with 50 KB of each block on their
+// way.) Without any waiting for words it would take 0.87 ms.
 #include "common/mamba_stack.cuh"
 #include "core/runtime.hpp"
 
@@ -28,6 +30,7 @@ namespace mamba_stack {
 namespace {
 
 constexpr int kRows = kMostRows;
+constexpr int kBytesInFlight = 34000;    // of a block: more delays what the blocks exchange
 constexpr int kMostShared = 227 * 1024;  // bytes that a block of Hopper may have
 
 /// States of a sequence in a block.
@@ -845,15 +848,15 @@ bool step_rows(Context& ctx, const MambaStackStep& a) {
   if (a.x.dim(0) > kRows) return false;
   switch (a.x.dim(1)) {
     case 256:
-      return step<Sizes<256, 32>>(ctx, a);
+      return step<Sizes<256, 32, kBytesInFlight>>(ctx, a);
     case 768:
-      return step<Sizes<768, 96>>(ctx, a);
+      return step<Sizes<768, 96, kBytesInFlight>>(ctx, a);
     case 1024:
-      return step<Sizes<1024, 128>>(ctx, a);
+      return step<Sizes<1024, 128, kBytesInFlight>>(ctx, a);
     case 1536:
-      return step<Sizes<1536, 96>>(ctx, a);
+      return step<Sizes<1536, 96, kBytesInFlight>>(ctx, a);
     case 2048:
-      return step<Sizes<2048, 128>>(ctx, a);
+      return step<Sizes<2048, 128, kBytesInFlight>>(ctx, a);
     default:
       return false;
   }

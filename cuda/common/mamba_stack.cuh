@@ -31,9 +31,8 @@ constexpr int kTileRows = 16;               // of a weight, in a product
 constexpr int kBufferRows = 8;  // of a weight, in a buffer of the ring: columns of a product
 constexpr int kStep = 32;       // depth of a step of a warp: two products
 constexpr int kUnit = kStep * kWarps;
-constexpr int kPad = 32;               // elements behind a row, so that two rows fill the banks
-constexpr int kBytesInFlight = 50000;  // at most, of a block
-constexpr int kPieceBytes = 17000;     // at most, of a buffer
+constexpr int kPad = 32;            // elements behind a row, so that two rows fill the banks
+constexpr int kPieceBytes = 17000;  // at most, of a buffer
 constexpr int kMinSlots = 4;
 constexpr int kMaxSlots = 16;
 constexpr int kMostPieces = 2;  // of a buffer
@@ -48,8 +47,9 @@ constexpr int kMaxLayers = CUDART_VERSION >= 12010 ? 64 : 24;
 /// Products of a layer, in their order.
 enum Stage { kIn, kXDbl, kOut, kStages };
 
-/// Sizes of a model of d_model kInputs with the usual options, on kBlocks blocks.
-template <int kInputs_, int kBlocks_>
+/// Sizes of a model of d_model kInputs with the usual options, on kBlocks blocks, of each of which
+/// kBytesInFlight at most are on their way.
+template <int kInputs_, int kBlocks_, int kBytesInFlight>
 struct Sizes {
   static constexpr int kInputs = kInputs_;
   static constexpr int kBlocks = kBlocks_;
@@ -63,7 +63,7 @@ struct Sizes {
   static constexpr int kPieces = (kSlotBytes + kPieceBytes - 1) / kPieceBytes;
   /// Pieces that are on their way at a time.
   static constexpr int kInFlight =
-      std::min(kPieces * kMinSlots, kBytesInFlight* kPieces / kSlotBytes);
+      std::min(kPieces * kMinSlots, kBytesInFlight / (kSlotBytes / kPieces));
 
   __host__ __device__ static constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
   __host__ __device__ static constexpr int all(int stage) {
@@ -338,14 +338,22 @@ __device__ __forceinline__ void clear(float (&c)[kSums][4]) {
     for (int e = 0; e < 4; ++e) c[i][e] = 0.0F;
 }
 
-/// Weights of the first kSteps steps of a stage, in the order of the ring: they wait in registers,
-/// so that their buffers may be filled again.
+/// The first weights of a stage, in the order of the ring: they wait in registers, so that their
+/// buffers may be filled again.
 template <class Z, int kStage, int kMost>
 struct Held {
-  static constexpr int kSteps = Z::lesser(kMost, Z::part(kStage) * Z::halves(kStage, 0));
-  static_assert(Z::ceil_div(kSteps, Z::part(kStage)) <= kMinSlots);
+  static constexpr int kPart = Z::part(kStage);
+  static constexpr int kHalves = Z::halves(kStage, 0);
+  static constexpr int kTile = Z::steps(kStage) * kHalves;
+  static constexpr int kCount = Z::lesser(kMost, kTile*(kStage == kIn ? 2 : 1));
+  static_assert(Z::steps(kStage) % kPart == 0 && Z::ceil_div(kCount, kPart) <= kMinSlots);
 
-  uint4 w[kSteps];
+  uint4 w[kCount];
+
+  /// Which of the weights is step `step` of a half of a tile.
+  __device__ __forceinline__ static constexpr int index(int tile, int half, int step) {
+    return tile * kTile + (step / kPart * kHalves + half) * kPart + step % kPart;
+  }
 };
 
 /// A warp that multiplies, as it reads the ring.
@@ -404,20 +412,22 @@ struct RingReader {
   }
   template <int kStage, int kMost>
   __device__ __forceinline__ void hold(Held<Z, kStage, kMost>& held) {
-    constexpr int kPart = Z::part(kStage);
+    using H = Held<Z, kStage, kMost>;
 #pragma unroll
-    for (int i = 0; i < held.kSteps; ++i) held.w[i] = load<kStage>(0, i / kPart, i % kPart);
+    for (int i = 0; i < H::kCount; ++i) {
+      const int buffer = i % H::kTile / H::kPart;
+      held.w[i] = load<kStage>(i / H::kTile, buffer % H::kHalves,
+                               buffer / H::kHalves * H::kPart + i % H::kPart);
+    }
     release();
   }
   /// Step `step` of a half of a tile, if it is not held.
   template <int kStage, int kMost>
   __device__ __forceinline__ uint4 take(const Held<Z, kStage, kMost>& held, int tile, int half,
                                         int step) {
-    constexpr int kPart = Z::part(kStage);
-    const int at = (step / kPart * Z::halves(kStage, 0) + half) * kPart + step % kPart;
-    if (tile == 0 && at < held.kSteps) return held.w[at < held.kSteps ? at : 0];
-    const uint4 w = load<kStage>(tile, half, step);
-    return w;
+    using H = Held<Z, kStage, kMost>;
+    const int i = H::index(tile, half, step);
+    return i < H::kCount ? held.w[i < H::kCount ? i : 0] : load<kStage>(tile, half, step);
   }
 };
 
