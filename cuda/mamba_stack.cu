@@ -8,17 +8,17 @@
 // the weights, which it reads through a ring of buffers, as far ahead of the others as the ring
 // reaches, and one prefetches small operands. The other kWarps multiply on tensor cores, the few
 // sequences as the left operand and rows of the weights as its columns, each a part of the depth;
-// they take the first weights of a stage before they ask for its input.
+// they take the first weights of a stage before they ask for its input, those of out_proj before
+// they ask for x_dbl: the ring holds less than a layer, and goes on with the next.
 //
 // A sum is cut by its depth alone: 32 of every 256 go to each warp. So the bits depend neither on
 // the device nor on the number of sequences.
 //
-// One sequence on an H200, recorded: 48 layers of d_model 2048 in 0.79 ms, weights at 3.2 TB/s;
-// bound by HBM while in_proj comes, and else by the waiting: an exchange takes 2000 to 4700 cycles
-// next to the copies. 24 layers of d_model 768 in 0.15 ms, bound by latency: an exchange takes
-// about 1500 cycles, four of which are more than half of a layer's 10,400. (Cycles are those of a
-// version that reads clocks.) Clusters that make x_dbl for themselves would save one, but 128
-// blocks do not fit into clusters of 8.
+// One sequence on an H200, recorded: 48 layers of d_model 2048 in 0.69 ms, weights at 3.7 TB/s,
+// bound by HBM but for the exchanges that last longer than it takes to fill the ring. 24 layers of
+// d_model 768 in 0.15 ms, bound by latency: an exchange takes about 1500 cycles, four of which are
+// more than half of a layer. Clusters that make x_dbl for themselves would save one, but 128 blocks
+// do not fit into clusters of 8.
 #include "common/mamba_stack.cuh"
 #include "common/mamba_stack_sm90.cuh"
 #include "common/reduce.cuh"
@@ -28,6 +28,7 @@ namespace mamba_stack {
 namespace {
 
 constexpr int kBlocks = 128;
+constexpr int kBytesInFlight = 50000;  // of a block; more sequences exchange more, and want less
 // Weights of dt that the lanes of a channel read at a time.
 [[maybe_unused]] constexpr int kRankGroup = 4 * kLanes;
 
@@ -62,9 +63,9 @@ constexpr int kRingOffset = (static_cast<int>(sizeof(Shared<Z, kRows>)) + 127) /
 
 #if __CUDA_ARCH__ >= 900
 
-constexpr int kMostAhead = 8;  // pairs of words that a thread asks for at a time
-constexpr int kMostKept = 8;   // steps of an operand that stay in registers
-constexpr int kHeldSteps = 8;  // of a stage, whose weights wait in registers
+constexpr int kMostAhead = 8;   // pairs of words that a thread asks for at a time
+constexpr int kMostKept = 8;    // steps of an operand that stay in registers
+constexpr int kHeldSteps = 16;  // of a stage, whose weights wait in registers
 
 __device__ __forceinline__ void publish(Word* to, std::uint32_t value, unsigned epoch) {
   asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(to),
@@ -173,6 +174,26 @@ struct Computer {
   }
 
   // --- products ------------------------------------------------------------------------------
+  // A product has room for twice the sequences, so both products of a step take the same left
+  // operand: its upper half the depths of the first, its lower half those of the second, which is
+  // why an operand has the inner two of 4 pairs in the other order. Of the sums of a product the
+  // other half is nothing.
+
+  /// c += the products of step `step` with weights w.
+  __device__ __forceinline__ static void multiply(float (&c)[kSums][4], int step, uint4 w,
+                                                  uint4 x) {
+    const std::uint32_t a[4] = {x.x, x.y, x.z, x.w};
+    multiply_add(c[step % 2 * 2], a, w.x, w.y);
+    multiply_add(c[step % 2 * 2 + 1], a, w.z, w.w);
+  }
+  __device__ __forceinline__ static float sum_of(const float (&c)[kSums][4], int e) {
+    return (c[0][e] + c[1][e + 2]) + (c[2][e] + c[3][e + 2]);
+  }
+  /// Pair i of a sequence, to its place in an operand.
+  __device__ __forceinline__ static void put(bf16* operand, int i, std::uint32_t pair) {
+    const int place = i / 4 * 4 + i % 2 * 2 + i / 2 % 2;
+    *reinterpret_cast<std::uint32_t*>(operand + 2 * place) = pair;
+  }
   /// Sums of this warp's part of half of a tile, to shared memory.
   __device__ __forceinline__ void store(const float (&c)[kSums][4], int which, int half) {
     if (lane / 4 >= kRows) return;
@@ -192,23 +213,20 @@ struct Computer {
 #pragma unroll
     for (int w = 0; w < kWarps; ++w)
       parts[w] = s.partials[turn][which()][w][sequence()][tile_row()];
-    return sum_of(parts);
+    return mamba_stack::sum_of(parts);
   }
   template <int kStage>
-  static constexpr int kHeld = Z::lesser(kHeldSteps, Z::part(kStage));
+  using Held = mamba_stack::Held<Z, kStage, kHeldSteps>;
 
-  /// All products of a stage. take() brings their operand, of rows `pitch` elements apart;
+  /// All products of a stage, of whose weights the first are held. take() brings their operand;
   /// finish(t) gets tiles t and t + 1.
   template <int kStage, class Take, class Finish>
-  __device__ __forceinline__ void products(const bf16* operand, Take take, Finish finish) {
+  __device__ __forceinline__ void products(const Held<kStage>& held, const bf16* operand, Take take,
+                                           Finish finish) {
     constexpr int kSteps = Z::steps(kStage);
     constexpr int kTiles = Z::tiles(kStage);
     constexpr int kPart = Z::part(kStage);
     constexpr int kLive = kSteps <= kPart ? 1 : 2;  // halves of a tile, whose sums are not whole
-    uint4 held[kHeld<kStage>];
-#pragma unroll
-    for (int i = 0; i < kHeld<kStage>; ++i) held[i] = ring.template load<kStage>(0, 0, i);
-    ring.release();
     take();
     const bf16* const x =
         operand + lane / 4 * (Z::depth(kStage) + kPad) + lane % 4 * 8 + warp * kStep;
@@ -231,9 +249,8 @@ struct Computer {
           float (&sums)[kSums][4] = c[h % kLive];
 #pragma unroll
           for (int i = first; i < Z::lesser(kSteps, first + kPart); ++i) {
-            const bool waits = t == 0 && h == 0 && i < kHeld<kStage>;
-            const uint4 w = waits ? held[waits ? i : 0] : ring.template load<kStage>(t, h, i);
-            multiply(sums, i, w, kKeeps ? rows[kKeeps ? i - first : 0] : row(i), {});
+            const uint4 w = ring.take(held, t, h, i);
+            multiply(sums, i, w, kKeeps ? rows[kKeeps ? i - first : 0] : row(i));
             ring.release();
           }
           if (first + kPart < kSteps) continue;
@@ -277,9 +294,8 @@ struct Computer {
             const float2 r = make_float2(__uint_as_float(one), __uint_as_float(two));
             const float2 w = weights[first + j / kRows];
             const int n = j % kRows;
-            *reinterpret_cast<std::uint32_t*>(
-                &s.normal[n][2 * (thread + (first + j / kRows) * kThreads)]) =
-                pack_bf16(r.x * w.x, r.y * w.y);
+            put(s.normal[n], thread + (first + j / kRows) * kThreads,
+                pack_bf16(r.x * w.x, r.y * w.y));
             squares[n] = fmaf(r.y, r.y, fmaf(r.x, r.x, squares[n]));
           });
 #pragma unroll
@@ -294,7 +310,7 @@ struct Computer {
     float parts[kWarps];
     load_vec<float, 4>(s.squares[sequence()], *reinterpret_cast<float (*)[4]>(parts));
     load_vec<float, 4>(s.squares[sequence()] + 4, *reinterpret_cast<float (*)[4]>(parts + 4));
-    return rsqrtf(fmaf(sum_of(parts), 1.0F / Z::kInputs, p.eps));
+    return rsqrtf(fmaf(mamba_stack::sum_of(parts), 1.0F / Z::kInputs, p.eps));
   }
   [[nodiscard]] __device__ __forceinline__ std::int64_t window_of(int own) const {
     return (sequence() * std::int64_t{Z::kChannels} + first_channel + own) * kWidth;
@@ -332,8 +348,10 @@ struct Computer {
   __device__ __forceinline__ void in_proj(const Layer& l, unsigned epoch) {
     Window window{};
     load(window, l, tile_row());
+    Held<kIn> held;
+    ring.hold(held);
     products<kIn>(
-        s.normal[0], [&] { take_r(l, epoch); },
+        held, s.normal[0], [&] { take_r(l, epoch); },
         [&](int t) {
           const int own = t / 2 * kTileRows + tile_row();
           finish_in(window, l, own, epoch);
@@ -359,9 +377,9 @@ struct Computer {
             return exists ? words() + offset + n * (Z::kChannels / 2) + 2 * pair : nullptr;
           },
           [&](int j, std::uint32_t one, std::uint32_t two) {
-            *reinterpret_cast<uint2*>(
-                &s.operand[j % kRows][4 * (thread + (first + j / kRows) * kThreads)]) =
-                make_uint2(one, two);
+            const int pair = 2 * (thread + (first + j / kRows) * kThreads);
+            put(s.operand[j % kRows], pair, one);
+            put(s.operand[j % kRows], pair + 1, two);
           });
     sync();
   }
@@ -369,8 +387,10 @@ struct Computer {
     constexpr int kOwn = Z::own(kXDbl);
     const int first = static_cast<int>(blockIdx.x) * kOwn;
     if (first >= Z::kXDblRows) return;
+    Held<kXDbl> held;
+    ring.hold(held);
     products<kXDbl>(
-        s.operand[0], [&] { take_operand(To::u, epoch); },
+        held, s.operand[0], [&] { take_operand(To::u, epoch); },
         [&](int t) {
           const int own = (t + which()) * kTileRows + tile_row();
           if (!finishes(own, kOwn)) return;
@@ -405,9 +425,9 @@ struct Computer {
     else
       static_cast<float*>(p.residual_out)[at] = s.residual[n][own];
   }
-  __device__ __forceinline__ void out_proj(bool last, unsigned epoch) {
+  __device__ __forceinline__ void out_proj(const Held<kOut>& held, bool last, unsigned epoch) {
     products<kOut>(
-        s.operand[0], [&] { take_operand(To::v, epoch); },
+        held, s.operand[0], [&] { take_operand(To::v, epoch); },
         [&](int t) {
           const int own = (t + which()) * kTileRows + tile_row();
           if (!finishes(own, kOutputs)) return;
@@ -512,8 +532,10 @@ struct Computer {
       ScanLane<Z> scan_lane{};
       load(scan_lane, l, thread / kLanes);
       x_proj(l, epoch);
+      Held<kOut> held;
+      ring.hold(held);
       scan(l, scan_lane, epoch);
-      out_proj(i + 1 == p.layer_count, epoch);
+      out_proj(held, i + 1 == p.layer_count, epoch);
     }
   }
 };
@@ -532,8 +554,8 @@ __global__ __launch_bounds__(kAllThreads, 1) void stack_kernel(const __grid_cons
   if (warp == kWarps)
     copy_layers<Z>(p, {s.common, shared_address(ring), p.slots, lane});
   else if (warp > kWarps)
-    prefetch_layers(s.common, p.layer_count,
-                    [&](const Layer& l) { prefetch_small<Z>(l, p.batch, lane); });
+    prefetch_layers<false>(s.common, p.layer_count,
+                           [&](const Layer& l) { prefetch_small<Z>(l, p.batch, lane); });
   else
     Computer<Z, kRows>{p, s, {s.common, ring, p.slots, p.none, lane, warp}}.run();
 #endif
@@ -584,15 +606,15 @@ bool step_together(Context& ctx, const MambaStackStep& a) {
   if (!usual(a) || !aligned(a)) return false;
   switch (a.x.dim(1)) {
     case 256:
-      return step_few<Sizes<256, kBlocks>>(ctx, a);
+      return step_few<Sizes<256, kBlocks, kBytesInFlight>>(ctx, a);
     case 768:
-      return step_few<Sizes<768, kBlocks>>(ctx, a);
+      return step_few<Sizes<768, kBlocks, kBytesInFlight>>(ctx, a);
     case 1024:
-      return step_few<Sizes<1024, kBlocks>>(ctx, a);
+      return step_few<Sizes<1024, kBlocks, kBytesInFlight>>(ctx, a);
     case 1536:
-      return step_few<Sizes<1536, kBlocks>>(ctx, a);
+      return step_few<Sizes<1536, kBlocks, kBytesInFlight>>(ctx, a);
     case 2048:
-      return step_few<Sizes<2048, kBlocks>>(ctx, a);
+      return step_few<Sizes<2048, kBlocks, kBytesInFlight>>(ctx, a);
     default:
       return false;
   }

@@ -5,21 +5,23 @@
 // rows of out_proj. What the blocks exchange goes to L2 as words of 16 bytes in the order in which
 // the lanes of a product take them, so an operand comes straight into registers. A word is 8
 // values in bfloat16 of a sequence; that it has not come is a pair of NaNs that no rounding gives,
-// and its author puts that back two layers before the word is used again. A fence a layer orders
-// that before whatever lets the others ask for the word. The sums of x_dbl over the blocks are
-// those of the block that has the row, between two exchanges; parts of them carry the number of
-// their layer. States come through the ring as the weights do.
+// and its author puts that back two layers before the word is used again. A fence a layer, by the
+// warp that prefetches, orders that before whatever lets the others ask for the word. The sums of
+// x_dbl over the blocks are those of the block that has the row, between two exchanges;
+// the last bit of their parts is that of the number of their layer. States come through the ring as
+// the weights do. The ring holds less than a layer, so states and the first weights of out_proj go
+// to registers as soon as they have come: the blocks wait for each other while HBM does not.
 //
 // A sum is cut by the sizes alone, so the bits depend neither on the device nor on the number of
 // sequences.
 //
-// 16 sequences on an H200, recorded: 24 layers of d_model 768 in 0.21 ms, bound by latency: the
-// exchanges, 950 to 2500 cycles each with the fence, are half of a layer's 15,000, most of the rest
-// is one warp's chain of instructions. 48 layers of d_model 2048 in 1.15 ms, weights and states at
-// 2.6 TB/s: of a layer's 43,000 cycles the exchange of r, 64 KB to every block, and the products of
-// in_proj behind it take 9000 to 12,000, the fence, for which stores have to arrive next to the
-// copies, 6000 and the exchange of v, 128 KB, 5000. (Cycles are those of a version that reads
-// clocks.)
+// 16 sequences on an H200, recorded: 24 layers of d_model 768 in 0.20 ms, bound by latency: of a
+// layer's 13,600 cycles four exchanges take 800 to 1900 each, 1100 more the sums of x_dbl, most of
+// the rest is one warp's chain of instructions. 48 layers of d_model 2048 in 1.02 ms, weights and
+// states at 3.0 TB/s: of a layer's 41,000 cycles x_dbl with both of its exchanges takes 10,000, r
+// with the first weights 5400, the products of in_proj behind it, which wait for HBM, 5300, and v
+// 2800. (Cycles are those of versions that read clocks; at 2048 with 50 KB of each block on their
+// way.) Without any waiting for words it would take 0.87 ms.
 #include "common/mamba_stack.cuh"
 #include "core/runtime.hpp"
 
@@ -28,13 +30,18 @@ namespace mamba_stack {
 namespace {
 
 constexpr int kRows = kMostRows;
-constexpr int kPitch = kTileRows + 4;  // of partial sums, without bank conflicts
+constexpr int kBytesInFlight = 34000;    // of a block: more delays what the blocks exchange
+constexpr int kMostShared = 227 * 1024;  // bytes that a block of Hopper may have
 
 /// States of a sequence in a block.
 template <class Z>
 constexpr int kStateBytes = Z::own(kIn) * kDState * 4;
 
-/// Of the exchange: 8 values in bfloat16, or two numbers and the layer that they belong to.
+/// Buffers that a layer takes.
+template <class Z>
+constexpr int kLayerBuffers = Z::buffers(kIn) + 1 + Z::buffers(kOut);
+
+/// Of the exchange: 8 values in bfloat16, or four numbers.
 struct alignas(16) Word {
   std::uint64_t low, high;
 };
@@ -51,22 +58,31 @@ struct Exchange {
   static constexpr int kCopies = 4;
   static constexpr int squares = x_dbl + kCopies * Z::kXDblRows * 2;  // [blocks, B] float32
   static constexpr int kTurn = squares + Z::kBlocks * kRows / 4;
-  static constexpr int partials = kTurns * kTurn;  // [R + 2 N, blocks, B / 2]
-  static constexpr std::int64_t kWords = partials + Z::kXDblRows * Z::kBlocks * kRows / 2;
+  static constexpr int partials = kTurns * kTurn;  // [R + 2 N, blocks, B / 4]
+  static constexpr std::int64_t kWords = partials + Z::kXDblRows * Z::kBlocks * kRows / 4;
 };
 
 /// Shared memory of a block, before the ring.
 template <class Z>
 struct Shared {
   static constexpr int kOwn = Z::own(kIn);
+  // Two sets of sums where the ring takes a whole layer anyway; else a barrier parts their users.
+  static constexpr int kSets = kLayerBuffers<Z> * Z::kSlotBytes < kMostShared / 2 ? 2 : 1;
 
-  alignas(128) float partials[2][2][kWarps][kRows][kPitch];
+  /// Of the stages between the products.
+  struct Scratch {
+    alignas(16) bf16 x_dbl[kRows][Z::kXDblRows + 8];
+    float delta[kRows][kOwn];
+    alignas(16) float reduced[2][kWarps][kRows];
+  };
+  union Set {
+    float partials[2][kWarps][kRows][kTileRows];
+    Scratch scratch;
+  };
+  alignas(128) Set sets[kSets];
   alignas(16) bf16 u[kRows][kOwn + 8];
-  alignas(16) bf16 x_dbl[kRows][Z::kXDblRows + 8];
   float gate[kRows][kOwn];
-  float delta[kRows][kOwn];
   alignas(16) float squares[kWarps][kRows];
-  alignas(16) float reduced[2][kWarps][kRows];
   Common common;
 };
 template <class Z>
@@ -74,7 +90,7 @@ constexpr int kRingOffset = (static_cast<int>(sizeof(Shared<Z>)) + 127) / 128 * 
 
 #if __CUDA_ARCH__ >= 900
 
-constexpr int kHeldSteps = 4;  // of a stage, whose weights wait in registers
+constexpr int kHeldSteps = 8;  // of a stage, whose weights wait in registers
 constexpr int kMostSteps = 8;  // of a stage, whose operand waits in registers
 
 __device__ __forceinline__ void store_word(Word* to, Word w) {
@@ -85,12 +101,12 @@ __device__ __forceinline__ void store_number(void* to, std::uint32_t v) {
   asm volatile("st.relaxed.gpu.global.b32 [%0], %1;" ::"l"(to), "r"(v) : "memory");
 }
 /// If `wanted`, without a branch that would split the loads around it.
-__device__ __forceinline__ void load_word(unsigned wanted, const Word* from, Word& w) {
+__device__ __forceinline__ void load_word(bool wanted, const Word* from, Word& w) {
   asm volatile(
       "{\n.reg .pred p;\nsetp.ne.s32 p, %3, 0;\n"
       "@p ld.relaxed.gpu.global.v2.b64 {%0, %1}, [%2];\n}"
       : "+l"(w.low), "+l"(w.high)
-      : "l"(from), "r"(wanted)
+      : "l"(from), "r"(static_cast<int>(wanted))
       : "memory");
 }
 __device__ __forceinline__ std::uint32_t upper(std::uint64_t v) {
@@ -103,36 +119,63 @@ __device__ __forceinline__ std::uint64_t joined(std::uint32_t low, std::uint32_t
   return static_cast<std::uint64_t>(high) << 32 | low;
 }
 
-/// The words at(j), j < kCount, of those that are wanted, as soon as here(j, word).
-template <int kCount, class At, class Wanted, class Here>
-__device__ __forceinline__ void gather(Word (&v)[kCount], At at, Wanted wanted, Here here) {
-  unsigned missing = 0;
+constexpr int kGroups = 6;  // of words: there are 7 predicates
+
+/// The words at(j), j < kCount, of those that are wanted, as soon as here(j, word). What is there
+/// is not asked for again, for waiting must not slow down the weights on their way; but by groups
+/// of words, which are wanted together: were there a predicate for each, some loads would have to
+/// wait for the words of others.
+template <int kCount, class Group, class At, class Wanted, class Here>
+__device__ __forceinline__ void gather(Word (&v)[kCount], Group group, At at, Wanted wanted,
+                                       Here here) {
+  bool missing[kGroups] = {};
 #pragma unroll
   for (int j = 0; j < kCount; ++j) {
-    missing |= static_cast<unsigned>(wanted(j)) << j;
+    missing[group(j)] = wanted(j);
     v[j] = {};
   }
-  // What is there is not asked for again: waiting must not slow down the weights on their way.
+  bool any = false;
+#pragma unroll
+  for (const bool& m : missing) any |= m;
 #pragma unroll 1
-  while (missing != 0) {
+  while (any) {
 #pragma unroll
-    for (int j = 0; j < kCount; ++j) load_word(missing & 1U << j, at(j), v[j]);
+    for (int j = 0; j < kCount; ++j) load_word(missing[group(j)], at(j), v[j]);
+    bool absent[kGroups] = {};
 #pragma unroll
-    for (int j = 0; j < kCount; ++j)
-      if (here(j, v[j])) missing &= ~(1U << j);
+    for (int j = 0; j < kCount; ++j) absent[group(j)] |= !here(j, v[j]);
+    any = false;
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+      missing[g] &= absent[g];
+      any |= missing[g];
+    }
   }
   __syncwarp();
 }
 __device__ __forceinline__ uint4 values(const Word& w) {
   return make_uint4(lower(w.low), upper(w.low), lower(w.high), upper(w.high));
 }
-/// Whether a word that is stored at once is there.
+/// A part of a sum, whose last bit makes room for that of the number of its layer.
+__device__ __forceinline__ std::uint32_t tagged(float v, unsigned epoch) {
+  return (__float_as_uint(v) & ~1U) | (epoch & 1U);
+}
+__device__ __forceinline__ float untagged(std::uint32_t v) {
+  return __uint_as_float(v & ~1U);
+}
+/// Whether all four parts are of that layer, rather than of the one before.
+__device__ __forceinline__ bool of_layer(const Word& w, unsigned epoch) {
+  const std::uint64_t tags = static_cast<std::uint64_t>(epoch & 1U) << 32 | (epoch & 1U);
+  return (((w.low ^ tags) | (w.high ^ tags)) & 0x0000000100000001U) == 0;
+}
+/// Whether a word that is stored at once is there. By the larger of two: no branch may come between
+/// the loads of several words.
 __device__ __forceinline__ bool complete(const Word& w) {
-  return upper(w.low) != kAbsent && upper(w.high) != kAbsent;
+  return max(upper(w.low), upper(w.high)) != kAbsent;
 }
 /// Whether all four of its numbers are, which are stored one by one.
 __device__ __forceinline__ bool all_complete(const Word& w) {
-  return complete(w) && lower(w.low) != kAbsent && lower(w.high) != kAbsent;
+  return max(max(upper(w.low), upper(w.high)), max(lower(w.low), lower(w.high))) != kAbsent;
 }
 
 // --- the warps that copy and prefetch ----------------------------------------------------------
@@ -179,8 +222,7 @@ struct Computer {
   static constexpr int kOutputs = Z::own(kOut);
   static constexpr int kPairs = kChannels / kTileRows;  // of tiles of u and z
   static constexpr int kVec = kChannels / 16;           // products of depth 16 of own channels
-  static_assert(kChannels % 16 == 0 && kOutputs % 8 == 0 && kOutputs <= 16 &&
-                Z::kBlocks * (kRows / 2) % kThreads == 0);
+  static_assert(kChannels % 16 == 0 && kOutputs % 8 == 0 && kOutputs <= 16);
 
   const Args& p;
   Shared<Z>& s;
@@ -195,11 +237,15 @@ struct Computer {
   // Of a tile, what this thread finishes.
   const int tile_row = thread % kTileRows;
   const int sequence = thread / kTileRows;
-  int turn = 0;  // of the two sets of partial sums
+  int turn = 0;  // of the sets of partial sums
   float residual = 0.0F;
 
   __device__ __forceinline__ Word* words(unsigned epoch) const {
     return static_cast<Word*>(p.words) + static_cast<int>(epoch % To::kTurns) * To::kTurn;
+  }
+  /// Free from in_proj's last sums on to out_proj's first.
+  [[nodiscard]] __device__ __forceinline__ typename Shared<Z>::Scratch& scratch() const {
+    return s.sets[(turn + 1) % Shared<Z>::kSets].scratch;
   }
   /// Stores a word of this layer, and clears that of the layer after the next.
   __device__ __forceinline__ void publish(int at, Word w, unsigned epoch) const {
@@ -218,24 +264,33 @@ struct Computer {
   }
 
   // --- products ------------------------------------------------------------------------------
+  /// Where the sum of a row of a tile is, so that neither 4 sequences of one half nor 2 sequences
+  /// share a bank.
+  __device__ __forceinline__ static int swizzled(int sequence, int row) {
+    return row ^ sequence / 2 % 2 * kBufferRows;
+  }
+  __device__ __forceinline__ static float sum_of(const float (&c)[kSums][4], int e) {
+    return (c[0][e] + c[1][e]) + (c[2][e] + c[3][e]);
+  }
   /// Sums of this warp's part of half of a tile, to shared memory.
   __device__ __forceinline__ void store(const float (&c)[kSums][4], int which, int half) {
-    float (&to)[kRows][kPitch] = s.partials[turn][which][warp];
+    float (&to)[kRows][kTileRows] = s.sets[turn].partials[which][warp];
     const int row = half * kBufferRows + lane % 4 * 2;
 #pragma unroll
     for (int j = 0; j < 2; ++j)
-      *reinterpret_cast<float2*>(&to[8 * j + lane / 4][row]) =
+      *reinterpret_cast<float2*>(&to[8 * j + lane / 4][swizzled(lane / 4, row)]) =
           make_float2(sum_of(c, 2 * j), sum_of(c, 2 * j + 1));
   }
   __device__ __forceinline__ float finished(int which) const {
     float parts[kWarps];
 #pragma unroll
-    for (int w = 0; w < kWarps; ++w) parts[w] = s.partials[turn][which][w][sequence][tile_row];
-    return sum_of(parts);
+    for (int w = 0; w < kWarps; ++w)
+      parts[w] = s.sets[turn].partials[which][w][sequence][swizzled(sequence, tile_row)];
+    return mamba_stack::sum_of(parts);
   }
 
   template <int kStage>
-  static constexpr int kHeld = Z::lesser(kHeldSteps, Z::part(kStage));
+  using Held = mamba_stack::Held<Z, kStage, kHeldSteps>;
 
   /// Where depths k .. k + 7 of a sequence are in an operand: as lanes take them.
   __device__ __forceinline__ static int operand_word(int n, int k) {
@@ -248,6 +303,10 @@ struct Computer {
   __device__ __forceinline__ static constexpr int word_of(int j) {
     return j % 2 * 32 + j / 2 * (kWarps * 64);
   }
+  template <int kCount>
+  __device__ __forceinline__ static constexpr int group_of(int j) {
+    return j % 2 + j / 2 * 4 / kCount * 2;
+  }
   [[nodiscard]] __device__ __forceinline__ bool wanted(int j) const {
     return j % 2 * 8 + lane / 4 < batch;
   }
@@ -255,38 +314,42 @@ struct Computer {
   static constexpr int kAtOnce =
       Z::steps(kStage) / Z::ceil_div(Z::steps(kStage), kMostSteps);  // steps
 
-  /// All products of a stage. take(x, i) brings the operand of kAtOnce steps from step i on;
-  /// before() precedes the barrier of the first tiles; finish(t) gets tiles t and t + 1.
+  /// All products of a stage, whose first weights are held. take(x, i) brings the operand of
+  /// kAtOnce steps from step i on; before() precedes the barrier of the first tiles; finish(t) gets
+  /// tiles t and t + 1.
   template <int kStage, class Take, class Before, class Finish>
-  __device__ __forceinline__ void products(Take take, Before before, Finish finish) {
+  __device__ __forceinline__ void products(const Held<kStage>& held, Take take, Before before,
+                                           Finish finish) {
     constexpr int kSteps = Z::steps(kStage);
     constexpr int kTiles = Z::tiles(kStage);
     constexpr int kCount = kAtOnce<kStage>;
     constexpr int kPart = Z::part(kStage);
     constexpr int kLive = kSteps == kPart ? 1 : 2;  // halves of a tile, whose sums are not whole
     static_assert(kSteps % kCount == 0 && (kTiles == 1 || kSteps == kCount) && kCount % kPart == 0);
-    uint4 held[kHeld<kStage>];
-#pragma unroll
-    for (int i = 0; i < kHeld<kStage>; ++i) held[i] = ring.template load<kStage>(0, 0, i);
-    ring.release();
-    Word x[2 * kCount];
+    Operand x[kCount];
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
       float c[kLive][kSums][4] = {};
 #pragma unroll
       for (int first = 0; first < kSteps; first += kPart) {
-        if (t == 0 && first % kCount == 0) take(x, first);
+        if (t == 0 && first % kCount == 0) {
+          Word words[2 * kCount];
+          take(words, first);
+#pragma unroll
+          for (int i = 0; i < kCount; ++i)
+            x[i] = Operand::of(values(words[2 * i]), values(words[2 * i + 1]), ring.none);
+        }
 #pragma unroll
         for (int h = 0; h < Z::halves(kStage, t); ++h) {
           float (&sums)[kSums][4] = c[h % kLive];
 #pragma unroll
           for (int i = first; i < first + kPart; ++i) {
-            const bool waits = t == 0 && h == 0 && i < kHeld<kStage>;
-            const uint4 w = waits ? held[waits ? i : 0] : ring.template load<kStage>(t, h, i);
-            multiply(sums, i, w, values(x[i % kCount * 2]), values(x[i % kCount * 2 + 1]));
+            const uint4 w = ring.take(held, t, h, i);
+            multiply(sums, i, w, x[i % kCount]);
             ring.release();
           }
           if (first + kPart < kSteps) continue;
+          if (Shared<Z>::kSets == 1 && t % 2 == 0 && h == 0) sync();
           store(sums, t % 2, h);
           clear(sums);
         }
@@ -295,7 +358,7 @@ struct Computer {
       if (t <= 1) before();
       sync();
       finish(t / 2 * 2);
-      turn ^= 1;
+      turn = (turn + 1) % Shared<Z>::kSets;
     }
   }
 
@@ -312,8 +375,9 @@ struct Computer {
     const Word* const from = lane_words(words(epoch) + To::r);
     const Word* const square_words = words(epoch) + To::squares + thread;
     Word all[kCount + kSquares];
+    static_assert(4 + kSquares <= kGroups);
     gather(
-        all,
+        all, [](int j) { return j < kCount ? group_of<kCount>(j) : 4 + j - kCount; },
         [&](int j) {
           return j < kCount ? from + word_of(j) : square_words + (j - kCount) * kThreads;
         },
@@ -326,6 +390,13 @@ struct Computer {
 #pragma unroll
     for (int j = 0; j < kSquares; ++j) squares[j] = all[kCount + j];
   }
+  /// Sums over every fourth lane.
+  __device__ __forceinline__ static void add_lanes(float (&sums)[4]) {
+#pragma unroll
+    for (int offset = 4; offset < 32; offset *= 2)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) sums[e] += __shfl_xor_sync(0xFFFFFFFFU, sums[e], offset);
+  }
   __device__ __forceinline__ void add_squares(const Word (&v)[kSquares]) const {
     float sums[4] = {};
 #pragma unroll
@@ -335,10 +406,7 @@ struct Computer {
       sums[2] += __uint_as_float(lower(v[j].high));
       sums[3] += __uint_as_float(upper(v[j].high));
     }
-#pragma unroll
-    for (int offset = 4; offset < 32; offset *= 2)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) sums[e] += __shfl_xor_sync(0xFFFFFFFFU, sums[e], offset);
+    add_lanes(sums);
     if (lane < 4)
       *reinterpret_cast<float4*>(&s.squares[warp][4 * lane]) =
           make_float4(sums[0], sums[1], sums[2], sums[3]);
@@ -348,7 +416,7 @@ struct Computer {
     float parts[kWarps];
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) parts[w] = s.squares[w][sequence];
-    return rsqrtf(fmaf(sum_of(parts), 1.0F / Z::kInputs, p.eps));
+    return rsqrtf(fmaf(mamba_stack::sum_of(parts), 1.0F / Z::kInputs, p.eps));
   }
   [[nodiscard]] __device__ __forceinline__ std::int64_t window_of(int own) const {
     return (sequence * std::int64_t{Z::kChannels} + first_channel + own) * kWidth;
@@ -371,14 +439,17 @@ struct Computer {
     load(window, l, tile_row);
     if (kPairs == 1) before_last();
     Word squares[kSquares];
-    products<kIn>([&](auto& x, int) { take_r(x, squares, epoch); }, [&] { add_squares(squares); },
-                  [&](int t) {
-                    const int own = t / 2 * kTileRows + tile_row;
-                    finish_in(window, l, own);
-                    if (own + kTileRows >= kChannels) return;
-                    load(window, l, own + kTileRows);
-                    if (t / 2 == kPairs - 2) before_last();
-                  });
+    Held<kIn> held;
+    ring.hold(held);
+    products<kIn>(
+        held, [&](auto& x, int) { take_r(x, squares, epoch); }, [&] { add_squares(squares); },
+        [&](int t) {
+          const int own = t / 2 * kTileRows + tile_row;
+          finish_in(window, l, own);
+          if (own + kTileRows >= kChannels) return;
+          load(window, l, own + kTileRows);
+          if (t / 2 == kPairs - 2) before_last();
+        });
     meet();
   }
 
@@ -419,6 +490,8 @@ struct Computer {
       w.lower[i] = load_depth(row + std::int64_t{8} * Z::kChannels, lane);
     }
   }
+  /// Of a block's parts of a row: word q has sequences 2 q, 2 q + 1, 2 q + 8 and 2 q + 9.
+  static constexpr int kPartWords = kRows / 4;
   __device__ __forceinline__ void x_proj(const XWeights& w, unsigned epoch) const {
     if (warp >= kXTiles) return;
     Depth u[2];
@@ -437,45 +510,48 @@ struct Computer {
         for (int half = 0; half < 2; ++half)
           multiply_add(c[half], a, u[half].v[k].x, u[half].v[k].y);
       }
+      if (lane % 4 * 2 >= batch) continue;
       Word* const to = words(0) + To::partials +
-                       ((tile * kTileRows + lane / 4) * Z::kBlocks + block) * (kRows / 2) +
-                       lane % 4;
+                       ((tile * kTileRows + lane / 4) * Z::kBlocks + block) * kPartWords + lane % 4;
 #pragma unroll
-      for (int half = 0; half < 2; ++half)
-#pragma unroll
-        for (int j = 0; j < 2; ++j)
-          store_word(to + j * 8 * Z::kBlocks * (kRows / 2) + half * 4,
-                     {joined(__float_as_uint(c[half][2 * j]), epoch),
-                      joined(__float_as_uint(c[half][2 * j + 1]), epoch)});
+      for (int j = 0; j < 2; ++j)
+        store_word(to + j * 8 * Z::kBlocks * kPartWords,
+                   {joined(tagged(c[0][2 * j], epoch), tagged(c[0][2 * j + 1], epoch)),
+                    joined(tagged(c[1][2 * j], epoch), tagged(c[1][2 * j + 1], epoch))});
     }
   }
   static constexpr int kMyRows = Z::ceil_div(Z::kXDblRows, Z::kBlocks);
   __device__ __forceinline__ void reduce_x_dbl(unsigned epoch) const {
     if (block >= Z::kXDblRows) return;
-    constexpr int kCount = Z::kBlocks * (kRows / 2) / kThreads;
+    constexpr int kWords = Z::kBlocks * kPartWords;
+    constexpr int kCount = Z::ceil_div(kWords, kThreads);
     Word v[kMyRows * kCount];
-    const Word* const from = words(0) + To::partials + block * Z::kBlocks * (kRows / 2) + thread;
+    const Word* const from = words(0) + To::partials + block * kWords + thread;
+    static_assert(kMyRows * kCount <= kGroups);
     gather(
-        v,
+        v, [](int j) { return j; },
+        [&](int j) { return from + j / kCount * Z::kBlocks * kWords + j % kCount * kThreads; },
         [&](int j) {
-          return from + j / kCount * Z::kBlocks * Z::kBlocks * (kRows / 2) + j % kCount * kThreads;
+          return block + j / kCount * Z::kBlocks < Z::kXDblRows && lane % 4 * 2 < batch &&
+                 thread + j % kCount * kThreads < kWords;
         },
-        [&](int j) { return block + j / kCount * Z::kBlocks < Z::kXDblRows; },
-        [&](int, const Word& w) { return upper(w.low) == epoch && upper(w.high) == epoch; });
+        [&](int, const Word& w) { return of_layer(w, epoch); });
 #pragma unroll
     for (int i = 0; i < kMyRows; ++i) {
-      float2 sum = make_float2(0.0F, 0.0F);
+      float sums[4] = {};
 #pragma unroll
       for (int j = 0; j < kCount; ++j) {
-        sum.x += __uint_as_float(lower(v[i * kCount + j].low));
-        sum.y += __uint_as_float(lower(v[i * kCount + j].high));
+        const Word& w = v[i * kCount + j];
+        sums[0] += untagged(lower(w.low));
+        sums[1] += untagged(upper(w.low));
+        sums[2] += untagged(lower(w.high));
+        sums[3] += untagged(upper(w.high));
       }
-#pragma unroll
-      for (int offset = 8; offset < 32; offset *= 2) {
-        sum.x += __shfl_xor_sync(0xFFFFFFFFU, sum.x, offset);
-        sum.y += __shfl_xor_sync(0xFFFFFFFFU, sum.y, offset);
-      }
-      if (lane < 8) *reinterpret_cast<float2*>(&s.reduced[i][warp][2 * lane]) = sum;
+      add_lanes(sums);
+      if (lane >= kPartWords) continue;
+      float* const to = scratch().reduced[i][warp] + 2 * lane;
+      *reinterpret_cast<float2*>(to) = make_float2(sums[0], sums[1]);
+      *reinterpret_cast<float2*>(to + 8) = make_float2(sums[2], sums[3]);
     }
     sync();
     if (warp != 0) return;
@@ -483,8 +559,8 @@ struct Computer {
     const int row = block + i * Z::kBlocks;
     float parts[kWarps];
 #pragma unroll
-    for (int w = 0; w < kWarps; ++w) parts[w] = s.reduced[i][w][lane % kRows];
-    const Word word = pack<1>(sum_of(parts));
+    for (int w = 0; w < kWarps; ++w) parts[w] = scratch().reduced[i][w][lane % kRows];
+    const Word word = pack<1>(mamba_stack::sum_of(parts));
     if (lane % 8 == 0 && i < kMyRows && row < Z::kXDblRows)
       for (int copy = 0; copy < To::kCopies; ++copy)
         publish(To::x_dbl + 2 * (copy * Z::kXDblRows + row) + lane / 8 % 2, word, epoch);
@@ -494,8 +570,9 @@ struct Computer {
     Word v[kCount];
     const Word* const from =
         words(epoch) + To::x_dbl + block % To::kCopies * 2 * Z::kXDblRows + thread;
+    static_assert(kCount <= kGroups);
     gather(
-        v, [&](int j) { return from + j * kThreads; },
+        v, [](int j) { return j; }, [&](int j) { return from + j * kThreads; },
         [&](int j) { return thread + j * kThreads < 2 * Z::kXDblRows; },
         [](int, const Word& w) { return complete(w); });
 #pragma unroll
@@ -506,7 +583,7 @@ struct Computer {
                                       upper(v[j].high)};
 #pragma unroll
       for (int e = 0; e < 8; ++e)
-        reinterpret_cast<std::uint16_t&>(s.x_dbl[i % 2 * 8 + e][i / 2]) =
+        reinterpret_cast<std::uint16_t&>(scratch().x_dbl[i % 2 * 8 + e][i / 2]) =
             static_cast<std::uint16_t>(pairs[e / 2] >> (e % 2 * 16));
     }
     sync();
@@ -534,7 +611,7 @@ struct Computer {
   }
   __device__ __forceinline__ void project_dt(const DtWeights& w) const {
     if (warp < kDtWarps) {
-      const bf16* const x = s.x_dbl[warp % 2 * 8 + lane / 4] + lane % 4 * 4;
+      const bf16* const x = scratch().x_dbl[warp % 2 * 8 + lane / 4] + lane % 4 * 4;
       float c[2][4] = {};
 #pragma unroll
       for (int k = 0; k < Z::kRank / 16; ++k) {
@@ -544,7 +621,8 @@ struct Computer {
       }
 #pragma unroll
       for (int e = 0; e < 4; ++e)
-        s.delta[warp % 2 * 8 + lane % 4 * 2 + e % 2][warp / 2 * kTileRows + lane / 4 + e / 2 * 8] =
+        scratch().delta[warp % 2 * 8 + lane % 4 * 2 + e % 2]
+                       [warp / 2 * kTileRows + lane / 4 + e / 2 * 8] =
             selective::softplus(rounded(c[0][e] + c[1][e]) + w.bias[e / 2]);
     }
     sync();
@@ -577,10 +655,10 @@ struct Computer {
   /// Moves a channel of a sequence on by its token; this lane's part of the output.
   __device__ __forceinline__ float advanced(const ScanLane& a, float4& h, int n) const {
     const int own = channel();
-    const bf16* const x_dbl = s.x_dbl[n] + thread % kLanes * kStates;
+    const bf16* const x_dbl = scratch().x_dbl[n] + thread % kLanes * kStates;
     const uint2 B = *reinterpret_cast<const uint2*>(x_dbl + Z::kRank);
     const uint2 C = *reinterpret_cast<const uint2*>(x_dbl + Z::kRank + kDState);
-    return advance(h, a.A, s.delta[n][own], to_float(s.u[n][own]),
+    return advance(h, a.A, scratch().delta[n][own], to_float(s.u[n][own]),
                    make_float4(low(B.x), high(B.x), low(B.y), high(B.y)),
                    make_float4(low(C.x), high(C.x), low(C.y), high(C.y)));
   }
@@ -602,17 +680,24 @@ struct Computer {
     if (lane < kLanes && n < batch)
       publish(To::v + operand_word(n, first_channel + own), word, epoch);
   }
-  __device__ __forceinline__ void scan(const Layer& l, const ScanLane& a, unsigned epoch) {
-    static_assert(kRounds % kLanes == 0);
+  /// States of a lane, which leave the ring to weights while others are waited for.
+  struct States {
     float4 h[kRounds];
+  };
+  __device__ __forceinline__ void take(States& states) {
     ring.wait();
 #pragma unroll
     for (int r = 0; r < kRounds; ++r) {
-      h[r] = reinterpret_cast<const float4*>(ring.buffer())[r * kThreads + thread];
-      ring.seen |= __float_as_uint(h[r].x);
+      states.h[r] = reinterpret_cast<const float4*>(ring.buffer())[r * kThreads + thread];
+      ring.seen |= __float_as_uint(states.h[r].x);
     }
     ring.next();
     ring.release();
+  }
+  __device__ __forceinline__ void scan(const Layer& l, const ScanLane& a, States& states,
+                                       unsigned epoch) const {
+    static_assert(kRounds % kLanes == 0);
+    float4(&h)[kRounds] = states.h;
 #pragma unroll
     for (int r = 0; r < kRounds; r += kLanes) {
       float y[kLanes];
@@ -673,16 +758,19 @@ struct Computer {
     else
       static_cast<float*>(p.residual_out)[output()] = residual;
   }
-  __device__ __forceinline__ void out_proj(const Layer* next, unsigned epoch) {
+  __device__ __forceinline__ void out_proj(const Held<kOut>& held, const Layer* next,
+                                           unsigned epoch) {
     const float weight = next != nullptr ? norm_weight(*next) : 0.0F;
     const Word* const from = lane_words(words(epoch) + To::v);
     products<kOut>(
+        held,
         [&](auto& x, int step) {
           gather(
-              x, [&](int j) { return from + word_of(j + 2 * step); },
-              [&](int j) { return wanted(j); }, [](int, const Word& w) { return complete(w); });
+              x, [](int j) { return group_of<2 * kAtOnce<kOut>>(j); },
+              [&](int j) { return from + word_of(j + 2 * step); }, [&](int j) { return wanted(j); },
+              [](int, const Word& w) { return complete(w); });
         },
-        [] {},
+        [] { ordered(); },
         [&](int) {
           const float x = rounded(finished(0));
           if (next == nullptr)
@@ -705,13 +793,17 @@ struct Computer {
       DtWeights dt_weights{};
       load(dt_weights, l);
       x_proj(x_weights, epoch);
-      __threadfence();  // what publish() cleared, before all that it publishes from here on
+      // While others are waited for: what is taken leaves the ring to the next layer.
+      States states;
+      take(states);
       reduce_x_dbl(epoch);
       rates(scan_lane.A);
+      Held<kOut> held;
+      ring.hold(held);
       take_x_dbl(epoch);
       project_dt(dt_weights);
-      scan(l, scan_lane, epoch);
-      out_proj(i + 1 < p.layer_count ? &s.common.layers[i + 1] : nullptr, epoch);
+      scan(l, scan_lane, states, epoch);
+      out_proj(held, i + 1 < p.layer_count ? &s.common.layers[i + 1] : nullptr, epoch);
     }
   }
 };
@@ -730,8 +822,8 @@ __global__ __launch_bounds__(kAllThreads, 1) void rows_kernel(const __grid_const
   if (warp == kWarps)
     Copier<Z>{p, {s.common, shared_address(ring), p.slots, lane}}.run();
   else if (warp > kWarps)
-    prefetch_layers(s.common, p.layer_count,
-                    [&](const Layer& l) { prefetch_small<Z>(l, p.batch, lane); });
+    prefetch_layers<true>(s.common, p.layer_count,
+                          [&](const Layer& l) { prefetch_small<Z>(l, p.batch, lane); });
   else
     Computer<Z>{p, s, {s.common, ring, p.slots, p.none, lane, warp}}.run();
 #endif
@@ -742,7 +834,7 @@ __global__ __launch_bounds__(kAllThreads, 1) void rows_kernel(const __grid_const
 template <class Z>
 bool step(Context& ctx, const MambaStackStep& a) {
   // To be more than a layer ahead costs more than it gains.
-  constexpr int kSlots = Z::lesser(kMaxSlots, Z::buffers(kIn) + 1 + Z::buffers(kOut));
+  constexpr int kSlots = Z::lesser(kMaxSlots, kLayerBuffers<Z>);
   return step_layers<Z>(ctx, a, rows_kernel<Z>, kRingOffset<Z>, kSlots, 0, [&] {
     Tensor words = ctx.empty(Shape{4 * Exchange<Z>::kWords}, DType::float32);
     ctx.runtime().fill_bytes(words, 0xFF);  // all absent, and of no layer
@@ -756,15 +848,15 @@ bool step_rows(Context& ctx, const MambaStackStep& a) {
   if (a.x.dim(0) > kRows) return false;
   switch (a.x.dim(1)) {
     case 256:
-      return step<Sizes<256, 32>>(ctx, a);
+      return step<Sizes<256, 32, kBytesInFlight>>(ctx, a);
     case 768:
-      return step<Sizes<768, 96>>(ctx, a);
+      return step<Sizes<768, 96, kBytesInFlight>>(ctx, a);
     case 1024:
-      return step<Sizes<1024, 128>>(ctx, a);
+      return step<Sizes<1024, 128, kBytesInFlight>>(ctx, a);
     case 1536:
-      return step<Sizes<1536, 96>>(ctx, a);
+      return step<Sizes<1536, 96, kBytesInFlight>>(ctx, a);
     case 2048:
-      return step<Sizes<2048, 128>>(ctx, a);
+      return step<Sizes<2048, 128, kBytesInFlight>>(ctx, a);
     default:
       return false;
   }

@@ -31,22 +31,25 @@ constexpr int kTileRows = 16;               // of a weight, in a product
 constexpr int kBufferRows = 8;  // of a weight, in a buffer of the ring: columns of a product
 constexpr int kStep = 32;       // depth of a step of a warp: two products
 constexpr int kUnit = kStep * kWarps;
-constexpr int kPad = 32;               // elements behind a row, so that two rows fill the banks
-constexpr int kBytesInFlight = 50000;  // at most, of a block
-constexpr int kMinSlots = 3;
+constexpr int kPad = 32;            // elements behind a row, so that two rows fill the banks
+constexpr int kPieceBytes = 17000;  // at most, of a buffer
+constexpr int kMinSlots = 4;
 constexpr int kMaxSlots = 16;
-constexpr int kMostRows = 16;  // sequences
-constexpr int kStates = 4;     // of a lane
-constexpr int kLanes = 4;      // of a channel
+constexpr int kMostPieces = 2;  // of a buffer
+constexpr int kMostRows = 16;   // sequences
+constexpr int kStates = 4;      // of a lane
+constexpr int kLanes = 4;       // of a channel
 constexpr int kDState = kStates * kLanes;
-constexpr int kWidth = 4;       // of the convolution
-constexpr int kMaxLayers = 24;  // whose pointers are arguments
+constexpr int kWidth = 4;  // of the convolution
+// Whose pointers are arguments, of 4 KB before CUDA 12.1.
+constexpr int kMaxLayers = CUDART_VERSION >= 12010 ? 64 : 24;
 
 /// Products of a layer, in their order.
 enum Stage { kIn, kXDbl, kOut, kStages };
 
-/// Sizes of a model of d_model kInputs with the usual options, on kBlocks blocks.
-template <int kInputs_, int kBlocks_>
+/// Sizes of a model of d_model kInputs with the usual options, on kBlocks blocks, of each of which
+/// kBytesInFlight at most are on their way.
+template <int kInputs_, int kBlocks_, int kBytesInFlight>
 struct Sizes {
   static constexpr int kInputs = kInputs_;
   static constexpr int kBlocks = kBlocks_;
@@ -56,8 +59,11 @@ struct Sizes {
   /// Of a buffer of the ring: rows of a weight, or the states of kMostRows sequences.
   static constexpr int kSlotBytes =
       std::max(kBufferRows * (kInputs + kPad) * 2, (kChannels / kBlocks) * kMostRows * kDState * 4);
-  /// Halves of buffers that are on their way at a time.
-  static constexpr int kInFlight = std::min(2 * kMinSlots, kBytesInFlight / (kSlotBytes / 2));
+  /// Pieces in which a buffer is copied: each costs those who wait for it a barrier.
+  static constexpr int kPieces = (kSlotBytes + kPieceBytes - 1) / kPieceBytes;
+  /// Pieces that are on their way at a time.
+  static constexpr int kInFlight =
+      std::min(kPieces * kMinSlots, kBytesInFlight / (kSlotBytes / kPieces));
 
   __host__ __device__ static constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
   __host__ __device__ static constexpr int all(int stage) {
@@ -102,8 +108,8 @@ struct Sizes {
   __host__ __device__ static constexpr int buffers(int stage) {
     return ceil_div(own(stage), kBufferRows) * parts(stage) * (stage == kIn ? 2 : 1);
   }
-  static_assert(kInFlight > 0 && kInputs % kUnit == 0 && kInputs % kBlocks == 0 &&
-                kChannels % (4 * kBlocks) == 0);
+  static_assert(kPieces <= kMostPieces && kInFlight > 0 && kInputs % kUnit == 0 &&
+                kInputs % kBlocks == 0 && kChannels % (4 * kBlocks) == 0);
 };
 
 /// Pointers of one layer.
@@ -139,7 +145,7 @@ struct Args {
 /// Barriers of the buffers, and the pointers of all layers, in shared memory.
 struct Common {
   Layer layers[kMaxLayers];
-  std::uint64_t full[kMaxSlots][2];  // halves of the rows of a buffer
+  std::uint64_t full[kMaxSlots][kMostPieces];
   std::uint64_t empty[kMaxSlots];
 
 #if __CUDA_ARCH__ >= 900
@@ -151,7 +157,7 @@ struct Common {
       reinterpret_cast<std::uint64_t*>(layers)[i] = from[i];
     if (threadIdx.x == 0) {
       for (int i = 0; i < p.slots; ++i) {
-        for (std::uint64_t& half : full[i]) barrier_init(shared_address(&half), 1);
+        for (std::uint64_t& piece : full[i]) barrier_init(shared_address(&piece), 1);
         barrier_init(shared_address(&empty[i]), kWarps);
       }
       barrier_init_done();
@@ -165,6 +171,7 @@ struct Common {
 
 constexpr int kComputers = 1;  // barrier of the warps that compute
 constexpr int kLayers = 2;     // and of them and the one that prefetches: once a layer
+constexpr int kOrdered = 3;    // of the same
 
 /// Where in the ring a warp is.
 struct Place {
@@ -188,18 +195,19 @@ struct RingWriter {
   int lane;
   Place place = {};
   Place landed = {};  // what comes behind it is on its way
-  int landed_half = 0;
-  int in_flight = 0;  // halves of buffers
+  int landed_piece = 0;
+  int in_flight = 0;  // pieces
 
-  /// Waits until so little is on its way that another half of a buffer may follow.
+  /// Waits until so little is on its way that another piece may follow.
   __device__ __forceinline__ void pace() {
     if (in_flight < Z::kInFlight) {
       ++in_flight;
       return;
     }
-    barrier_wait(shared_address(&common.full[landed.slot][landed_half]), landed.turn);
-    if (landed_half == 1) landed.next(slots);
-    landed_half ^= 1;
+    barrier_wait(shared_address(&common.full[landed.slot][landed_piece]), landed.turn);
+    if (++landed_piece < Z::kPieces) return;
+    landed_piece = 0;
+    landed.next(slots);
   }
   /// `rows` rows of `bytes` each, `stride` bytes apart, to the next buffer, where they are `pitch`
   /// bytes apart.
@@ -208,10 +216,10 @@ struct RingWriter {
     const std::uint32_t to = ring + static_cast<std::uint32_t>(place.slot * Z::kSlotBytes);
     barrier_wait(shared_address(&common.empty[place.slot]), place.turn ^ 1);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int first = half * (rows / 2);
-      const int last = half == 0 ? rows / 2 : rows;
-      const std::uint32_t full = shared_address(&common.full[place.slot][half]);
+    for (int piece = 0; piece < Z::kPieces; ++piece) {
+      const int first = piece * rows / Z::kPieces;
+      const int last = (piece + 1) * rows / Z::kPieces;
+      const std::uint32_t full = shared_address(&common.full[place.slot][piece]);
       pace();
       // One lane's addresses are the warp's: those of several would take turns, slowly.
       if (lane == 0) {
@@ -276,15 +284,25 @@ __device__ __forceinline__ void prefetch_channels(const Layer& l, int batch, int
 __device__ __forceinline__ void meet() {
   group_wait(kLayers, kThreads + 32);
 }
+/// Orders what publish() cleared before the warps met before all that is published behind
+/// ordered(): a fence takes longer than those who compute may wait.
+__device__ __forceinline__ void order() {
+  asm volatile("fence.acq_rel.gpu;" ::: "memory");
+  group_arrive(kOrdered, kThreads + 32);
+}
+__device__ __forceinline__ void ordered() {
+  group_wait(kOrdered, kThreads + 32);
+}
 /// Prefetches the first layer, and every other one while the one before is computed: much
 /// earlier, and the weights that pass through L2 would drive it out again.
-template <class Prefetch>
+template <bool kOrders, class Prefetch>
 __device__ __forceinline__ void prefetch_layers(const Common& common, int count,
                                                 Prefetch prefetch) {
   prefetch(common.layers[0]);
 #pragma unroll 1
   for (int i = 0; i < count; ++i) {
     meet();
+    if constexpr (kOrders) order();
     if (i + 1 < count) prefetch(common.layers[i + 1]);
   }
 }
@@ -296,13 +314,22 @@ __device__ __forceinline__ void prefetch_layers(const Common& common, int count,
 /// g + 8: the order within a step is free.
 constexpr int kSums = 4;
 
+/// A step's left operand, as its two products take it.
+struct Operand {
+  std::uint32_t first[4], second[4];
+
+  /// Of 8 neighbours in depth of two sequences. Arranged once: if there were nothing to compute
+  /// (`none` is 0), the compiler would do so for every product.
+  __device__ __forceinline__ static Operand of(uint4 upper, uint4 lower, std::uint32_t none) {
+    return {{upper.x | none, lower.x | none, upper.y | none, lower.y | none},
+            {upper.z | none, lower.z | none, upper.w | none, lower.w | none}};
+  }
+};
 /// c += the product of step `step` with weights w.
-__device__ __forceinline__ void multiply(float (&c)[kSums][4], int step, uint4 w, uint4 upper,
-                                         uint4 lower) {
-  const std::uint32_t first[4] = {upper.x, lower.x, upper.y, lower.y};
-  const std::uint32_t second[4] = {upper.z, lower.z, upper.w, lower.w};
-  multiply_add(c[step % 2 * 2], first, w.x, w.y);
-  multiply_add(c[step % 2 * 2 + 1], second, w.z, w.w);
+__device__ __forceinline__ void multiply(float (&c)[kSums][4], int step, uint4 w,
+                                         const Operand& a) {
+  multiply_add(c[step % 2 * 2], a.first, w.x, w.y);
+  multiply_add(c[step % 2 * 2 + 1], a.second, w.z, w.w);
 }
 __device__ __forceinline__ void clear(float (&c)[kSums][4]) {
 #pragma unroll
@@ -310,9 +337,24 @@ __device__ __forceinline__ void clear(float (&c)[kSums][4]) {
 #pragma unroll
     for (int e = 0; e < 4; ++e) c[i][e] = 0.0F;
 }
-__device__ __forceinline__ float sum_of(const float (&c)[kSums][4], int e) {
-  return (c[0][e] + c[1][e]) + (c[2][e] + c[3][e]);
-}
+
+/// The first weights of a stage, in the order of the ring: they wait in registers, so that their
+/// buffers may be filled again.
+template <class Z, int kStage, int kMost>
+struct Held {
+  static constexpr int kPart = Z::part(kStage);
+  static constexpr int kHalves = Z::halves(kStage, 0);
+  static constexpr int kTile = Z::steps(kStage) * kHalves;
+  static constexpr int kCount = Z::lesser(kMost, kTile*(kStage == kIn ? 2 : 1));
+  static_assert(Z::steps(kStage) % kPart == 0 && Z::ceil_div(kCount, kPart) <= kMinSlots);
+
+  uint4 w[kCount];
+
+  /// Which of the weights is step `step` of a half of a tile.
+  __device__ __forceinline__ static constexpr int index(int tile, int half, int step) {
+    return tile * kTile + (step / kPart * kHalves + half) * kPart + step % kPart;
+  }
+};
 
 /// A warp that multiplies, as it reads the ring.
 template <class Z>
@@ -330,8 +372,9 @@ struct RingReader {
 
   /// The next buffer, once it is full.
   __device__ __forceinline__ void wait() const {
-    for (std::uint64_t& half : common.full[place.slot])
-      barrier_wait(shared_address(&half), place.turn);
+#pragma unroll
+    for (int piece = 0; piece < Z::kPieces; ++piece)
+      barrier_wait(shared_address(&common.full[place.slot][piece]), place.turn);
   }
   [[nodiscard]] __device__ __forceinline__ const char* buffer() const {
     return ring + place.slot * Z::kSlotBytes;
@@ -366,6 +409,25 @@ struct RingReader {
     seen |= w.x;
     if (step % kPart == kPart - 1 || step == Z::steps(kStage) - 1) next();
     return w;
+  }
+  template <int kStage, int kMost>
+  __device__ __forceinline__ void hold(Held<Z, kStage, kMost>& held) {
+    using H = Held<Z, kStage, kMost>;
+#pragma unroll
+    for (int i = 0; i < H::kCount; ++i) {
+      const int buffer = i % H::kTile / H::kPart;
+      held.w[i] = load<kStage>(i / H::kTile, buffer % H::kHalves,
+                               buffer / H::kHalves * H::kPart + i % H::kPart);
+    }
+    release();
+  }
+  /// Step `step` of a half of a tile, if it is not held.
+  template <int kStage, int kMost>
+  __device__ __forceinline__ uint4 take(const Held<Z, kStage, kMost>& held, int tile, int half,
+                                        int step) {
+    using H = Held<Z, kStage, kMost>;
+    const int i = H::index(tile, half, step);
+    return i < H::kCount ? held.w[i < H::kCount ? i : 0] : load<kStage>(tile, half, step);
   }
 };
 
@@ -460,12 +522,14 @@ template <class Kernel>
 bool fits(Kernel* kernel, int blocks) {
   int device = 0;
   int allowed = 0;
+  int driver = 0;
   LRNN_CUDA_CHECK(cudaGetDevice(&device));
   LRNN_CUDA_CHECK(cudaDeviceGetAttribute(&allowed, cudaDevAttrCooperativeLaunch, device));
+  LRNN_CUDA_CHECK(cudaDriverGetVersion(&driver));  // older ones take 4 KB of arguments
   cudaFuncAttributes attributes{};
   LRNN_CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel));
   return allowed != 0 && multiprocessors() >= blocks && compute_capability() >= 90 &&
-         attributes.ptxVersion >= 90;
+         attributes.ptxVersion >= 90 && (sizeof(Args) <= 4096 || driver >= 12010);
 }
 
 template <class Kernel>
