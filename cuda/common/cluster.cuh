@@ -70,6 +70,18 @@ __device__ __forceinline__ std::uint32_t address_in(int rank, std::uint32_t at) 
   return there;
 }
 
+/// What block `rank` of the cluster has where this one has `p`, in shared memory.
+__device__ __forceinline__ uint2 load_of(int rank, const uint2* p) {
+  uint2 v{};
+#if __CUDA_ARCH__ >= 900
+  asm volatile("ld.shared::cluster.v2.u32 {%0, %1}, [%2];"
+               : "=r"(v.x), "=r"(v.y)
+               : "r"(address_in(rank, shared_address(p)))
+               : "memory");
+#endif
+  return v;
+}
+
 /// Stores at a shared address of any block of the cluster; the bytes count at a barrier there.
 __device__ __forceinline__ void send(std::uint32_t to, float v, std::uint32_t barrier) {
 #if __CUDA_ARCH__ >= 900
