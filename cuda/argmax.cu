@@ -1,40 +1,83 @@
-// A block owns kPart neighbouring columns of one row, thread i of it columns i, i + kThreads, ...
-// as (ordered key, index) in 64 bits, whose maximum does not depend on the order. A second kernel
-// joins the parts, one warp for each row. Bound by DRAM for many rows, by the launches for few.
+// A block owns neighbouring columns of one row, a thread kVectors times 16 bytes of them, from the
+// last address before the row on that 16 divides: rows of an odd number of columns begin anywhere.
+// What is compared among threads is (ordered key, index) in 64 bits, whose maximum does not depend
+// on the order. A second kernel joins the parts, one warp for each row. Bound by L2 or DRAM for
+// many rows, by the launches for few: in a chain on an H200 rows of 50277 in bfloat16 take 2.4 us,
+// 16 of them 3.0, 128 of them 4.9 (2.6 TB/s, from L2).
+#include <cmath>
+
 #include "lrnn/ops/argmax.hpp"
 
 #include "common/best_candidate.cuh"
-#include "common/dtype.cuh"
 #include "common/launch.cuh"
+#include "common/vec.cuh"
 #include "ops/dispatch.hpp"
 
 namespace lrnn::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kPart = 8 * kThreads;
 constexpr int kJoinThreads = 128;
 
-template <class T>
+/// Of a block.
+template <class T, int kVectors>
+constexpr int kColumns = kVectors * kThreads * kWide<T>;
+
+/// The greatest value of a thread, NaN left out, and where it is first.
+struct Greatest {
+  float value = -INFINITY;
+  int where = 0;
+
+  /// Elements of columns [column, column + N), which come behind the others.
+  template <class T, int N>
+  __device__ __forceinline__ void add(const Packed<T, N>& v, int column) {
+    float most = v.get(0);
+#pragma unroll
+    for (int i = 1; i < N; ++i) most = fmaxf(most, v.get(i));
+    if (!(most > value)) return;
+    value = most;
+#pragma unroll
+    for (int i = N - 1; i >= 0; --i)
+      if (v.get(i) == most) where = column + i;
+  }
+  [[nodiscard]] __device__ __forceinline__ std::uint64_t candidate() const {
+    return detail::pack_candidate(detail::ordered_key(value), static_cast<std::uint32_t>(where));
+  }
+};
+
+template <class T, int kVectors>
 __global__ __launch_bounds__(kThreads) void argmax_part_kernel(const T* logits, std::int64_t stride,
                                                                int vocab_size,
                                                                std::uint64_t* parts) {
   let_next_kernel_start();
   wait_for_previous_kernel();
+  constexpr int N = kWide<T>;
   const T* const row = logits + static_cast<std::int64_t>(blockIdx.y) * stride;
-  const int first = static_cast<int>(blockIdx.x) * kPart + static_cast<int>(threadIdx.x);
-  std::uint32_t greatest = 0;
-  int where = -1;
+  const int before = static_cast<int>(reinterpret_cast<std::uintptr_t>(row) / sizeof(T) % N);
+  const int first = static_cast<int>(blockIdx.x) * kColumns<T, kVectors> - before +
+                    static_cast<int>(threadIdx.x) * N;
+  Packed<T, N> vectors[kVectors];
 #pragma unroll
-  for (int j = 0; j < kPart / kThreads; ++j) {
-    const int i = first + j * kThreads;
-    const std::uint32_t key = i < vocab_size ? detail::ordered_key(to_float(row[i])) : 0;
-    if (key > greatest) where = i;  // of equal keys the lowest index, as i only grows
-    greatest = max(greatest, key);
+  for (int j = 0; j < kVectors; ++j) {
+    const int column = first + j * kThreads * N;
+    if (column >= 0 && column + N <= vocab_size) vectors[j].load(row + column);
   }
-  const std::uint64_t own =
-      where < 0 ? 0 : detail::pack_candidate(greatest, static_cast<std::uint32_t>(where));
-  const std::uint64_t best = block_best<kThreads>(own);
+  Greatest greatest;
+#pragma unroll
+  for (int j = 0; j < kVectors; ++j) {
+    const int column = first + j * kThreads * N;
+    if (column >= 0 && column + N <= vocab_size) {
+      greatest.add(vectors[j], column);
+      continue;
+    }
+#pragma unroll 1
+    for (int i = max(column, 0); i < min(column + N, vocab_size); ++i) {
+      Packed<T, 1> one;
+      one.load(row + i);
+      greatest.add(one, i);
+    }
+  }
+  const std::uint64_t best = block_best<kThreads>(greatest.candidate());
   if (threadIdx.x == 0) parts[std::int64_t{blockIdx.y} * gridDim.x + blockIdx.x] = best;
 }
 
@@ -53,29 +96,43 @@ __global__ __launch_bounds__(kJoinThreads) void argmax_join_kernel(const std::ui
   if (threadIdx.x % 32 == 0) ids[row] = detail::index_of_best(best);
 }
 
+template <class T, int kVectors>
+void forward(Context& ctx, const ArgmaxForward& a, std::int64_t rows) {
+  const std::int64_t vocab_size = a.logits.dim(-1);
+  const std::int64_t stride = detail::row_stride(a.logits);
+  // A row begins up to a vector less one behind its first block.
+  constexpr int kBefore = kWide<T> - 1;
+  const auto count =
+      static_cast<int>((vocab_size + kBefore + kColumns<T, kVectors> - 1) / kColumns<T, kVectors>);
+  Tensor partial = ctx.empty({rows, count}, DType::int64);
+  auto* const parts = reinterpret_cast<std::uint64_t*>(partial.view().data<std::int64_t>());
+  const cudaStream_t stream = ctx.stream().handle;
+  constexpr std::int64_t kMostRows = 65535;  // of the second dimension of a grid
+  for (std::int64_t r = 0; r < rows; r += kMostRows)
+    launch_overlapped(
+        argmax_part_kernel<T, kVectors>,
+        dim3(static_cast<unsigned>(count), static_cast<unsigned>(std::min(rows - r, kMostRows))),
+        kThreads, 0, stream, a.logits.data<T>() + r * stride, stride, static_cast<int>(vocab_size),
+        parts + r * count);
+  constexpr int kPerBlock = kJoinThreads / 32;
+  launch_overlapped(argmax_join_kernel, static_cast<unsigned>((rows + kPerBlock - 1) / kPerBlock),
+                    kJoinThreads, 0, stream, parts, count, rows, a.ids.data<std::int32_t>());
+}
+
 }  // namespace
 
 void argmax_forward(Context& ctx, const ArgmaxForward& a) {
   const std::int64_t vocab_size = a.logits.dim(-1);
   const std::int64_t rows = a.logits.numel() / vocab_size;
   if (rows == 0) return;
-  const auto count = static_cast<int>((vocab_size + kPart - 1) / kPart);
-  Tensor partial = ctx.empty({rows, count}, DType::int64);
-  auto* const parts = reinterpret_cast<std::uint64_t*>(partial.view().data<std::int64_t>());
-  const cudaStream_t stream = ctx.stream().handle;
   visit_float("argmax_forward", a.logits.dtype(), [&]<class T>() {
-    const std::int64_t stride = detail::row_stride(a.logits);
-    constexpr std::int64_t kMostRows = 65535;  // of the second dimension of a grid
-    for (std::int64_t r = 0; r < rows; r += kMostRows)
-      launch_overlapped(
-          argmax_part_kernel<T>,
-          dim3(static_cast<unsigned>(count), static_cast<unsigned>(std::min(rows - r, kMostRows))),
-          kThreads, 0, stream, a.logits.data<T>() + r * stride, stride,
-          static_cast<int>(vocab_size), parts + r * count);
+    // Few rows on as many blocks as possible, the blocks of many all at once.
+    constexpr std::int64_t kFewRows = 32;
+    if (rows <= kFewRows)
+      forward<T, 1>(ctx, a, rows);
+    else
+      forward<T, 4>(ctx, a, rows);
   });
-  constexpr int kPerBlock = kJoinThreads / 32;
-  launch_overlapped(argmax_join_kernel, static_cast<unsigned>((rows + kPerBlock - 1) / kPerBlock),
-                    kJoinThreads, 0, stream, parts, count, rows, a.ids.data<std::int32_t>());
 }
 
 }  // namespace lrnn::cuda

@@ -1,14 +1,15 @@
 // Few rows have a cluster of 8 blocks each, where the device takes clusters, many rows one block.
 // The logits become integers as on the CPU, see ops/sample_math.hpp; from there on sums and choices
-// do not depend on the order of threads. A thread of a cluster keeps the distances of its columns
-// in registers, one of a single block forms them anew in every pass. The boundary of top_k and
-// top_p is found by radix selection: three histograms of 11, 11 and 10 bits of the distance, with
-// the number or the weight of the tokens in every bin (integer atomics in shared memory), of which
-// each block of a cluster adds up a part.
+// do not depend on the order of threads. A block keeps the distances of its columns in shared
+// memory, or forms them anew in every pass if there are too many. The boundary of top_k and top_p
+// is found by radix selection: three histograms of 11, 11 and 10 bits of the distance, with the
+// number or the weight of the tokens in every bin (integer atomics in shared memory), of which each
+// block of a cluster adds up a part.
 //
 // Bound by latency: the exchanges of a cluster, scans and barriers. In a chain on an H200 one row
-// of 50277 takes 10.3 us, with top_k 40 18.1, top_p 0.9 24.3, all filters and the penalty 32.6; 32
-// rows 29.9, 52.9, 72.1, 96.1.
+// of 50277 takes 9.6 us, with top_k 40 18.3, top_p 0.9 25.2, all filters and the penalty 35.0; 16
+// rows 13.7, 24.9, 35.5, 45.8; 128 rows, bound by the instructions of a
+// multiprocessor, 37.8, 48.4, 70.9, 81.4.
 #include <algorithm>
 
 #include "lrnn/ops/argmax.hpp"
@@ -68,14 +69,12 @@ struct Team {
 
 using Alone = Team<1, 1024>;
 using Cluster = Team<8, 512>;  // as many blocks as any device takes
-constexpr int kFewHeld = 16;
-constexpr int kMostHeld = 40;
 
-/// Of a block.
+/// Of a block. The distances of its columns lie behind it.
 template <class Team>
 struct Shared {
   static constexpr int kWarps = Team::kWarps;
-  static constexpr int kSlice = kBins / Team::kSize;
+  static constexpr int kSlice = Team::kSize > 1 ? kBins / Team::kSize : 1;
   std::uint32_t low[kBins];  // histogram of the block's columns
   std::uint32_t high[kBins];
   U64 slice[kSlice];  // a part of the histogram of the row, and its sum
@@ -128,9 +127,8 @@ __device__ U64 block_sum(Shared& shared, U64 value) {
 }
 
 /// A row, and what a thread has of it: every 32nd of the columns of its warp, from `first` on.
-/// Warps have neighbouring parts. Distances of up to kHeld columns are kept, else
-/// formed anew.
-template <class T, class Team, int kHeld>
+/// Warps have neighbouring parts. Distances are kept if kHeld, else formed anew.
+template <class T, class Team, bool kHeld>
 struct Row {
   using Blocks = Team;
   static constexpr int kColumns = Blocks::kSize * Blocks::kThreads;  // at a time
@@ -140,17 +138,18 @@ struct Row {
   const SamplePlan& plan;
   int count;  // of the thread's columns, some of which may be beyond the end
   int first;
-  std::uint32_t held[kHeld > 0 ? kHeld : 1];  // keys, later distances
+  std::uint32_t* held;  // [count, kThreads]: keys, later distances
   std::uint32_t best = 0;
 
-  __device__ Row(const T* logits, const std::int32_t* seen, int vocab_size, const SamplePlan& plan)
+  __device__ Row(const T* logits, const std::int32_t* seen, int vocab_size, const SamplePlan& plan,
+                 std::uint32_t* held)
       : logits(logits),
         seen(seen),
         vocab_size(vocab_size),
         plan(plan),
         count((vocab_size + kColumns - 1) / kColumns),
-        first((Blocks::rank() * Blocks::kWarps + warp_of_thread()) * count * 32 +
-              lane_of_thread()) {}
+        first((Blocks::rank() * Blocks::kWarps + warp_of_thread()) * count * 32 + lane_of_thread()),
+        held(held) {}
 
   __device__ int column(int j) const { return first + 32 * j; }
   /// 0, which no logit has, beyond the columns.
@@ -159,34 +158,38 @@ struct Row {
     if (j >= count || i >= vocab_size) return 0;
     return detail::penalised_key(to_float(logits[i]), seen, i, plan);
   }
+  __device__ std::uint32_t& kept(int j) const {
+    return held[j * Blocks::kThreads + static_cast<int>(threadIdx.x)];
+  }
   /// Of key 0, a NaN, the greatest.
   __device__ std::uint32_t distance(int j) const {
-    if constexpr (kHeld > 0) return held[j];
+    if constexpr (kHeld) return kept(j);
     return detail::distance_of(best, key(j), plan);
   }
   /// Calls f(j) for the thread's columns until it returns false.
   template <class F>
   __device__ void for_each(F&& f) const {
-    if constexpr (kHeld > 0) {
-#pragma unroll
-      for (int j = 0; j < kHeld; ++j)
-        if (!f(j)) break;
-    } else {
-      for (int j = 0; j < count; ++j)
-        if (!f(j)) break;
-    }
+#pragma unroll 1  // instructions that are executed once come as slowly as what they do
+    for (int j = 0; j < count; ++j)
+      if (!f(j)) break;
   }
   /// The best token of the row, in every thread of its blocks.
   __device__ std::uint64_t find_best(Shared<Team>& shared) {
     std::uint32_t greatest = 0;
     int where = 0;
-    for_each([&](int j) {
-      const std::uint32_t k = key(j);
-      if constexpr (kHeld > 0) held[j] = k;
-      if (k > greatest) where = column(j);  // of equal keys the lowest index
-      greatest = max(greatest, k);
-      return true;
-    });
+    constexpr int kAhead = 8;  // loads of a thread
+#pragma unroll 1
+    for (int begin = 0; begin < count; begin += kAhead) {
+      std::uint32_t keys[kAhead];
+#pragma unroll
+      for (int k = 0; k < kAhead; ++k) keys[k] = key(begin + k);
+#pragma unroll
+      for (int k = 0; k < kAhead; ++k) {
+        if (kHeld && begin + k < count) kept(begin + k) = keys[k];
+        if (keys[k] > greatest) where = column(begin + k);  // of equal keys the lowest index
+        greatest = max(greatest, keys[k]);
+      }
+    }
     std::uint64_t found =
         greatest == 0 ? 0 : detail::pack_candidate(greatest, static_cast<std::uint32_t>(where));
     found = block_best<Blocks::kThreads>(found);
@@ -199,9 +202,11 @@ struct Row {
       for (const U64 other : all) found = max_candidate(found, other);
     }
     best = static_cast<std::uint32_t>(found >> 32);
-    if constexpr (kHeld > 0)
-#pragma unroll
-      for (int j = 0; j < kHeld; ++j) held[j] = detail::distance_of(best, held[j], plan);
+    if constexpr (kHeld)
+      for_each([&](int j) {
+        kept(j) = detail::distance_of(best, kept(j), plan);
+        return true;
+      });
     return found;
   }
 };
@@ -257,8 +262,10 @@ __device__ void merge_slice(Shared<Team>& shared) {
       sums[0] += (U64{high.x} << 32) | low.x;
       sums[1] += (U64{high.y} << 32) | low.y;
     }
-    shared.slice[i] = sums[0];
-    shared.slice[i + 1] = sums[1];
+    if constexpr (Team::kSize > 1) {
+      shared.slice[i] = sums[0];
+      shared.slice[i + 1] = sums[1];
+    }
     sum += sums[0] + sums[1];
   }
   sum = block_sum(shared, sum);
@@ -290,7 +297,10 @@ __device__ void find_bin(Shared<Team>& shared, U64 target) {
   U64 own = 0;
 #pragma unroll
   for (int k = 0; k < kPerThread; ++k) {
-    if (first < kSlice) sums[k] = Team::load(owner, &shared.slice[first + k]);
+    if constexpr (Team::kSize == 1)
+      sums[k] = (U64{shared.high[first + k]} << 32) | shared.low[first + k];
+    else if (first < kSlice)
+      sums[k] = Team::load(owner, &shared.slice[first + k]);
     own += sums[k];
   }
   before += block_inclusive_sum(shared, own) - own;
@@ -484,17 +494,18 @@ __device__ std::int32_t draw_token(const Row& row, Limit limit, Target target) {
   return id;
 }
 
-template <class T, class Blocks, int kHeld>
+template <class T, class Blocks, bool kHeld>
 __global__ __launch_bounds__(Blocks::kThreads) void sample_forward_kernel(
     const T* logits, std::int64_t stride, int vocab_size, SamplePlan plan, std::uint64_t seed,
     std::int64_t* counters, std::int32_t* seen_masks, std::int64_t words, std::int32_t* ids) {
   __shared__ Shared<Blocks> shared;
+  extern __shared__ std::uint32_t held[];
   let_next_kernel_start();
   wait_for_previous_kernel();
   const std::int64_t r = Blocks::row();
   std::int32_t* const seen = seen_masks != nullptr ? seen_masks + r * words : nullptr;
   const auto counter = plan.greedy ? 0 : static_cast<std::uint64_t>(counters[r]);
-  Row<T, Blocks, kHeld> row(logits + r * stride, seen, vocab_size, plan);
+  Row<T, Blocks, kHeld> row(logits + r * stride, seen, vocab_size, plan, held);
   const std::uint64_t best = row.find_best(shared);
 
   // Uniform in the blocks of the row.
@@ -516,7 +527,7 @@ __global__ __launch_bounds__(Blocks::kThreads) void sample_forward_kernel(
     if (!plan.greedy) counters[r] = static_cast<std::int64_t>(counter + 1);
     if (seen != nullptr) seen[id >> 5] |= static_cast<std::int32_t>(1U << (id & 31));
   }
-  if constexpr (Blocks::kSize > 1) Blocks::sync();  // the others have read what this one has
+  if constexpr (Blocks::kSize > 1) cluster_meet();  // the others have read what this one has
 }
 
 // One thread per id. Setting bits by atomics is independent of the order.
@@ -534,10 +545,25 @@ __global__ __launch_bounds__(256) void mark_seen_kernel(const std::int32_t* __re
   atomicOr(seen + r * words + (id >> 5), 1U << (id & 31));
 }
 
+/// Bytes of a block for the distances of its columns, and whether it has as many.
+template <class Team>
+std::size_t held_bytes(std::int64_t vocab_size) {
+  constexpr std::int64_t kColumns = Team::kSize * Team::kThreads;
+  return static_cast<std::size_t>((vocab_size + kColumns - 1) / kColumns) * Team::kThreads *
+         sizeof(std::uint32_t);
+}
+template <class Team>
+bool holds(std::int64_t vocab_size) {
+  return held_bytes<Team>(vocab_size) + sizeof(Shared<Team>) + 1024 <=
+         static_cast<std::size_t>(shared_memory_per_block());
+}
+
 /// A team of blocks for each of `rows`, overlapping the kernel before.
 template <class Team, class... Parameters, class... Args>
-void launch_teams(void (*kernel)(Parameters...), std::int64_t rows, cudaStream_t stream,
-                  Args&&... args) {
+void launch_teams(void (*kernel)(Parameters...), std::int64_t rows, std::size_t shared,
+                  cudaStream_t stream, Args&&... args) {
+  LRNN_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                       static_cast<int>(shared)));
   cudaLaunchAttribute attributes[2]{};
   attributes[0].id = cudaLaunchAttributeClusterDimension;
   attributes[0].val.clusterDim = {Team::kSize, 1, 1};
@@ -546,6 +572,7 @@ void launch_teams(void (*kernel)(Parameters...), std::int64_t rows, cudaStream_t
   cudaLaunchConfig_t config{};
   config.gridDim = static_cast<unsigned>(Team::kSize * rows);
   config.blockDim = Team::kThreads;
+  config.dynamicSmemBytes = shared;
   config.stream = stream;
   constexpr unsigned kClusters = Team::kSize > 1 ? 1 : 0;
   config.attrs = attributes + 1 - kClusters;
@@ -563,23 +590,21 @@ void sample_forward(Context& ctx, const SampleForward& a) {
   if (plan.greedy && !a.seen)  // more than one block reads a row there
     return lrnn::cuda::argmax_forward(ctx, {.logits = a.logits, .ids = a.ids});
   visit_float("sample_forward", a.logits.dtype(), [&]<class T>() {
-    const auto launch = [&]<class Team, int kHeld>() {
-      launch_teams<Team>(sample_forward_kernel<T, Team, kHeld>, rows, ctx.stream().handle,
+    const auto launch = [&]<class Team, bool kHeld>() {
+      launch_teams<Team>(sample_forward_kernel<T, Team, kHeld>, rows,
+                         kHeld ? held_bytes<Team>(vocab_size) : 0, ctx.stream().handle,
                          a.logits.data<T>(), detail::row_stride(a.logits),
                          static_cast<int>(vocab_size), plan, a.seed,
                          plan.greedy ? nullptr : a.counters.data<std::int64_t>(),
                          a.seen ? a.seen.data<std::int32_t>() : nullptr, seen_words(vocab_size),
                          a.ids.data<std::int32_t>());
     };
-    const auto most = [](int held) {
-      return std::int64_t{held} * Cluster::kSize * Cluster::kThreads;
-    };
-    constexpr int kMostRows = 32;  // beyond, one block for each is as fast
-    if (vocab_size > most(kMostHeld) || rows > kMostRows ||
-        !takes_clusters(sample_forward_kernel<T, Cluster, kFewHeld>))
-      return launch.template operator()<Alone, 0>();
-    if (vocab_size > most(kFewHeld)) return launch.template operator()<Cluster, kMostHeld>();
-    launch.template operator()<Cluster, kFewHeld>();
+    constexpr int kFewRows = 32;  // beyond, one block for each is as fast
+    if (rows <= kFewRows && holds<Cluster>(vocab_size) &&
+        takes_clusters(sample_forward_kernel<T, Cluster, true>))
+      return launch.template operator()<Cluster, true>();
+    if (holds<Alone>(vocab_size)) return launch.template operator()<Alone, true>();
+    launch.template operator()<Alone, false>();
   });
 }
 
