@@ -11,9 +11,9 @@
 // thread of its number in the block that finishes them.
 //
 // Stamps of 2048 x 4096 with 128 rows on an H200: 6.8 us from the end of the scan to the last
-// product, for 384 KB a block of which 128 are W (4.1 us from memory; copies from L2 alone come more
-// than twice as fast), 1.4 for the exchange, 0.8 for the rest. A recorded layer took 49.7 us where
-// out_proj and norm one by one make it 51.3; one of 768 inputs 21.6 in place of 24.1.
+// product, for 384 KB a block of which 128 are W (4.1 us from memory; copies from L2 alone come
+// more than twice as fast), 1.4 for the exchange, 0.8 for the rest. A recorded layer took 49.7 us
+// where out_proj and norm one by one make it 51.3; one of 768 inputs 21.6 in place of 24.1.
 #include "lrnn/ops/add_norm.hpp"
 
 #include "common/linear_sm90_product.cuh"
