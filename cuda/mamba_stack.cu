@@ -303,7 +303,7 @@ struct Computer {
       squares[n] = warp_sum(squares[n]);
       if (lane == 0) s.squares[n][warp] = squares[n];
     }
-    meet();
+    meet(s.common);
   }
   /// 1 / rms of this thread's sequence.
   __device__ __forceinline__ float rstd() const {

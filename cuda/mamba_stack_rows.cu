@@ -450,7 +450,7 @@ struct Computer {
           load(window, l, own + kTileRows);
           if (t / 2 == kPairs - 2) before_last();
         });
-    meet();
+    meet(s.common);
   }
 
   // --- u -> x_dbl ------------------------------------------------------------------------------

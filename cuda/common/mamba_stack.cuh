@@ -147,6 +147,7 @@ struct Common {
   Layer layers[kMaxLayers];
   std::uint64_t full[kMaxSlots][kMostPieces];
   std::uint64_t empty[kMaxSlots];
+  std::uint64_t reached;  // layers, by the warps that compute
 
 #if __CUDA_ARCH__ >= 900
   /// By all threads of a block.
@@ -158,8 +159,9 @@ struct Common {
     if (threadIdx.x == 0) {
       for (int i = 0; i < p.slots; ++i) {
         for (std::uint64_t& piece : full[i]) barrier_init(shared_address(&piece), 1);
-        barrier_init(shared_address(&empty[i]), kWarps);
+        barrier_init(shared_address(&empty[i]), kThreads);
       }
+      barrier_init(shared_address(&reached), 1);
       barrier_init_done();
     }
     __syncthreads();
@@ -170,7 +172,7 @@ struct Common {
 #if __CUDA_ARCH__ >= 900
 
 constexpr int kComputers = 1;  // barrier of the warps that compute
-constexpr int kLayers = 2;     // and of them and the one that prefetches: once a layer
+constexpr int kLayers = 2;     // the same, once a layer, when the one that prefetches is there
 constexpr int kOrdered = 3;    // of the same
 
 /// Where in the ring a warp is.
@@ -280,9 +282,11 @@ __device__ __forceinline__ void prefetch_channels(const Layer& l, int batch, int
     prefetch_bytes(l.conv_state + (std::int64_t{n} * Z::kChannels + c) * kWidth, kOwn * kWidth * 4,
                    lane);
 }
-/// The warps that compute and the one that prefetches have come to the same layer.
-__device__ __forceinline__ void meet() {
+/// The warps that compute and the one that prefetches have come to the same layer. The latter only
+/// arrives where the former wait, since synccheck wants all who wait at a barrier at one place.
+__device__ __forceinline__ void meet(Common& common) {
   group_wait(kLayers, kThreads + 32);
+  if (threadIdx.x == 0) barrier_arrive(shared_address(&common.reached));
 }
 /// Orders what publish() cleared before the warps met before all that is published behind
 /// ordered(): a fence takes longer than those who compute may wait.
@@ -296,12 +300,12 @@ __device__ __forceinline__ void ordered() {
 /// Prefetches the first layer, and every other one while the one before is computed: much
 /// earlier, and the weights that pass through L2 would drive it out again.
 template <bool kOrders, class Prefetch>
-__device__ __forceinline__ void prefetch_layers(const Common& common, int count,
-                                                Prefetch prefetch) {
+__device__ __forceinline__ void prefetch_layers(Common& common, int count, Prefetch prefetch) {
   prefetch(common.layers[0]);
 #pragma unroll 1
   for (int i = 0; i < count; ++i) {
-    meet();
+    group_arrive(kLayers, kThreads + 32);
+    barrier_wait(shared_address(&common.reached), i % 2);
     if constexpr (kOrders) order();
     if (i + 1 < count) prefetch(common.layers[i + 1]);
   }
@@ -384,13 +388,15 @@ struct RingReader {
     place.next(slots);
     ++read;
   }
-  /// Leaves what has been read to the next copies. Its loads have come back by then: what was seen
-  /// of them is part of the address, masked away. Without that the barrier may overtake them.
+  /// Leaves what has been read to the next copies, each lane for itself: racecheck follows no lane's
+  /// reads to another's arrival. Its loads have come back by then: on what was seen of them depends
+  /// whether it arrives, as it always does. Without that the barrier may overtake them, and without
+  /// the test the code is slower.
   __device__ __forceinline__ void release() {
     if (read == 0) return;
-    __syncwarp();
+    const bool has_read = (seen & none) == 0;
     for (int i = 0; i < read; ++i) {
-      if (lane == 0) barrier_arrive(shared_address(&common.empty[freed.slot]) + (seen & none));
+      if (has_read) barrier_arrive(shared_address(&common.empty[freed.slot]));
       freed.next(slots);
     }
     read = 0;
