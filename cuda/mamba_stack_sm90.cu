@@ -353,21 +353,10 @@ template <class Z>
 void launch_residual_product(cudaStream_t stream, const ResidualArgs& args,
                              const ResidualMaps& maps) {
   const auto kernel = residual_product_kernel<Z>;
-  LRNN_CUDA_CHECK(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Z::kSharedBytes));
-  cudaLaunchAttribute attributes[2]{};
-  attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim = {Z::kParts, 1, 1};
-  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[1].val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = static_cast<unsigned>(Z::kParts * args.columns / Z::kColumns);
-  config.blockDim = kComputers + 32;
-  config.dynamicSmemBytes = Z::kSharedBytes;
-  config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = 2;
-  LRNN_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, args, maps));
+  allow_shared(kernel, Z::kSharedBytes);
+  launch_clusters(kernel, Z::kParts,
+                  static_cast<unsigned>(Z::kParts * args.columns / Z::kColumns), kComputers + 32,
+                  Z::kSharedBytes, stream, args, maps);
 }
 
 void residual_product(cudaStream_t stream, const ResidualProduct& f) {

@@ -336,7 +336,7 @@ template <int kSteps>
 void launch_scan(cudaStream_t stream, const ScanArgs& p) {
   const auto kernel = scan_step_kernel<kSteps>;
   const std::size_t bytes = Shared(0, p).end;
-  selective::allow_shared(kernel, bytes);
+  allow_shared(kernel, bytes);
   const dim3 blocks(static_cast<unsigned>(p.channels / kChannels),
                     static_cast<unsigned>((p.batch + p.per_block - 1) / p.per_block));
   launch_overlapped(kernel, blocks, kThreads, bytes, stream, p);

@@ -148,23 +148,6 @@ __global__ __launch_bounds__(kStepThreads) void s7_gated_step_kernel(TokenArgs<b
 }
 static_assert(kHalves == 2 && kStepThreads >= kTeam * kColumns);
 
-template <class... Parameters, class... Args>
-void launch_clusters(void (*kernel)(Parameters...), unsigned clusters, cudaStream_t stream,
-                     Args... args) {
-  cudaLaunchAttribute attributes[2]{};
-  attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim = {kTeam, 1, 1};
-  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[1].val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = kTeam * clusters;
-  config.blockDim = kStepThreads;
-  config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = kernels_wait() ? 2 : 1;
-  LRNN_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, args...));
-}
-
 }  // namespace
 
 bool takes_sm90(const S7GatedStep& a) {
@@ -184,8 +167,8 @@ void step_sm90(Context& ctx, const S7GatedStep& a, TensorView P) {
                       .columns = (dim + kUnit - 1) / kUnit * kTileColumns};
   const auto clusters = static_cast<unsigned>((tokens + kTeam - 1) / kTeam);
   visit_states<bf16>(dim, a.base.dim(0), [&]<int kPer>() {
-    launch_clusters(s7_gated_step_kernel<kPer>, clusters, ctx.stream().handle,
-                    token_args<bf16>(a, P), gate);
+    launch_clusters(s7_gated_step_kernel<kPer>, kTeam, kTeam * clusters, kStepThreads, 0,
+                    ctx.stream().handle, token_args<bf16>(a, P), gate);
   });
 }
 

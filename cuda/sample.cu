@@ -562,22 +562,9 @@ bool holds(std::int64_t vocab_size) {
 template <class Team, class... Parameters, class... Args>
 void launch_teams(void (*kernel)(Parameters...), std::int64_t rows, std::size_t shared,
                   cudaStream_t stream, Args&&... args) {
-  LRNN_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                       static_cast<int>(shared)));
-  cudaLaunchAttribute attributes[2]{};
-  attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim = {Team::kSize, 1, 1};
-  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[1].val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = static_cast<unsigned>(Team::kSize * rows);
-  config.blockDim = Team::kThreads;
-  config.dynamicSmemBytes = shared;
-  config.stream = stream;
-  constexpr unsigned kClusters = Team::kSize > 1 ? 1 : 0;
-  config.attrs = attributes + 1 - kClusters;
-  config.numAttrs = kClusters + (kernels_wait() ? 1 : 0);
-  LRNN_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...));
+  allow_shared(kernel, shared);
+  launch_clusters(kernel, Team::kSize, static_cast<unsigned>(Team::kSize * rows), Team::kThreads,
+                  shared, stream, std::forward<Args>(args)...);
 }
 
 }  // namespace
@@ -603,7 +590,9 @@ void sample_forward(Context& ctx, const SampleForward& a) {
     if (rows <= kFewRows && holds<Cluster>(vocab_size) &&
         takes_clusters(sample_forward_kernel<T, Cluster, true>))
       return launch.template operator()<Cluster, true>();
-    if (holds<Alone>(vocab_size)) return launch.template operator()<Alone, true>();
+    // A greedy row is read once: keeping distances would only cost room for other blocks.
+    if (!plan.greedy && holds<Alone>(vocab_size))
+      return launch.template operator()<Alone, true>();
     launch.template operator()<Alone, false>();
   });
 }

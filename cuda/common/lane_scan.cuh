@@ -29,6 +29,7 @@
 
 #include "common/check.cuh"
 #include "common/dtype.cuh"
+#include "common/launch.cuh"
 #include "ops/lane_scan.hpp"
 
 namespace lrnn::cuda::lane {
@@ -383,14 +384,6 @@ struct CarryArgs {
   float* carries;
 };
 void launch_carry(Context& ctx, const CarryArgs& args);
-
-/// Lets a kernel use `shared` bytes of dynamic shared memory.
-template <class Kernel>
-void allow_shared(Kernel* kernel, std::size_t shared) {
-  if (shared > 48 * 1024)
-    LRNN_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                         static_cast<int>(shared)));
-}
 
 template <class T>
 T* data_or_null(const MutableTensorView& t) {

@@ -70,21 +70,43 @@ inline bool kernels_wait() {
   return answer == 2;
 }
 
-/// kernel<<<grid, threads, shared, stream>>>(args...), overlapping where the device can.
+/// kernel<<<grid, threads, shared, stream>>>(args...) in clusters of `ranks` neighbouring blocks,
+/// overlapping where the device can.
 template <class... Parameters, class... Args>
-void launch_overlapped(void (*kernel)(Parameters...), dim3 grid, dim3 threads, std::size_t shared,
-                       cudaStream_t stream, Args&&... args) {
-  cudaLaunchAttribute overlap{};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
+void launch_clusters(void (*kernel)(Parameters...), unsigned ranks, dim3 grid, dim3 threads,
+                     std::size_t shared, cudaStream_t stream, Args&&... args) {
+  cudaLaunchAttribute attributes[2]{};
+  unsigned count = 0;
+  if (kernels_wait()) {
+    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (ranks > 1) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count++].val.clusterDim = {ranks, 1, 1};
+  }
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = threads;
   config.dynamicSmemBytes = shared;
   config.stream = stream;
-  config.attrs = &overlap;
-  config.numAttrs = kernels_wait() ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = count;
   LRNN_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...));
+}
+/// The same without clusters.
+template <class... Parameters, class... Args>
+void launch_overlapped(void (*kernel)(Parameters...), dim3 grid, dim3 threads, std::size_t shared,
+                       cudaStream_t stream, Args&&... args) {
+  launch_clusters(kernel, 1, grid, threads, shared, stream, std::forward<Args>(args)...);
+}
+
+/// Shared memory beyond 48 KB must be asked for.
+template <class Kernel>
+void allow_shared(Kernel kernel, std::size_t bytes) {
+  if (bytes > 48 * 1024)
+    LRNN_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                         static_cast<int>(bytes)));
 }
 
 }  // namespace lrnn::cuda

@@ -315,23 +315,29 @@ struct Copies {
   }
 };
 
-/// Barrier at which the warpgroups of a block wait for each other and for the copying warp, which
-/// does not wait itself.
-constexpr int kProductsDone = 2;
+/// Where the rows and columns of a warpgroup begin.
+template <class Z>
+__device__ __forceinline__ int group_row(int group) {
+  return group / Z::kColumnGroups * Z::kGroupRows;
+}
+template <class Z>
+__device__ __forceinline__ int group_column(int group) {
+  return group % Z::kColumnGroups * 64;
+}
 
-/// Puts sums of a thread, those of rows from `row` and columns from `column` on, into shared memory
-/// where the buffers were, and sends those of several parts to the blocks that finish them.
+/// Puts sums of a warpgroup's thread into shared memory where the buffers were, which nobody reads
+/// any more, and sends those of several parts to the blocks that finish them.
 template <class Z, int kParts>
-__device__ __forceinline__ void hand_on(const Shared<Z>& mem, const Work& w, int row, int column,
+__device__ __forceinline__ void hand_on(const Shared<Z>& mem, const Work& w, int group,
                                         const float (&c)[Z::kRowTiles][4]) {
   constexpr bool kOneByOne = kParts > 1 && Z::one_by_one(kParts);
   constexpr int kThreads = kWarpgroup * Z::kGroups;
   constexpr int kWidth = Z::kColumns / kParts;
-  if constexpr (kOneByOne)
-    cluster_wait();  // until the barriers of the others are there
-  else
-    // Until no warpgroup reads the buffers, and nothing is copied to them.
-    group_wait(kProductsDone, Z::kThreads);
+  const int thread = static_cast<int>(threadIdx.x) % kWarpgroup;
+  const int lane = thread % 32;
+  const int row = group_row<Z>(group) + lane % 4 * 2;
+  const int column = group_column<Z>(group) + thread / 32 * 16 + lane / 4;
+  if constexpr (kOneByOne) cluster_wait();  // until the barriers of the others are there
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int at = column + half * 8;
@@ -350,8 +356,7 @@ __device__ __forceinline__ void hand_on(const Shared<Z>& mem, const Work& w, int
         const int r = n * 8 + e;
         const float sum = c[n][2 * half + e];
         if constexpr (!kOneByOne)
-          asm volatile("st.shared.f32 [%0], %1;" ::"r"(to + 4U * r * Z::pitch(kParts)), "f"(sum)
-                       : "memory");
+          store_shared(to + 4U * r * Z::pitch(kParts), sum);
         else if (row + r < w.rows)
           send(to + 4U * r * Z::pitch(kParts), sum, barrier);
       }
@@ -368,16 +373,15 @@ __device__ __forceinline__ void hand_on(const Shared<Z>& mem, const Work& w, int
   }
 }
 
-/// A warpgroup's 64 columns by kGroupRows rows: products of the block's panels.
-template <class Z, int kParts, int kPending>
+/// A warpgroup's 64 columns by kGroupRows rows: products of the block's panels, of which kPending
+/// may be under way when their buffers are given back.
+template <class Z, int kPending>
 __device__ __forceinline__ void multiply_panels(const Shared<Z>& mem, const Work& w, int group,
-                                                int thread) {
-  float c[Z::kRowTiles][4] = {};
+                                                float (&c)[Z::kRowTiles][4]) {
   pin(c);
-  const int warp = thread / 32;
-  const int lane = thread % 32;
-  const int column = group % Z::kColumnGroups * 64;
-  const int row = group / Z::kColumnGroups * Z::kGroupRows;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int column = group_column<Z>(group);
+  const int row = group_row<Z>(group);
   for (int i = 0; i < w.count; ++i) {
     barrier_wait(mem.full(i), i / Z::kStages % 2);
     if (Z::kShort) barrier_wait(mem.input_full(i), i / Z::kInputStages % 2);
@@ -394,8 +398,6 @@ __device__ __forceinline__ void multiply_panels(const Shared<Z>& mem, const Work
   }
   products_wait<0>();
   pin(c);
-  if constexpr (kParts > 1 && Z::kShort) cluster_arrive();  // they may be received into
-  hand_on<Z, kParts>(mem, w, row + lane % 4 * 2, column + warp * 16 + lane / 4, c);
 }
 
 /// Where part `p` of the sum of a row and a column that this block finishes is.
@@ -632,6 +634,7 @@ __global__ __launch_bounds__(Z::kThreads) void product_sm90_kernel(
   if constexpr (kParts > 1) cluster_arrive();
   FinishOf<Z, kParts, N, Epilogue> finish(a, epilogue, mem, w);
   const int group = __shfl_sync(0xFFFFFFFFU, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
+  float c[Z::kRowTiles][4] = {};  // sums
   if (group == Z::kGroups) {
     if (copies_panels) copies.begin();
     if constexpr (kMeets) cluster_wait();
@@ -639,9 +642,6 @@ __global__ __launch_bounds__(Z::kThreads) void product_sm90_kernel(
     if (copies_panels) copies.run();
     __syncwarp();
     finish.load();
-    if constexpr (kMeets) cluster_arrive();
-    if constexpr (!kOneByOne) group_arrive(kProductsDone, Z::kThreads);
-    if constexpr (kParts > 1) cluster_wait();
   } else {
     finish.prefetch();
     if constexpr (kMeets) cluster_wait();
@@ -650,12 +650,19 @@ __global__ __launch_bounds__(Z::kThreads) void product_sm90_kernel(
     // Buffers are given back at once where x is large and their turn comes again and again, so that
     // as many copies as possible are on their way; else one panel later, so that products follow
     // each other.
-    const int thread = static_cast<int>(threadIdx.x) % kWarpgroup;
     if (Z::kRows >= 64 && w.count >= 2 * Z::kInputStages)
-      multiply_panels<Z, kParts, 0>(mem, w, group, thread);
+      multiply_panels<Z, 0>(mem, w, group, c);
     else
-      multiply_panels<Z, kParts, 1>(mem, w, group, thread);
+      multiply_panels<Z, 1>(mem, w, group, c);
+  }
+  // Nobody reads the buffers any more, of this block, and if sums are received there of any.
+  if constexpr (!kOneByOne) __syncthreads();
+  if constexpr (kMeets) cluster_arrive();
+  if (group < Z::kGroups) {
+    hand_on<Z, kParts>(mem, w, group, c);
     if constexpr (kScalesRows<Epilogue>) finish.factors.share(epilogue.scale, mem);
+  } else if constexpr (kParts > 1) {
+    cluster_wait();
   }
   if constexpr (!kOneByOne) __syncthreads();  // the block's own sums
   if constexpr (kParts > 1) barrier_wait(mem.received(), 0);
@@ -674,27 +681,15 @@ inline int ceil_div(std::int64_t a, std::int64_t b) {
   return static_cast<int>((a + b - 1) / b);
 }
 
-/// One cluster for each tile of y, overlapping the kernel before.
+/// One cluster for each tile of y.
 template <class Z, int kParts, int N, class Epilogue>
-void launch_clusters(cudaStream_t stream, int tiles, const Args& a, const Epilogue& epilogue,
+void launch_tiles(cudaStream_t stream, int tiles, const Args& a, const Epilogue& epilogue,
                      const Maps& maps) {
   const auto kernel = product_sm90_kernel<Z, kParts, N, Epilogue>;
   constexpr int shared = Z::shared_bytes(kParts, kStagedBytes<Epilogue>);
-  LRNN_CUDA_CHECK(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
-  cudaLaunchAttribute attributes[2]{};
-  attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim = {kParts, 1, 1};
-  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[1].val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = static_cast<unsigned>(kParts * tiles);
-  config.blockDim = Z::kThreads;
-  config.dynamicSmemBytes = shared;
-  config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = 2;
-  LRNN_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, a, epilogue, maps));
+  allow_shared(kernel, shared);
+  launch_clusters(kernel, kParts, static_cast<unsigned>(kParts * tiles), Z::kThreads, shared,
+                  stream, a, epilogue, maps);
 }
 
 /// A product as the kernel takes it.
@@ -727,13 +722,13 @@ void launch(cudaStream_t stream, const Product& f, const Epilogue& epilogue) {
         head_map(f.weight.data<bf16>(), matrix(f.weight), Columns<Z, kParts, kHalves>::kRun),
         head_map(f.x.data<bf16>(), matrix(f.x), Z::kRows)};
     if constexpr (kHalves) {
-      launch_clusters<Z, kParts, 1>(stream, tiles, args, epilogue, maps);
+      launch_tiles<Z, kParts, 1>(stream, tiles, args, epilogue, maps);
     } else {
       // Lanes that read neighbouring 16 bytes of a part, or write neighbouring 16 bytes.
       constexpr int kWidth = Epilogue::kNarrow ? 1 : kParts > 1 ? 4 : 8;
       if (epilogue.allows(kWidth, columns))
-        return launch_clusters<Z, kParts, kWidth>(stream, tiles, args, epilogue, maps);
-      if constexpr (kWidth > 1) launch_clusters<Z, kParts, 1>(stream, tiles, args, epilogue, maps);
+        return launch_tiles<Z, kParts, kWidth>(stream, tiles, args, epilogue, maps);
+      if constexpr (kWidth > 1) launch_tiles<Z, kParts, 1>(stream, tiles, args, epilogue, maps);
     }
   };
   if constexpr (Z::kShort) {

@@ -20,6 +20,7 @@
 
 #include "common/check.cuh"
 #include "common/dtype.cuh"
+#include "common/launch.cuh"
 #include "common/rows.cuh"
 #include "common/transpose_add.cuh"
 
@@ -499,13 +500,5 @@ struct SegmentEnds {
 template <class T, bool kGeneral>
 SegmentEnds segment_ends(Context& ctx, const Operands<T>& in, DeviceRows<const T> dy,
                          const float* first);
-
-/// Shared memory beyond 48 KB must be asked for.
-template <class Kernel>
-void allow_shared(Kernel kernel, std::size_t bytes) {
-  if (bytes > 48 * 1024)
-    LRNN_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                         static_cast<int>(bytes)));
-}
 
 }  // namespace lrnn::cuda::selective
