@@ -84,7 +84,7 @@ struct Shared {
     barrier_init(inputs(), 1);
     for (int i = 0; i < kBuffers; ++i) {
       barrier_init(full(i), 1);
-      barrier_init(free(i), kWarps);
+      barrier_init(free(i), 32 * kWarps);
     }
     barrier_init_done();
   }
@@ -279,8 +279,8 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const Shared& mem, const
     float y = advance(A, mem.buffer(buffer) + 16U * threadIdx.x,
                       x + 2U * static_cast<std::uint32_t>(p.rank + lane.part * kStates), pitch,
                       delta, delta * u, lane.part, b.count - i, to, b.stride);
-    __syncwarp();  // until all have read
-    if (threadIdx.x % 32 == 0) barrier_arrive(mem.free(buffer));
+    // Each lane for what it has read: racecheck does not follow another lane's arrival.
+    barrier_arrive(mem.free(buffer));
     y = fmaf(lane.D, u, y);
     if (p.z.data != nullptr) {
       const float z = load_bf16(mem.z + token);
