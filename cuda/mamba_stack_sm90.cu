@@ -24,29 +24,21 @@
 namespace lrnn::cuda::linear_sm90 {
 namespace {
 
-constexpr int kComputers = 2 * kWarpgroup;  // threads
+constexpr int kParts = 4;  // of K
 
-/// Sizes of a block of out_proj: buffers of W and of x.
-template <int kWeightBuffers_, int kInputBuffers_>
-struct ResidualTile {
-  static constexpr int kWeightBuffers = kWeightBuffers_;
-  static constexpr int kInputBuffers = kInputBuffers_;
-  static constexpr int kParts = 4;
-  static constexpr int kColumns = 64;
-  static constexpr int kRows = RowScale::kRows;
-  static constexpr int kGroupRows = kRows / 2;   // of a warpgroup
-  static constexpr int kTiles = kGroupRows / 8;  // of a thread's sums
-  static constexpr int kOwn = kTiles / kParts;   // tiles that the block finishes
-  static constexpr int kOwnRows = 8 * kOwn;      // of a warpgroup
-  static constexpr int kWarpsOfRow = kColumns / 16;
-  static constexpr int kWeightBytes = kColumns * kPanelRowBytes;
-  static constexpr int kInputBytes = kRows * kPanelRowBytes;
-  static constexpr int kBufferBytes = kWeightBuffers * kWeightBytes + kInputBuffers * kInputBytes;
+/// Sizes of a block of out_proj: those of the product, and what it finishes.
+template <int kWeightBuffers, int kInputBuffers>
+struct ResidualTile : Tile<RowScale::kRows, 1, 2, kWeightBuffers, kInputBuffers> {
+  using Base = Tile<RowScale::kRows, 1, 2, kWeightBuffers, kInputBuffers>;
+  static constexpr int kComputers = Base::kThreads - 32;  // threads
+  static constexpr int kOwn = Base::kRowTiles / kParts;   // tiles that the block finishes
+  static constexpr int kOwnRows = 8 * kOwn;               // of a warpgroup
+  static constexpr int kWarpsOfRow = Base::kColumns / 16;
   static constexpr int kSentBytes = kOwn * kComputers * 16;  // from one block to another
   static constexpr int kSquareBytes = kComputers / 32 * kOwnRows * 4;
-  static constexpr int kSharedBytes = kBufferBytes + 8 * (1 + kWeightBuffers + 2 * kInputBuffers);
-  static_assert(kTiles % kParts == 0 && kWeightBuffers >= kInputBuffers);
-  static_assert(kParts * kSentBytes + kSquareBytes <= kBufferBytes);
+  static constexpr int kSharedBytes = 1024 + Base::kBufferBytes + Base::kBarrierBytes;
+  static_assert(Base::kRowTiles % kParts == 0);
+  static_assert(kParts * kSentBytes + kSquareBytes <= Base::kBufferBytes);
 };
 
 /// r += x W^T, rounded; n = r norm_weight; squares of r by tiles of columns.
@@ -57,8 +49,7 @@ struct ResidualProduct {
 };
 
 struct ResidualArgs {
-  int rows, columns;
-  int panels, per_part;  // of K
+  Args product;
   const float* norm_weight;
   float* residual;             // [rows, columns]
   bf16* n;                     // [rows, columns]
@@ -66,146 +57,50 @@ struct ResidualArgs {
   int next_panels, next_half;  // panels of the next projection to ask for; half of its rows
 };
 struct ResidualMaps {
-  CUtensorMap weight, x, next;
+  Maps product;
+  CUtensorMap next;
 };
 
 /// Shared addresses of a block. Sums are received where the buffers were.
 template <class Z>
-struct ResidualShared {
-  std::uint32_t base;
+struct ResidualShared : Shared<Z> {
+  __device__ __forceinline__ explicit ResidualShared(const void* p) : Shared<Z>(p) {}
 
-  __device__ __forceinline__ std::uint32_t weight(int i) const {
-    return base + static_cast<std::uint32_t>(i % Z::kWeightBuffers * Z::kWeightBytes);
-  }
-  __device__ __forceinline__ std::uint32_t input(int i) const {
-    return base + static_cast<std::uint32_t>(Z::kWeightBuffers * Z::kWeightBytes +
-                                             i % Z::kInputBuffers * Z::kInputBytes);
-  }
-  __device__ __forceinline__ std::uint32_t barrier(int number) const {
-    return base + static_cast<std::uint32_t>(Z::kBufferBytes + 8 * number);
-  }
-  __device__ __forceinline__ std::uint32_t received() const { return barrier(0); }
-  __device__ __forceinline__ std::uint32_t weight_full(int i) const {
-    return barrier(1 + i % Z::kWeightBuffers);
-  }
-  __device__ __forceinline__ std::uint32_t input_full(int i) const {
-    return barrier(1 + Z::kWeightBuffers + i % Z::kInputBuffers);
-  }
-  __device__ __forceinline__ std::uint32_t free(int i) const {
-    return barrier(1 + Z::kWeightBuffers + Z::kInputBuffers + i % Z::kInputBuffers);
-  }
   /// What block `from` has for this thread of another block, one tile.
   __device__ __forceinline__ std::uint32_t sums(int from, int tile) const {
-    return base + static_cast<std::uint32_t>(from * Z::kSentBytes + tile * kComputers * 16) +
-           16U * threadIdx.x;
+    return this->base + 16U * threadIdx.x +
+           static_cast<std::uint32_t>(from * Z::kSentBytes + tile * Z::kComputers * 16);
   }
   /// Sum of squares of a row that the block finishes, over the columns of a warp.
   __device__ __forceinline__ std::uint32_t square(int warp, int row) const {
-    return base +
-           static_cast<std::uint32_t>(Z::kParts * Z::kSentBytes + 4 * (warp * Z::kOwnRows + row));
-  }
-  __device__ void init_barriers() const {
-    barrier_init(received(), 1);
-    barrier_expect(received(), (Z::kParts - 1) * Z::kSentBytes);
-    for (int i = 0; i < Z::kWeightBuffers; ++i) barrier_init(weight_full(i), 1);
-    for (int i = 0; i < Z::kInputBuffers; ++i) {
-      barrier_init(input_full(i), 1);
-      barrier_init(free(i), kComputers / 32);
-    }
-    barrier_init_done();
+    return this->base +
+           static_cast<std::uint32_t>(kParts * Z::kSentBytes + 4 * (warp * Z::kOwnRows + row));
   }
 };
 
-/// What a block computes: panels [first, first + count) of K.
-struct ResidualWork {
-  int part, tile, first, count;
-
-  __device__ __forceinline__ ResidualWork(const ResidualArgs& a, int parts)
-      : part(cluster_rank()),
-        tile(static_cast<int>(blockIdx.x) / parts),
-        first(min(part * a.per_part, a.panels)),
-        count(min(a.per_part, a.panels - first)) {}
-};
-
-/// The copies of a block, by one thread.
-template <class Z>
-struct ResidualCopies {
-  const ResidualArgs& a;
-  const ResidualMaps& maps;
-  const ResidualShared<Z>& mem;
-  const ResidualWork& w;
-
-  __device__ __forceinline__ void copy_weight(int i) const {
-    barrier_expect(mem.weight_full(i), Z::kWeightBytes);
-    copy_box(mem.weight(i), &maps.weight, mem.weight_full(i), (w.first + i) * kPanel, 0,
-             w.tile * Z::kColumns, 0);
+/// Memory is idle while sums are exchanged, so the next projection begins.
+__device__ __forceinline__ void prefetch_next(const ResidualArgs& a, const ResidualMaps& maps) {
+  constexpr int kRowsOfBlock = 32;
+  const int row = static_cast<int>(blockIdx.x) * kRowsOfBlock;
+  if (row >= a.next_half) return;
+  for (int i = 0; i < a.next_panels; ++i) {
+    prefetch_box(&maps.next, i * kPanel, 0, row, 0);
+    prefetch_box(&maps.next, i * kPanel, 0, a.next_half + row, 0);
   }
-  __device__ __forceinline__ void copy_input(int i) const {
-    barrier_expect(mem.input_full(i), Z::kInputBytes);
-    copy_box(mem.input(i), &maps.x, mem.input_full(i), (w.first + i) * kPanel, 0, 0, 0);
-  }
-  __device__ __forceinline__ void begin() const {
-    for (int i = 0; i < min(w.count, Z::kWeightBuffers); ++i) copy_weight(i);
-    prefetch_map(&maps.x);
-  }
-  /// The rest, behind the kernels before this one.
-  __device__ __forceinline__ void run() const {
-    const int first = min(w.count, Z::kInputBuffers);
-    for (int i = 0; i < first; ++i) copy_input(i);
-    for (int i = first; i < w.count; ++i) {
-      barrier_wait(mem.free(i), i / Z::kInputBuffers % 2 ^ 1);
-      // The panel whose buffer of x is free now has left one of W as well.
-      const int next = i + Z::kWeightBuffers - Z::kInputBuffers;
-      if (next < w.count) copy_weight(next);
-      copy_input(i);
-    }
-  }
-  /// Memory is idle while sums are exchanged, so the next projection begins.
-  __device__ __forceinline__ void prefetch_next() const {
-    constexpr int kRowsOfBlock = 32;
-    const int row = static_cast<int>(blockIdx.x) * kRowsOfBlock;
-    if (row >= a.next_half) return;
-    for (int i = 0; i < a.next_panels; ++i) {
-      prefetch_box(&maps.next, i * kPanel, 0, row, 0);
-      prefetch_box(&maps.next, i * kPanel, 0, a.next_half + row, 0);
-    }
-  }
-};
-
-/// Sums of a warpgroup's rows over the block's part of K.
-template <class Z>
-__device__ __forceinline__ void multiply(const ResidualShared<Z>& mem, const ResidualWork& w,
-                                         int group, float (&c)[Z::kTiles][4]) {
-  pin(c);
-  for (int i = 0; i < w.count; ++i) {
-    barrier_wait(mem.weight_full(i), i / Z::kWeightBuffers % 2);
-    barrier_wait(mem.input_full(i), i / Z::kInputBuffers % 2);
-    const std::uint64_t left = panel_descriptor(mem.weight(i), 16);
-    const std::uint64_t right = panel_descriptor(
-        mem.input(i) + static_cast<std::uint32_t>(group * Z::kGroupRows * kPanelRowBytes), 16);
-    products_begin();
-#pragma unroll
-    for (int step = 0; step < 4; ++step)
-      multiply_shared<false, false>(c, advance(left, step * 32), advance(right, step * 32), true);
-    products_commit();
-    products_wait<0>();
-    if (threadIdx.x % 32 == 0) barrier_arrive(mem.free(i));
-  }
-  pin(c);
 }
 
 /// Hands tiles of sums to the blocks that finish them. At any time the warps of a block send to
 /// different ones.
 template <class Z>
-__device__ __forceinline__ void send_sums(const ResidualShared<Z>& mem, const ResidualWork& w,
-                                          const float (&c)[Z::kTiles][4]) {
+__device__ __forceinline__ void send_sums(const ResidualShared<Z>& mem, const Work& w,
+                                          const float (&c)[Z::kRowTiles][4]) {
   const int warp = __shfl_sync(0xFFFFFFFFU, static_cast<int>(threadIdx.x) / 32, 0);
 #pragma unroll 1
-  for (int turn = 1; turn <= Z::kParts; ++turn) {
-    const int owner = (w.part + warp + turn) % Z::kParts;
+  for (int turn = 1; turn <= kParts; ++turn) {
+    const int owner = (w.part + warp + turn) % kParts;
     const std::uint32_t barrier = address_in(owner, mem.received());
 #pragma unroll
-    for (int i = 0; i < Z::kTiles; ++i) {
+    for (int i = 0; i < Z::kRowTiles; ++i) {
       if (i / Z::kOwn != owner) continue;
       const std::uint32_t to = mem.sums(w.part, i % Z::kOwn);
       if (owner == w.part)
@@ -219,7 +114,7 @@ __device__ __forceinline__ void send_sums(const ResidualShared<Z>& mem, const Re
 template <class Z>
 __device__ __forceinline__ void add_sums(const ResidualShared<Z>& mem, float (&sum)[Z::kOwn][4]) {
 #pragma unroll
-  for (int p = 0; p < Z::kParts; ++p)
+  for (int p = 0; p < kParts; ++p)
 #pragma unroll
     for (int j = 0; j < Z::kOwn; ++j) {
       float part[4];
@@ -240,18 +135,18 @@ struct ResidualFinish {
   float2 residual[Z::kOwn][2];
 
   /// Lanes four apart, whose fragments have the same rows, share out columns that are 8 apart.
-  __device__ __forceinline__ ResidualFinish(const ResidualArgs& a, const ResidualWork& w, int group)
+  __device__ __forceinline__ ResidualFinish(const ResidualArgs& a, const Work& w, int group)
       : a(a),
         warp(static_cast<int>(threadIdx.x) / 32),
         lane(static_cast<int>(threadIdx.x) % 32),
         upper(lane / 4 % 2 != 0),
         row(group * Z::kGroupRows + w.part * Z::kOwnRows + lane % 4 * 2),
-        column(w.tile * Z::kColumns + warp % Z::kWarpsOfRow * 16 + (upper ? 8 : 0) + lane / 8 * 2),
+        column(w.column + warp % Z::kWarpsOfRow * 16 + (upper ? 8 : 0) + lane / 8 * 2),
         weight(*reinterpret_cast<const float2*>(a.norm_weight + column)) {}
 
   __device__ __forceinline__ int row_of(int tile, int e) const { return row + tile * 8 + e; }
   __device__ __forceinline__ std::int64_t at(int tile, int e) const {
-    return std::int64_t{min(row_of(tile, e), a.rows - 1)} * a.columns + column;
+    return std::int64_t{min(row_of(tile, e), a.product.rows - 1)} * a.product.columns + column;
   }
   __device__ __forceinline__ void load() {
 #pragma unroll
@@ -274,7 +169,7 @@ struct ResidualFinish {
         float2 r = residual[j][e];
         r.x += rounded(upper ? other : low);
         r.y += rounded(upper ? high : other);
-        if (row_of(j, e) < a.rows) store(at(j, e), r);
+        if (row_of(j, e) < a.product.rows) store(at(j, e), r);
         float square = fmaf(r.y, r.y, r.x * r.x);
 #pragma unroll
         for (int offset = 4; offset < 32; offset *= 2)
@@ -292,7 +187,7 @@ struct ResidualFinish {
 /// Adds what the warps of a row have left.
 template <class Z>
 __device__ __forceinline__ void store_squares(const ResidualArgs& a, const ResidualShared<Z>& mem,
-                                              const ResidualWork& w) {
+                                              const Work& w) {
   const int i = static_cast<int>(threadIdx.x);
   if (i >= 2 * Z::kOwnRows) return;
   const int group = i / Z::kOwnRows;
@@ -304,26 +199,27 @@ __device__ __forceinline__ void store_squares(const ResidualArgs& a, const Resid
     load_shared(square, mem.square(group * Z::kWarpsOfRow + warp, row));
     sum += square[0];
   }
-  a.squares[w.tile * Z::kRows + group * Z::kGroupRows + w.part * Z::kOwnRows + row] = sum;
+  a.squares[w.column / Z::kColumns * Z::kRows + group * Z::kGroupRows + w.part * Z::kOwnRows +
+            row] = sum;
 }
 
 template <class Z>
-__global__ __launch_bounds__(kComputers + 32) void residual_product_kernel(
+__global__ __launch_bounds__(Z::kThreads) void residual_product_kernel(
     ResidualArgs a, const __grid_constant__ ResidualMaps maps) {
-  extern __shared__ __align__(1024) unsigned char residual_buffers[];
+  extern __shared__ __align__(16) unsigned char residual_buffers[];
   let_next_kernel_start();
-  const ResidualShared<Z> mem{shared_address(residual_buffers)};
-  const ResidualWork w(a, Z::kParts);
-  if (threadIdx.x == kComputers) mem.init_barriers();
+  const ResidualShared<Z> mem(residual_buffers);
+  const Work w(a.product, kParts, Z{});
+  const bool copies_panels = threadIdx.x == Z::kComputers;
+  if (copies_panels) mem.init_barriers((kParts - 1) * Z::kSentBytes);
   __syncthreads();
   const int group = __shfl_sync(0xFFFFFFFFU, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
-  if (group == 2) {
-    const ResidualCopies<Z> copies{a, maps, mem, w};
-    const bool copies_panels = threadIdx.x == kComputers;
+  if (group == Z::kGroups) {
+    const Copies<Z, Columns<Z, kParts, false>> copies{a.product, maps.product, mem, w};
     if (copies_panels) copies.begin();
     wait_for_previous_kernel();
     if (copies_panels) copies.run();
-    if (copies_panels) copies.prefetch_next();
+    if (copies_panels) prefetch_next(a, maps);
     cluster_arrive();
     cluster_wait();
     return;
@@ -331,8 +227,8 @@ __global__ __launch_bounds__(kComputers + 32) void residual_product_kernel(
   ResidualFinish<Z> finish(a, w, group);
   wait_for_previous_kernel();
   finish.load();
-  float c[Z::kTiles][4] = {};
-  multiply(mem, w, group, c);
+  float c[Z::kRowTiles][4] = {};
+  multiply_panels<Z, 0>(mem, w, group, c);
   cluster_arrive();  // all that was in the buffers has been read
   cluster_wait();
   send_sums(mem, w, c);
@@ -340,7 +236,7 @@ __global__ __launch_bounds__(kComputers + 32) void residual_product_kernel(
   float sum[Z::kOwn][4];
   add_sums(mem, sum);
   finish.run(mem, sum);
-  group_wait(1, kComputers);
+  group_wait(1, Z::kComputers);
   store_squares(a, mem, w);
 }
 
@@ -354,20 +250,22 @@ void launch_residual_product(cudaStream_t stream, const ResidualArgs& args,
                              const ResidualMaps& maps) {
   const auto kernel = residual_product_kernel<Z>;
   allow_shared(kernel, Z::kSharedBytes);
-  launch_clusters(kernel, Z::kParts,
-                  static_cast<unsigned>(Z::kParts * args.columns / Z::kColumns), kComputers + 32,
+  launch_clusters(kernel, kParts,
+                  static_cast<unsigned>(kParts * args.product.columns / Z::kColumns), Z::kThreads,
                   Z::kSharedBytes, stream, args, maps);
 }
 
 void residual_product(cudaStream_t stream, const ResidualProduct& f) {
   constexpr int kNextPanels = 8;
-  constexpr int kParts = LongRows::kParts;
   const int panels = ceil_div(f.x.dim(1), kPanel);
   const ResidualArgs args{
-      .rows = static_cast<int>(f.x.dim(0)),
-      .columns = static_cast<int>(f.weight.dim(0)),
-      .panels = panels,
-      .per_part = ceil_div(panels, kParts),
+      .product = {.rows = static_cast<int>(f.x.dim(0)),
+                  .columns = static_cast<int>(f.weight.dim(0)),
+                  .row_tiles = 1,
+                  .panels = panels,
+                  .per_part = ceil_div(panels, kParts),
+                  .stable_weight = true,
+                  .behind_wait = false},
       .norm_weight = f.norm_weight.data<float>(),
       .residual = f.residual.data<float>(),
       .n = f.n.data<bf16>(),
@@ -376,11 +274,11 @@ void residual_product(cudaStream_t stream, const ResidualProduct& f) {
       .next_half = static_cast<int>(f.next.dim(0)) / 2,
   };
   const ResidualMaps maps{
-      head_map(f.weight.data<bf16>(), matrix(f.weight), LongRows::kColumns),
-      head_map(f.x.data<bf16>(), matrix(f.x), LongRows::kRows),
+      {head_map(f.weight.data<bf16>(), matrix(f.weight), LongRows::kColumns),
+       head_map(f.x.data<bf16>(), matrix(f.x), LongRows::kRows)},
       head_map(f.next.data<bf16>(), matrix(f.next), 32),
   };
-  if (args.per_part <= ShortRows::kInputBuffers)
+  if (args.product.per_part <= ShortRows::kInputStages)
     return launch_residual_product<ShortRows>(stream, args, maps);
   launch_residual_product<LongRows>(stream, args, maps);
 }

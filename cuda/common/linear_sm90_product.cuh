@@ -297,6 +297,7 @@ struct Copies {
         for_each_box(
             [&](int, int row) { prefetch_box(&maps.weight, (w.first + i) * kPanel, 0, row, 0); });
     }
+    prefetch_map(&maps.x);
   }
   /// The rest, behind the kernels before this one.
   __device__ __forceinline__ void run() const {
@@ -684,7 +685,7 @@ inline int ceil_div(std::int64_t a, std::int64_t b) {
 /// One cluster for each tile of y.
 template <class Z, int kParts, int N, class Epilogue>
 void launch_tiles(cudaStream_t stream, int tiles, const Args& a, const Epilogue& epilogue,
-                     const Maps& maps) {
+                  const Maps& maps) {
   const auto kernel = product_sm90_kernel<Z, kParts, N, Epilogue>;
   constexpr int shared = Z::shared_bytes(kParts, kStagedBytes<Epilogue>);
   allow_shared(kernel, shared);
