@@ -123,13 +123,13 @@ std::vector<OpCase> cases() {
            Sizes{2, 1, 768, 1536, 16, 48, 4},                      // one launch
            Sizes{3, 2, 256, 512, 16, 16, 4, false, false, false},  // nothing before
            Sizes{2, 2, 768, 1536, 16, 48, 4, true, true},          // rounded residual
-           Sizes{25, 1, 256, 512, 16, 16, 4},                      // two launches
+           Sizes{25, 1, 256, 512, 16, 16, 4},                      // two launches before CUDA 12.1
            Sizes{1, 2, 1024, 2048, 16, 64, 4},                     // tiles of all rows
            Sizes{1, 1, 1536, 3072, 16, 96, 4},                     // and of half of them
            Sizes{1, 1, 2048, 4096, 16, 128, 4},                    // weights in many parts
            Sizes{6, 3, 256, 512, 16, 16, 4, false, true, false},   // many sequences: all turns
            Sizes{2, 16, 768, 1536, 16, 48, 4},                     // all of them
-           Sizes{26, 9, 256, 512, 16, 16, 4},                      // two launches
+           Sizes{26, 9, 256, 512, 16, 16, 4},                      // two launches before CUDA 12.1
            Sizes{1, 8, 1024, 2048, 16, 64, 4},                     // half of the sequences
            Sizes{1, 11, 1536, 3072, 16, 96, 4},                    // blocks with two rows of x_dbl
            Sizes{1, 16, 2048, 4096, 16, 128, 4, true, true},       // operands in two parts
