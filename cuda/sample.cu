@@ -34,11 +34,12 @@ constexpr int kMostDigits = 11;
 constexpr int kBins = 1 << kMostDigits;
 constexpr unsigned kAllLanes = 0xFFFFFFFFU;
 
-/// The blocks of a row.
-template <int kBlocks, int kThreads_>
+/// The blocks of a row, whose threads read kAhead logits at a time.
+template <int kBlocks, int kThreads_, int kAhead_>
 struct Team {
   static constexpr int kSize = kBlocks;
   static constexpr int kThreads = kThreads_;
+  static constexpr int kAhead = kAhead_;
   static constexpr int kWarps = kThreads / 32;
   static_assert(kBlocks <= 32 && kWarps <= 32);  // a lane may speak for each
 
@@ -60,15 +61,22 @@ struct Team {
     const uint2 v = load(rank, reinterpret_cast<const uint2*>(p));
     return (U64{v.y} << 32) | v.x;
   }
-  /// The same of all blocks, on their way together.
-  __device__ static void load_all(U64 (&to)[kSize], const U64* p) {
+  /// What the blocks have there, joined by `f`: each lane reads that of one block.
+  template <class F>
+  __device__ static U64 join(const U64* p, F&& f) {
+    static_assert((kSize & (kSize - 1)) == 0);
+    U64 v = load(static_cast<int>(threadIdx.x) % kSize, p);
 #pragma unroll
-    for (int r = 0; r < kSize; ++r) to[r] = load(r, p);
+    for (int offset = kSize / 2; offset > 0; offset /= 2)
+      v = f(v, __shfl_xor_sync(kAllLanes, v, offset));
+    return v;
   }
 };
 
-using Alone = Team<1, 1024>;
-using Cluster = Team<8, 512>;  // as many blocks as any device takes
+using Alone = Team<1, 1024, 12>;
+using Cluster = Team<8, 512, 13>;  // as many blocks as any device takes
+/// Of so many rows that blocks share a multiprocessor: fewer registers, more of them.
+using SharingCluster = Team<8, 512, 8>;
 
 /// Of a block. The distances of its columns lie behind it.
 template <class Team>
@@ -94,8 +102,11 @@ __device__ int warp_of_thread() {
   return static_cast<int>(threadIdx.x) / 32;
 }
 
+/// Sum over the lanes up to this one, of the first kLanes.
+template <int kLanes = 32>
 __device__ U64 warp_inclusive_sum(U64 value) {
-  for (int offset = 1; offset < 32; offset *= 2) {
+#pragma unroll
+  for (int offset = 1; offset < kLanes; offset *= 2) {
     const U64 other = __shfl_up_sync(kAllLanes, value, offset);
     if (lane_of_thread() >= offset) value += other;
   }
@@ -177,7 +188,7 @@ struct Row {
   __device__ std::uint64_t find_best(Shared<Team>& shared) {
     std::uint32_t greatest = 0;
     int where = 0;
-    constexpr int kAhead = 8;  // loads of a thread
+    constexpr int kAhead = Blocks::kAhead;
 #pragma unroll 1
     for (int begin = 0; begin < count; begin += kAhead) {
       std::uint32_t keys[kAhead];
@@ -196,10 +207,7 @@ struct Row {
     if constexpr (Blocks::kSize > 1) {
       if (threadIdx.x == 0) shared.best = found;
       Blocks::sync();
-      U64 all[Blocks::kSize];
-      Blocks::load_all(all, &shared.best);
-#pragma unroll
-      for (const U64 other : all) found = max_candidate(found, other);
+      found = Blocks::join(&shared.best, [](U64 a, U64 b) { return U64{max_candidate(a, b)}; });
     }
     best = static_cast<std::uint32_t>(found >> 32);
     if constexpr (kHeld)
@@ -279,19 +287,14 @@ __device__ void find_bin(Shared<Team>& shared, U64 target) {
   constexpr int kSlice = kBins / Team::kSize;
   constexpr int kPerThread = (kSlice + Team::kThreads - 1) / Team::kThreads;
   static_assert(kSlice % kPerThread == 0);
-  int owner = 0;
-  U64 before = 0;
-  U64 slice_sums[Team::kSize];
-  Team::load_all(slice_sums, &shared.slice_sum);
-#pragma unroll
-  for (int r = 0; r < Team::kSize; ++r) {
-    const U64 end = before + slice_sums[r];
-    if (owner == r && end < target) {
-      before = end;
-      owner = r + 1;
-    }
-  }
-  if (owner == Team::kSize) return;  // uniform
+  const int lane = lane_of_thread();  // speaks for block `lane`
+  const bool speaks = lane < Team::kSize;
+  const U64 slice_sum = speaks ? Team::load(lane, &shared.slice_sum) : 0;
+  const U64 end = warp_inclusive_sum<Team::kSize>(slice_sum);
+  const unsigned reached = __ballot_sync(kAllLanes, speaks && end >= target);
+  if (reached == 0) return;  // uniform
+  const int owner = __ffs(static_cast<int>(reached)) - 1;
+  U64 before = __shfl_sync(kAllLanes, end - slice_sum, owner);
   const int first = kPerThread * static_cast<int>(threadIdx.x);
   U64 sums[kPerThread] = {};
   U64 own = 0;
@@ -363,11 +366,7 @@ __device__ U64 weight_within(const Row& row, Shared& shared, Limit limit) {
   if constexpr (Row::Blocks::kSize > 1) {
     if (threadIdx.x == 0) shared.filtered = sum;
     Row::Blocks::sync();
-    U64 all[Row::Blocks::kSize];
-    Row::Blocks::load_all(all, &shared.filtered);
-    sum = 0;
-#pragma unroll
-    for (const U64 other : all) sum += other;
+    sum = Row::Blocks::join(&shared.filtered, [](U64 a, U64 b) { return a + b; });
   }
   return sum + limit.ties * detail::weight_of(limit.distance);
 }
@@ -586,10 +585,13 @@ void sample_forward(Context& ctx, const SampleForward& a) {
                          a.seen ? a.seen.data<std::int32_t>() : nullptr, seen_words(vocab_size),
                          a.ids.data<std::int32_t>());
     };
-    constexpr int kFewRows = 32;  // beyond, one block for each is as fast
-    if (rows <= kFewRows && holds<Cluster>(vocab_size) &&
-        takes_clusters(sample_forward_kernel<T, Cluster, true>))
-      return launch.template operator()<Cluster, true>();
+    constexpr int kFewRows = 16;
+    constexpr int kSharingRows = 32;  // beyond, one block for each is as fast
+    if (rows <= kSharingRows && holds<Cluster>(vocab_size) &&
+        takes_clusters(sample_forward_kernel<T, Cluster, true>)) {
+      if (rows <= kFewRows) return launch.template operator()<Cluster, true>();
+      return launch.template operator()<SharingCluster, true>();
+    }
     // A greedy row is read once: keeping distances would only cost room for other blocks.
     if (!plan.greedy && holds<Alone>(vocab_size)) return launch.template operator()<Alone, true>();
     launch.template operator()<Alone, false>();
