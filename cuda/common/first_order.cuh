@@ -269,7 +269,10 @@ struct alignas(16) ChainSlots {
 template <int kRanks>
 __device__ __forceinline__ void open_slots(ChainSlots<kRanks> (&slots)[2]) {
   if constexpr (kRanks > 1) {
-    if (threadIdx.x < 2) slots[threadIdx.x].mailbox.init();
+    if (threadIdx.x == 0) {  // synccheck loses one of two that are made by two threads at once
+      slots[0].mailbox.init();
+      slots[1].mailbox.init();
+    }
     cluster_sync();
   }
 }
