@@ -235,47 +235,66 @@ TEST(Sample, RefusesBadOptions) {
                ShapeError);
 }
 
-// Every id, counter and mask agrees with the CPU, over sizes around the block and option mixes.
-TEST(Sample, CudaDrawsTheSameIds) {
-  if (Context::cuda_device_count() == 0) GTEST_SKIP() << "no CUDA device";
+/// Ids of eight draws for every row, then counters and masks.
+std::vector<std::int32_t> draw_eight(Context& ctx, const std::vector<double>& logits,
+                                     std::int64_t vocab_size, const SampleOptions& o) {
+  const auto rows = static_cast<std::int64_t>(logits.size()) / vocab_size;
+  const Tensor values = ctx.from_host_as({rows, vocab_size}, DType::float32, logits);
+  Tensor counters = ctx.zeros({rows}, DType::int64);
+  Tensor seen = ctx.zeros({rows, seen_words(vocab_size)}, DType::int32);
+  Tensor ids = ctx.empty({rows}, DType::int32);
+  std::vector<std::int32_t> all;
+  for (int step = 0; step < 8; ++step) {
+    sample_forward(ctx, {.logits = values,
+                         .options = o,
+                         .seed = 77,
+                         .counters = counters,
+                         .seen = seen,
+                         .ids = ids});
+    for (const std::int32_t id : ctx.to_host<std::int32_t>(ids)) all.push_back(id);
+  }
+  for (const std::int64_t c : ctx.to_host<std::int64_t>(counters))
+    all.push_back(static_cast<std::int32_t>(c));
+  for (const std::int32_t word : ctx.to_host<std::int32_t>(seen)) all.push_back(word);
+  return all;
+}
+
+class SampleOnCuda : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    if (Context::cuda_device_count() == 0) GTEST_SKIP() << "no CUDA device";
+    cuda = Context::cuda();
+    options.push_back({.temperature = 0, .repetition_penalty = 1.3});
+    options.push_back({.top_k = 50, .top_p = 0.95, .repetition_penalty = 1.2});
+    options.push_back({.top_k = 2000, .top_p = 0.5});
+  }
+  void expect_same_ids(std::int64_t rows, std::int64_t vocab_size, double spread) {
+    auto logits = random_logits(rows * vocab_size, spread, 9);
+    logits[0] = kNaN;
+    logits.back() = -kInf;
+    for (const SampleOptions& o : options)
+      EXPECT_EQ(draw_eight(cuda, logits, vocab_size, o), draw_eight(cpu, logits, vocab_size, o))
+          << "rows " << rows << " V " << vocab_size << " spread " << spread << " T "
+          << o.temperature << " k " << o.top_k << " p " << o.top_p << " m " << o.min_p;
+  }
+
   Context cpu = Context::cpu();
-  Context cuda = Context::cuda();
+  Context cuda = Context::cpu();
   std::vector<SampleOptions> options = kOptions;
-  options.push_back({.temperature = 0, .repetition_penalty = 1.3});
-  options.push_back({.top_k = 50, .top_p = 0.95, .repetition_penalty = 1.2});
-  options.push_back({.top_k = 2000, .top_p = 0.5});
-  const auto run = [](Context& ctx, const std::vector<double>& logits, std::int64_t vocab_size,
-                      const SampleOptions& o) {
-    const auto rows = static_cast<std::int64_t>(logits.size()) / vocab_size;
-    const Tensor values = ctx.from_host_as({rows, vocab_size}, DType::float32, logits);
-    Tensor counters = ctx.zeros({rows}, DType::int64);
-    Tensor seen = ctx.zeros({rows, seen_words(vocab_size)}, DType::int32);
-    Tensor ids = ctx.empty({rows}, DType::int32);
-    std::vector<std::int32_t> all;
-    for (int step = 0; step < 8; ++step) {
-      sample_forward(ctx, {.logits = values,
-                           .options = o,
-                           .seed = 77,
-                           .counters = counters,
-                           .seen = seen,
-                           .ids = ids});
-      for (const std::int32_t id : ctx.to_host<std::int32_t>(ids)) all.push_back(id);
-    }
-    for (const std::int64_t c : ctx.to_host<std::int64_t>(counters))
-      all.push_back(static_cast<std::int32_t>(c));
-    for (const std::int32_t word : ctx.to_host<std::int32_t>(seen)) all.push_back(word);
-    return all;
-  };
+};
+
+// Every id, counter and mask agrees with the CPU, over sizes around the block and option mixes.
+TEST_F(SampleOnCuda, DrawsTheSameIds) {
   for (const std::int64_t vocab_size : {1, 5, 256, 1023, 1024, 1025, 4096, 50257})
-    for (const double spread : {0.0, 0.3, 3.0, 30.0})
-      for (const SampleOptions& o : options) {
-        auto logits = random_logits(3 * vocab_size, spread, 9);
-        logits[0] = kNaN;
-        logits.back() = -kInf;
-        EXPECT_EQ(run(cuda, logits, vocab_size, o), run(cpu, logits, vocab_size, o))
-            << "V " << vocab_size << " spread " << spread << " T " << o.temperature << " k "
-            << o.top_k << " p " << o.top_p << " m " << o.min_p;
-      }
+    for (const double spread : {0.0, 0.3, 3.0, 30.0}) expect_same_ids(3, vocab_size, spread);
+}
+
+// Rows around those to which it gives other blocks.
+TEST_F(SampleOnCuda, DrawsTheSameIdsForManyRows) {
+  for (const std::int64_t rows : {16, 17, 32, 33}) {
+    expect_same_ids(rows, 1025, 3.0);
+    expect_same_ids(rows, 9001, 0.3);
+  }
 }
 
 }  // namespace
