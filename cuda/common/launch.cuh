@@ -101,10 +101,10 @@ void launch_overlapped(void (*kernel)(Parameters...), dim3 grid, dim3 threads, s
   launch_clusters(kernel, 1, grid, threads, shared, stream, std::forward<Args>(args)...);
 }
 
-/// Shared memory beyond 48 KB must be asked for.
+/// Shared memory beyond 48 KB, with what the kernel declares itself, must be asked for.
 template <class Kernel>
-void allow_shared(Kernel kernel, std::size_t bytes) {
-  if (bytes > 48 * 1024)
+void allow_shared(Kernel kernel, std::size_t bytes, std::size_t declared = 0) {
+  if (bytes + declared > 48 * 1024)
     LRNN_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                          static_cast<int>(bytes)));
 }

@@ -289,12 +289,14 @@ TEST_F(SampleOnCuda, DrawsTheSameIds) {
     for (const double spread : {0.0, 0.3, 3.0, 30.0}) expect_same_ids(3, vocab_size, spread);
 }
 
-// Rows around those to which it gives other blocks.
+// Rows around those to which it gives other blocks, and vocabularies for which these need more
+// shared memory than a kernel may have without asking.
 TEST_F(SampleOnCuda, DrawsTheSameIdsForManyRows) {
   for (const std::int64_t rows : {16, 17, 32, 33}) {
     expect_same_ids(rows, 1025, 3.0);
     expect_same_ids(rows, 9001, 0.3);
   }
+  expect_same_ids(2, 65537, 3.0);
 }
 
 }  // namespace
