@@ -269,7 +269,7 @@ struct alignas(16) ChainSlots {
 template <int kRanks>
 __device__ __forceinline__ void open_slots(ChainSlots<kRanks> (&slots)[2]) {
   if constexpr (kRanks > 1) {
-    if (threadIdx.x == 0) {  // synccheck loses one of two that are made by two threads at once
+    if (threadIdx.x == 0) {  // a thread for each, and synccheck ends the kernel as failed
       slots[0].mailbox.init();
       slots[1].mailbox.init();
     }
