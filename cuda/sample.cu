@@ -4,12 +4,11 @@
 // memory, or forms them anew in every pass if there are too many. The boundary of top_k and top_p
 // is found by radix selection: three histograms of 11, 11 and 10 bits of the distance, with the
 // number or the weight of the tokens in every bin (integer atomics in shared memory), of which each
-// block of a cluster adds up a part.
+// block of a cluster adds up a part. The tokens in the bin of the first are few as a rule: then all
+// blocks get them, and each makes the other two histograms of these by itself.
 //
-// Bound by latency: the exchanges of a cluster, scans and barriers. In a chain on an H200 one row
-// of 50277 takes 8.5 us, with top_k 40 16.8, top_p 0.9 23.5, all filters and the penalty 31.7; 16
-// rows 12.1, 22.0, 31.8, 41.1; 128 rows, bound by the instructions of a multiprocessor, 36.7, 47.2,
-// 70.0, 79.3.
+// Bound by latency: the exchanges of a cluster, scans and barriers; with 128 rows by the
+// instructions of a multiprocessor.
 #include <algorithm>
 
 #include "lrnn/ops/argmax.hpp"
@@ -21,6 +20,7 @@
 #include "common/cluster.cuh"
 #include "common/dtype.cuh"
 #include "common/launch.cuh"
+#include "common/penalised_argmax.hpp"
 #include "ops/dispatch.hpp"
 #include "ops/sample_math.hpp"
 
@@ -41,7 +41,7 @@ struct Team {
   static constexpr int kThreads = kThreads_;
   static constexpr int kAhead = kAhead_;
   static constexpr int kWarps = kThreads / 32;
-  static_assert(kBlocks <= 32 && kWarps <= 32);  // a lane may speak for each
+  static_assert(kBlocks <= 32 && kWarps <= 32 && kAhead > 0);  // a lane may speak for each
 
   __device__ static int rank() { return static_cast<int>(blockIdx.x) % kBlocks; }
   __device__ static int row() { return static_cast<int>(blockIdx.x) / kBlocks; }
@@ -61,15 +61,15 @@ struct Team {
     const uint2 v = load(rank, reinterpret_cast<const uint2*>(p));
     return (U64{v.y} << 32) | v.x;
   }
-  /// What the blocks have there, joined by `f`: each lane reads that of one block.
-  template <class F>
-  __device__ static U64 join(const U64* p, F&& f) {
-    static_assert((kSize & (kSize - 1)) == 0);
-    U64 v = load(static_cast<int>(threadIdx.x) % kSize, p);
-#pragma unroll
-    for (int offset = kSize / 2; offset > 0; offset /= 2)
-      v = f(v, __shfl_xor_sync(kAllLanes, v, offset));
-    return v;
+  /// Gives it to every block, as that of this one; theirs are there after sync(). By whole warps.
+  __device__ static void tell(U64 (&all)[kSize], U64 value) {
+    const int to = static_cast<int>(threadIdx.x);
+    if constexpr (kSize == 1) {
+      if (to == 0) all[0] = value;
+    } else if (to < kSize) {
+      store_in(to, reinterpret_cast<uint2*>(&all[rank()]),
+               make_uint2(static_cast<unsigned>(value), static_cast<unsigned>(value >> 32)));
+    }
   }
 };
 
@@ -83,16 +83,22 @@ template <class Team>
 struct Shared {
   static constexpr int kWarps = Team::kWarps;
   static constexpr int kSlice = Team::kSize > 1 ? kBins / Team::kSize : 1;
-  std::uint32_t low[kBins];  // histogram of the block's columns
-  std::uint32_t high[kBins];
-  U64 slice[kSlice];  // a part of the histogram of the row, and its sum
-  U64 slice_sum;
-  U64 best, filtered, weight, ties;  // the best token of the block, sums of its tokens
+  alignas(16) std::uint32_t low[kBins];  // histogram of the block's columns
+  alignas(16) std::uint32_t high[kBins];
+  U64 slice[kSlice];  // a part of the histogram of the row
+  // Of each block: the sum of its slice, its best token, sums of its tokens.
+  U64 slice_sums[Team::kSize];
+  U64 bests[Team::kSize];
+  U64 weights[Team::kSize];
+  U64 ties[Team::kSize];
   U64 warp_sums[kWarps];
   U64 warp_ties[kWarps];
+  static constexpr int kCandidates = std::min(Team::kThreads / Team::kSize, 256);
+  uint2 candidates[kCandidates];  // of the block: (distance, 0)
+  uint2 gathered[2];              // by number, by weight: (how many, 0)
   bool found;
   int bin;
-  U64 before;
+  U64 before, inside;
 };
 
 __device__ int lane_of_thread() {
@@ -102,11 +108,8 @@ __device__ int warp_of_thread() {
   return static_cast<int>(threadIdx.x) / 32;
 }
 
-/// Sum over the lanes up to this one, of the first kLanes.
-template <int kLanes = 32>
 __device__ U64 warp_inclusive_sum(U64 value) {
-#pragma unroll
-  for (int offset = 1; offset < kLanes; offset *= 2) {
+  for (int offset = 1; offset < 32; offset *= 2) {
     const U64 other = __shfl_up_sync(kAllLanes, value, offset);
     if (lane_of_thread() >= offset) value += other;
   }
@@ -118,14 +121,19 @@ __device__ U64 warp_sum(U64 value) {
   return value;
 }
 
-/// Sum over the threads of the block up to this one.
+/// Sums over the threads of the block: those before this one, and all.
+struct BlockSums {
+  U64 before, all;
+};
 template <class Shared>
-__device__ U64 block_inclusive_sum(Shared& shared, U64 value) {
-  value = warp_inclusive_sum(value);
-  if (lane_of_thread() == 31) shared.warp_sums[warp_of_thread()] = value;
+__device__ BlockSums block_sums(Shared& shared, U64 value) {
+  const U64 in_warp = warp_inclusive_sum(value);
+  if (lane_of_thread() == 31) shared.warp_sums[warp_of_thread()] = in_warp;
   __syncthreads();
   const U64 of_warp = lane_of_thread() < Shared::kWarps ? shared.warp_sums[lane_of_thread()] : 0;
-  return value + __shfl_sync(kAllLanes, warp_inclusive_sum(of_warp) - of_warp, warp_of_thread());
+  const U64 ends = warp_inclusive_sum(of_warp);
+  return {in_warp - value + __shfl_sync(kAllLanes, ends - of_warp, warp_of_thread()),
+          __shfl_sync(kAllLanes, ends, 31)};
 }
 
 /// Sum over the threads of the block.
@@ -205,9 +213,10 @@ struct Row {
         greatest == 0 ? 0 : detail::pack_candidate(greatest, static_cast<std::uint32_t>(where));
     found = block_best<Blocks::kThreads>(found);
     if constexpr (Blocks::kSize > 1) {
-      if (threadIdx.x == 0) shared.best = found;
+      Blocks::tell(shared.bests, found);
       Blocks::sync();
-      found = Blocks::join(&shared.best, [](U64 a, U64 b) { return U64{max_candidate(a, b)}; });
+#pragma unroll
+      for (const U64 other : shared.bests) found = max_candidate(found, other);
     }
     best = static_cast<std::uint32_t>(found >> 32);
     if constexpr (kHeld)
@@ -229,21 +238,58 @@ __device__ void add_weight(Shared& shared, int bin, U64 weight) {
   if (high != 0) atomicAdd(&shared.high[bin], high);
 }
 
-/// Histogram over bits [shift, shift + bits) of the distances whose bits above equal `prefix`: the
-/// number of the block's tokens, or their weight.
-template <bool kByWeight, class Row, class Shared>
-__device__ void fill_histogram(const Row& row, Shared& shared, std::uint32_t prefix, int shift,
-                               int bits) {
-  for (int i = static_cast<int>(threadIdx.x); i < kBins; i += Row::Blocks::kThreads) {
-    shared.low[i] = 0;
-    shared.high[i] = 0;
+/// The tokens of a row in one bin, if they are few: a thread has one, the same in all blocks.
+template <bool kByWeight, class RowBlocks>
+struct Candidates {
+  using Blocks = Team<1, RowBlocks::kThreads, 1>;
+  static constexpr int kPerBlock = Shared<RowBlocks>::kCandidates;
+  static constexpr std::uint32_t kNone = 0xFFFFFFFF;  // a distance without weight
+  std::uint32_t mine = kNone;
+  bool complete = false;  // else they are many
+
+  template <class Row>
+  __device__ Candidates(const Row& row, Shared<RowBlocks>& shared, std::uint32_t prefix,
+                        int shift) {
+    row.for_each([&](int j) {
+      const std::uint32_t distance = row.distance(j);
+      if (distance >> shift != prefix) return true;
+      const unsigned i = atomicAdd(&shared.gathered[kByWeight].x, 1U);
+      if (i < kPerBlock) shared.candidates[i].x = distance;
+      return true;
+    });
+    RowBlocks::sync();
+    const int rank = static_cast<int>(threadIdx.x) / kPerBlock;
+    const int i = static_cast<int>(threadIdx.x) % kPerBlock;
+    unsigned count = 0;
+    if (rank < RowBlocks::kSize) {
+      count = RowBlocks::load(rank, &shared.gathered[kByWeight]).x;
+      const std::uint32_t distance = RowBlocks::load(rank, &shared.candidates[i]).x;
+      if (i < static_cast<int>(count)) mine = distance;
+    }
+    complete = __syncthreads_or(count > kPerBlock) == 0;
+  }
+  [[nodiscard]] __device__ std::uint32_t distance(int) const { return mine; }
+  template <class F>
+  __device__ void for_each(F&& f) const {
+    f(0);
+  }
+};
+
+/// Histogram over bits [shift, shift + bits) of the distances below `end` whose bits above equal
+/// `prefix`: the number of the block's tokens, or their weight.
+template <bool kByWeight, class Columns, class Shared>
+__device__ void fill_histogram(const Columns& columns, Shared& shared, std::uint32_t end,
+                               std::uint32_t prefix, int shift, int bits) {
+  for (int i = 4 * static_cast<int>(threadIdx.x); i < kBins; i += 4 * Columns::Blocks::kThreads) {
+    *reinterpret_cast<uint4*>(&shared.low[i]) = uint4{};
+    if constexpr (kByWeight) *reinterpret_cast<uint4*>(&shared.high[i]) = uint4{};
   }
   if (threadIdx.x == 0) shared.found = false;
   __syncthreads();
-  row.for_each([&](int j) {
-    const std::uint32_t distance = row.distance(j);
+  columns.for_each([&](int j) {
+    const std::uint32_t distance = columns.distance(j);
     const std::uint32_t digits = distance >> shift;
-    if (distance >= detail::kDistanceEnd || (digits >> bits) != prefix) return true;
+    if (distance >= end || (digits >> bits) != prefix) return true;
     const auto bin = static_cast<int>(digits & ((1U << bits) - 1U));
     if constexpr (kByWeight)
       add_weight(shared, bin, detail::weight_of(distance));
@@ -270,80 +316,110 @@ __device__ void merge_slice(Shared<Team>& shared) {
       sums[0] += (U64{high.x} << 32) | low.x;
       sums[1] += (U64{high.y} << 32) | low.y;
     }
-    if constexpr (Team::kSize > 1) {
-      shared.slice[i] = sums[0];
-      shared.slice[i + 1] = sums[1];
-    }
+    shared.slice[i] = sums[0];
+    shared.slice[i + 1] = sums[1];
     sum += sums[0] + sums[1];
   }
-  sum = block_sum(shared, sum);
-  if (threadIdx.x == 0) shared.slice_sum = sum;
+  Team::tell(shared.slice_sums, block_sum(shared, sum));
 }
 
-/// The bin of the row's histogram in which the sum from the first bin on reaches `target`, and the
-/// sum before it. Without one, shared.found stays false.
-template <class Team>
-__device__ void find_bin(Shared<Team>& shared, U64 target) {
+/// The bin of the histogram in which the sum from the first bin on reaches target_of(all), the sum
+/// before it and that inside. Without one, shared.found stays false. Returns the target.
+template <bool kByWeight, class Team, class Shared, class TargetOf>
+__device__ U64 find_bin(Shared& shared, TargetOf target_of) {
   constexpr int kSlice = kBins / Team::kSize;
   constexpr int kPerThread = (kSlice + Team::kThreads - 1) / Team::kThreads;
   static_assert(kSlice % kPerThread == 0);
-  const int lane = lane_of_thread();  // speaks for block `lane`
-  const bool speaks = lane < Team::kSize;
-  const U64 slice_sum = speaks ? Team::load(lane, &shared.slice_sum) : 0;
-  const U64 end = warp_inclusive_sum<Team::kSize>(slice_sum);
-  const unsigned reached = __ballot_sync(kAllLanes, speaks && end >= target);
-  if (reached == 0) return;  // uniform
-  const int owner = __ffs(static_cast<int>(reached)) - 1;
-  U64 before = __shfl_sync(kAllLanes, end - slice_sum, owner);
+  int owner = 0;
+  U64 before = 0;
+  U64 target = 0;
+  if constexpr (Team::kSize > 1) {
+    U64 all = 0;
+#pragma unroll
+    for (const U64 sum : shared.slice_sums) all += sum;
+    target = target_of(all);
+#pragma unroll
+    for (int r = 0; r < Team::kSize; ++r) {
+      const U64 end = before + shared.slice_sums[r];
+      if (owner == r && end < target) {
+        before = end;
+        owner = r + 1;
+      }
+    }
+    if (owner == Team::kSize) return target;  // uniform
+  }
   const int first = kPerThread * static_cast<int>(threadIdx.x);
   U64 sums[kPerThread] = {};
   U64 own = 0;
 #pragma unroll
   for (int k = 0; k < kPerThread; ++k) {
     if constexpr (Team::kSize == 1)
-      sums[k] = (U64{shared.high[first + k]} << 32) | shared.low[first + k];
+      sums[k] = (kByWeight ? U64{shared.high[first + k]} << 32 : 0) | shared.low[first + k];
     else if (first < kSlice)
       sums[k] = Team::load(owner, &shared.slice[first + k]);
     own += sums[k];
   }
-  before += block_inclusive_sum(shared, own) - own;
+  const BlockSums of_block = block_sums(shared, own);
+  if constexpr (Team::kSize == 1) target = target_of(of_block.all);
+  before += of_block.before;
 #pragma unroll
   for (int k = 0; k < kPerThread; ++k) {
     if (before < target && target <= before + sums[k]) {  // for exactly one bin
       shared.found = true;
       shared.bin = owner * kSlice + first + k;
       shared.before = before;
+      shared.inside = sums[k];
     }
     before += sums[k];
   }
+  return target;
 }
 
-/// A distance, and the number (or the weight) of the tokens nearer than it.
+/// A distance, what the number (or the weight) of the tokens nearer than it lacks of a target, and
+/// that of the tokens at it.
 struct Boundary {
   std::uint32_t distance;
-  U64 before;
+  U64 rest, inside;
 };
 
-/// The distance at which the number (or the weight) of the tokens, nearest first, reaches `target`
-/// >= 1; kDistanceEnd if all of them together do not.
-template <bool kByWeight, class Row, class Shared>
-__device__ Boundary select(const Row& row, Shared& shared, U64 target) {
-  Boundary b{0, 0};
-  for (int shift = 32; shift > 0;) {
-    const int bits = min(kMostDigits, shift);
-    shift -= bits;
-    fill_histogram<kByWeight>(row, shared, b.distance, shift, bits);
-    Row::Blocks::sync();
+/// Finds the next `bits` bits of the distance of a boundary; false if there is none.
+template <bool kByWeight, class Columns, class Shared, class TargetOf>
+__device__ bool narrow(Boundary& b, const Columns& columns, Shared& shared, std::uint32_t end,
+                       int shift, int bits, TargetOf target_of) {
+  using Blocks = typename Columns::Blocks;
+  fill_histogram<kByWeight>(columns, shared, end, b.distance, shift, bits);
+  Blocks::sync();
+  if constexpr (Blocks::kSize > 1) {
     merge_slice<kByWeight>(shared);
-    Row::Blocks::sync();
-    find_bin(shared, target - b.before);
-    __syncthreads();
-    const bool found = shared.found;
-    b.before += shared.before;
-    b.distance = (b.distance << bits) | static_cast<std::uint32_t>(shared.bin);
-    __syncthreads();  // before the result is reset
-    if (!found) return {detail::kDistanceEnd, 0};
+    Blocks::sync();
   }
+  const U64 target = find_bin<kByWeight, Blocks>(shared, target_of);
+  __syncthreads();
+  const bool found = shared.found;
+  b = {(b.distance << bits) | static_cast<std::uint32_t>(shared.bin), target - shared.before,
+       shared.inside};
+  __syncthreads();  // before the result is reset
+  return found;
+}
+
+/// The distance at which the number (or the weight) of the tokens below `end`, nearest first,
+/// reaches target_of(that of all of them) >= 1; kDistanceEnd if they do not.
+template <bool kByWeight, class Row, class Shared, class TargetOf>
+__device__ Boundary select(const Row& row, Shared& shared, std::uint32_t end, TargetOf target_of) {
+  int shift = 32 - kMostDigits;
+  Boundary b{};
+  if (!narrow<kByWeight>(b, row, shared, end, shift, kMostDigits, target_of))
+    return {detail::kDistanceEnd, 0, 0};
+  const Candidates<kByWeight, typename Row::Blocks> few(row, shared, b.distance, shift);
+  const auto finish = [&](const auto& columns) {
+#pragma unroll 1
+    while (shift > 0) {
+      const int bits = min(kMostDigits, shift);
+      shift -= bits;
+      narrow<kByWeight>(b, columns, shared, end, shift, bits, [&](U64) { return b.rest; });
+    }
+  };
+  few.complete ? finish(few) : finish(row);
   return b;
 }
 
@@ -353,38 +429,24 @@ struct Limit {
   U64 ties;
 };
 
-/// Weight of the tokens that are kept.
-template <class Row, class Shared>
-__device__ U64 weight_within(const Row& row, Shared& shared, Limit limit) {
-  U64 sum = 0;
-  row.for_each([&](int j) {
-    const std::uint32_t distance = row.distance(j);
-    if (distance < limit.distance) sum += detail::weight_of(distance);
-    return true;
-  });
-  sum = block_sum(shared, sum);
-  if constexpr (Row::Blocks::kSize > 1) {
-    if (threadIdx.x == 0) shared.filtered = sum;
-    Row::Blocks::sync();
-    sum = Row::Blocks::join(&shared.filtered, [](U64 a, U64 b) { return a + b; });
-  }
-  return sum + limit.ties * detail::weight_of(limit.distance);
-}
-
 template <class Row, class Shared>
 __device__ Limit apply_filters(const Row& row, Shared& shared) {
   const SamplePlan& plan = row.plan;
   Limit limit{detail::kDistanceEnd, 0};
+  U64 tied_out = 0;
   if (plan.top_k > 0) {
-    const Boundary b = select<false>(row, shared, static_cast<U64>(plan.top_k));
-    limit.distance = b.distance;
-    if (b.distance < detail::kDistanceEnd) limit.ties = static_cast<U64>(plan.top_k) - b.before;
+    const Boundary b = select<false>(row, shared, detail::kDistanceEnd,
+                                     [&](U64) { return static_cast<U64>(plan.top_k); });
+    limit = {b.distance, b.rest};
+    tied_out = b.inside - b.rest;
   }
   if (plan.has_top_p) {
-    const U64 target = detail::top_p_target(plan, weight_within(row, shared, limit));
-    const Boundary b = select<true>(row, shared, target);
+    const std::uint32_t end = min(limit.distance + 1, detail::kDistanceEnd);
+    const Boundary b = select<true>(row, shared, end, [&](U64 all) {
+      return detail::top_p_target(plan, all - tied_out * detail::weight_of(limit.distance));
+    });
     const U64 weight = detail::weight_of(b.distance);
-    limit = {b.distance, (target - b.before + weight - 1) / weight};
+    limit = {b.distance, (b.rest + weight - 1) / weight};
   }
   if (plan.distance_end <= limit.distance) limit = {plan.distance_end, 0};
   return limit;
@@ -445,16 +507,14 @@ __device__ Target draw_warp(const Row& row, Shared& shared, Limit limit, Draw dr
   if (warp_of_thread() == 0) {
     weight = warp_sum(warp_exists ? shared.warp_sums[lane] : 0);
     ties = warp_sum(warp_exists ? shared.warp_ties[lane] : 0);
-    if (lane == 0) {
-      shared.weight = weight;
-      shared.ties = ties;
-    }
+    Blocks::tell(shared.weights, weight);
+    Blocks::tell(shared.ties, ties);
   }
   Blocks::sync();
   if (warp_of_thread() == 0) {  // lane l speaks for block l, then for warp l
     const bool exists = lane < Blocks::kSize;
-    const Parts blocks(exists ? Blocks::load(lane, &shared.weight) : 0,
-                       exists ? Blocks::load(lane, &shared.ties) : 0, limit.distance, limit.ties);
+    const Parts blocks(exists ? shared.weights[lane] : 0, exists ? shared.ties[lane] : 0,
+                       limit.distance, limit.ties);
     const Target block = blocks.find(draw(blocks.total()));
     const Parts warps(warp_exists ? shared.warp_sums[lane] : 0,
                       warp_exists ? shared.warp_ties[lane] : 0, limit.distance, block.ties);
@@ -500,10 +560,12 @@ __global__ __launch_bounds__(Blocks::kThreads) void sample_forward_kernel(
   __shared__ Shared<Blocks> shared;
   extern __shared__ std::uint32_t held[];
   let_next_kernel_start();
+  if constexpr (Blocks::kSize > 1) cluster_meet();  // before one writes to another
+  if (threadIdx.x == 0) shared.gathered[0] = shared.gathered[1] = uint2{};
   wait_for_previous_kernel();
   const std::int64_t r = Blocks::row();
   std::int32_t* const seen = seen_masks != nullptr ? seen_masks + r * words : nullptr;
-  const auto counter = plan.greedy ? 0 : static_cast<std::uint64_t>(counters[r]);
+  const auto counter = static_cast<std::uint64_t>(counters[r]);
   Row<T, Blocks, kHeld> row(logits + r * stride, seen, vocab_size, plan, held);
   const std::uint64_t best = row.find_best(shared);
 
@@ -511,7 +573,7 @@ __global__ __launch_bounds__(Blocks::kThreads) void sample_forward_kernel(
   std::int32_t id = detail::index_of_best(best);
   int writer = 0;  // warp of these blocks
   const int warp = Blocks::rank() * Blocks::kWarps + warp_of_thread();
-  if (!plan.greedy && row.best > detail::kKeyOfMinusInfinity) {
+  if (row.best > detail::kKeyOfMinusInfinity) {
     const Limit limit = apply_filters(row, shared);
     const Target target = draw_warp(row, shared, limit, [&](U64 total) {
       return detail::draw(seed, static_cast<std::uint64_t>(r), counter, total);
@@ -523,10 +585,9 @@ __global__ __launch_bounds__(Blocks::kThreads) void sample_forward_kernel(
   // single block that form distances anew, of which the writer's warp is the last.
   if (warp == writer && lane_of_thread() == 0) {
     ids[r] = id;
-    if (!plan.greedy) counters[r] = static_cast<std::int64_t>(counter + 1);
+    counters[r] = static_cast<std::int64_t>(counter + 1);
     if (seen != nullptr) seen[id >> 5] |= static_cast<std::int32_t>(1U << (id & 31));
   }
-  if constexpr (Blocks::kSize > 1) cluster_meet();  // the others have read what this one has
 }
 
 // One thread per id. Setting bits by atomics is independent of the order.
@@ -576,17 +637,16 @@ void sample_forward(Context& ctx, const SampleForward& a) {
   const std::int64_t rows = a.logits.numel() / vocab_size;
   if (rows == 0) return;
   const SamplePlan plan = detail::plan_of(a.options);
-  if (plan.greedy && !a.seen)  // more than one block reads a row there
-    return lrnn::cuda::argmax_forward(ctx, {.logits = a.logits, .ids = a.ids});
+  if (plan.greedy && a.seen) return penalised_argmax(ctx, a, plan);
+  if (plan.greedy) return lrnn::cuda::argmax_forward(ctx, {.logits = a.logits, .ids = a.ids});
   visit_float("sample_forward", a.logits.dtype(), [&]<class T>() {
     const auto launch = [&]<class Team, bool kHeld>() {
-      launch_teams<Team>(sample_forward_kernel<T, Team, kHeld>, rows,
-                         kHeld ? held_bytes<Team>(vocab_size) : 0, ctx.stream().handle,
-                         a.logits.data<T>(), detail::row_stride(a.logits),
-                         static_cast<int>(vocab_size), plan, a.seed,
-                         plan.greedy ? nullptr : a.counters.data<std::int64_t>(),
-                         a.seen ? a.seen.data<std::int32_t>() : nullptr, seen_words(vocab_size),
-                         a.ids.data<std::int32_t>());
+      launch_teams<Team>(
+          sample_forward_kernel<T, Team, kHeld>, rows, kHeld ? held_bytes<Team>(vocab_size) : 0,
+          ctx.stream().handle, a.logits.data<T>(), detail::row_stride(a.logits),
+          static_cast<int>(vocab_size), plan, a.seed, a.counters.data<std::int64_t>(),
+          a.seen ? a.seen.data<std::int32_t>() : nullptr, seen_words(vocab_size),
+          a.ids.data<std::int32_t>());
     };
     constexpr int kFewRows = 16;
     constexpr int kSharingRows = 32;  // beyond, one block for each is as fast
@@ -595,8 +655,7 @@ void sample_forward(Context& ctx, const SampleForward& a) {
       if (rows <= kFewRows) return launch.template operator()<Cluster, true>();
       return launch.template operator()<SharingCluster, true>();
     }
-    // A greedy row is read once: keeping distances would only cost room for other blocks.
-    if (!plan.greedy && holds<Alone>(vocab_size)) return launch.template operator()<Alone, true>();
+    if (holds<Alone>(vocab_size)) return launch.template operator()<Alone, true>();
     launch.template operator()<Alone, false>();
   });
 }

@@ -82,6 +82,16 @@ __device__ __forceinline__ uint2 load_of(int rank, const uint2* p) {
   return v;
 }
 
+/// Stores where block `rank` of the cluster has `p`.
+__device__ __forceinline__ void store_in(int rank, uint2* p, uint2 v) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "st.shared::cluster.v2.u32 [%0], {%1, %2};" ::"r"(address_in(rank, shared_address(p))),
+      "r"(v.x), "r"(v.y)
+      : "memory");
+#endif
+}
+
 /// Stores at a shared address of any block of the cluster; the bytes count at a barrier there.
 __device__ __forceinline__ void send(std::uint32_t to, float v, std::uint32_t barrier) {
 #if __CUDA_ARCH__ >= 900
