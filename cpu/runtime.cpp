@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <utility>
+#include <vector>
 
 #ifdef __linux__
 #include <sys/mman.h>
@@ -80,6 +81,16 @@ class CpuStopwatch final : public Stopwatch {
   Clock::time_point end_;
 };
 
+class CpuReadback final : public Readback {
+ public:
+  explicit CpuReadback(std::size_t bytes) : bytes_(bytes) {}
+  void start(TensorView src) override { std::memcpy(bytes_.data(), src.raw(), src.nbytes()); }
+  [[nodiscard]] const void* wait() override { return bytes_.data(); }
+
+ private:
+  std::vector<std::byte> bytes_;
+};
+
 class CpuRuntime final : public Runtime {
  public:
   [[nodiscard]] Device device() const noexcept override { return {}; }
@@ -104,6 +115,9 @@ class CpuRuntime final : public Runtime {
   }
   void copy_to_host(void* dst, TensorView src) override {
     copy_bytes(dst, src.raw(), src.nbytes());
+  }
+  [[nodiscard]] std::unique_ptr<Readback> make_readback(std::size_t bytes) override {
+    return std::make_unique<CpuReadback>(bytes);
   }
 
  private:

@@ -5,6 +5,7 @@
 #include "lrnn/core/graph.hpp"
 #include "lrnn/ops/sample.hpp"
 
+#include "core/runtime.hpp"
 #include "ops/dispatch.hpp"
 
 namespace lrnn {
@@ -73,7 +74,9 @@ class Generation {
         counters_(ctx.zeros({rows_}, DType::int64)),
         drawn_(ctx.empty({options.max_new_tokens, rows_}, DType::int32)),
         own_tokens_(static_cast<std::size_t>(rows_)),
-        ended_(static_cast<std::size_t>(rows_), false) {
+        ended_(static_cast<std::size_t>(rows_), false),
+        readback_(host_looks() ? ctx.runtime().make_readback(token_.view().nbytes()) : nullptr),
+        runs_ahead_(ctx.device().is_cuda() && options.cache == nullptr && host_looks()) {
     cache_.check_room(kOp, prompt.dim(1) + options.max_new_tokens - 1);
     if (options.repetition_penalty == 1.0) return;
     const std::int64_t vocab_size = model.config().vocab_size;
@@ -83,15 +86,25 @@ class Generation {
     if (options.num_samples > 1) seen_ = repeated_rows(ctx, seen_, options.num_samples);
   }
 
+  Generation(const Generation&) = delete;
+  Generation& operator=(const Generation&) = delete;
+  // Nothing that a step uses is taken apart while it runs.
+  ~Generation() {
+    try {
+      if (runs_ahead_) ctx_.synchronize();
+    } catch (const std::exception&) {  // it has been reported, or will be
+    }
+  }
+
   Tensor run() {
     prefill();
-    for (count_ = 0; count_ < options_.max_new_tokens;) {
-      if (count_ > 0) next();
-      ctx_.copy(drawn_.view().slice(0, count_, 1).reshape({rows_, 1}), token_);
-      ++count_;
-      if (!wants_more()) break;
+    for (;;) {
+      keep_tokens();
+      const bool last = count_ == options_.max_new_tokens;
+      if (runs_ahead_ && !last) next();
+      if (!wants_more() || last) return assemble();
+      if (!runs_ahead_) next();
     }
-    return assemble();
   }
 
  private:
@@ -178,6 +191,13 @@ class Generation {
     graph_->launch();
   }
 
+  void keep_tokens() {
+    ctx_.copy(drawn_.view().slice(0, count_, 1).reshape({rows_, 1}), token_);
+    ++count_;
+    if (host_looks()) readback_->start(token_);
+  }
+
+  [[nodiscard]] bool host_looks() const { return may_end() || options_.on_tokens; }
   [[nodiscard]] bool may_end() const {
     return options_.eos_token || !options_.stop_sequences.empty();
   }
@@ -195,8 +215,9 @@ class Generation {
   }
 
   [[nodiscard]] bool wants_more() {
-    if (!may_end() && !options_.on_tokens) return true;
-    auto tokens = ctx_.to_host<std::int32_t>(token_);
+    if (!host_looks()) return true;
+    const auto* const drawn = static_cast<const std::int32_t*>(readback_->wait());
+    std::vector<std::int32_t> tokens(drawn, drawn + rows_);
     for (std::size_t b = 0; may_end() && b < tokens.size(); ++b) {
       if (ended_[b]) {
         tokens[b] = pad_token();
@@ -241,6 +262,10 @@ class Generation {
   Tensor drawn_;                                       // [n, rows]
   std::vector<std::vector<std::int32_t>> own_tokens_;  // drawn by each sequence until it ended
   std::vector<bool> ended_;
+  std::unique_ptr<Readback> readback_;
+  // The host looks at tokens while the step behind them runs, one too many at the end. So the
+  // states must be of no use to anybody else.
+  bool runs_ahead_;
   std::int64_t count_ = 0;
   std::size_t arena_bytes_ = 0;
   std::unique_ptr<ArenaResource> arena_;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <set>
+#include <stdexcept>
 
 #include <gtest/gtest.h>
 
@@ -206,6 +207,50 @@ TEST_F(Generate, StreamsTokensAndStopsOnRequest) {
                           }});
   EXPECT_EQ(out.size(), 7U);
   EXPECT_TRUE(std::equal(seen.begin(), seen.end(), out.begin() + 3));
+  EXPECT_EQ(run(matrix(1, {3, 1, 4}), {.max_new_tokens = 4}), out);
+}
+
+// On CUDA the step behind a token runs while the host looks at it.
+TEST_F(Generate, StopsAtAnyToken) {
+  constexpr std::int64_t kNew = 9;
+  const Tensor input = matrix(2, {3, 1, 4, 2, 7, 1});
+  const Tokens free = run(input, {.max_new_tokens = kNew});
+  for (const bool graph : {false, true})
+    for (std::int64_t end = 1; end <= kNew; ++end) {
+      Tokens seen;
+      const auto keep = [&](std::span<const std::int32_t> t) {
+        seen.insert(seen.end(), t.begin(), t.end());
+        return static_cast<std::int64_t>(seen.size()) < 2 * end;
+      };
+      const Tokens out =
+          run(input, {.max_new_tokens = kNew, .cuda_graph = graph, .on_tokens = keep});
+      ASSERT_EQ(out.size(), static_cast<std::size_t>(2 * (3 + end)));
+      ASSERT_EQ(seen.size(), static_cast<std::size_t>(2 * end));
+      for (std::int64_t b = 0; b < 2; ++b) {
+        const auto row = out.begin() + b * (3 + end);
+        EXPECT_TRUE(std::equal(row, row + 3 + end, free.begin() + b * (3 + kNew))) << end;
+        for (std::int64_t i = 0; i < end; ++i)
+          EXPECT_EQ(seen[static_cast<std::size_t>(2 * i + b)], row[3 + i]) << end;
+      }
+    }
+}
+
+TEST_F(Generate, WhatACallbackThrowsEndsTheGeneration) {
+  const Tensor input = matrix(1, {3, 1, 4});
+  const Tokens free = run(input, {.max_new_tokens = 12});
+  for (const std::size_t count : {1U, 2U, 5U}) {
+    Tokens seen;
+    EXPECT_THROW((void)run(input, {.max_new_tokens = 12,
+                                   .on_tokens =
+                                       [&](std::span<const std::int32_t> t) {
+                                         seen.push_back(t[0]);
+                                         if (seen.size() == count) throw std::length_error("full");
+                                         return true;
+                                       }}),
+                 std::length_error);
+    EXPECT_TRUE(std::equal(seen.begin(), seen.end(), free.begin() + 3));
+    EXPECT_EQ(run(input, {.max_new_tokens = 12}), free);
+  }
 }
 
 TEST_F(Generate, PenaltyCountsThePrompt) {

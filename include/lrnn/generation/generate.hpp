@@ -34,8 +34,8 @@ struct GenerateOptions {
   TensorView lengths = {};            ///< [B] int32, prompt lengths; the rest of a row is padding
   std::int64_t prefill_chunk = 2048;  ///< tokens of the prompt processed at a time, 0: all
   bool cuda_graph = true;             ///< on CUDA: record one step and replay it
-  /// Called with the B N tokens of every step; returning false ends the generation. Costs one
-  /// synchronisation per token.
+  /// Called with the B N tokens of every step; returning false ends the generation. On CUDA the
+  /// step behind them runs meanwhile, one in vain at the end, unless `cache` shows its states.
   std::function<bool(std::span<const std::int32_t> tokens)> on_tokens = {};
 };
 
