@@ -43,7 +43,7 @@ __device__ __forceinline__ void prepare(const Shared<Z>& shared) {
   if (threadIdx.x == 0) {
     for (int i = 0; i < Z::kBuffers; ++i) {
       barrier_init(shared.full(i), 1);
-      barrier_init(shared.free(i), kGroups * kWarpgroup / 32);
+      barrier_init(shared.free(i), kGroups * kWarpgroup);
     }
     barrier_init_done();
   }
@@ -112,8 +112,9 @@ struct Reader {
   }
 
  private:
+  /// Each lane for itself: racecheck does not follow another lane's arrival.
   __device__ __forceinline__ void give_back() {
-    if (held >= 0 && threadIdx.x % 32 == 0) barrier_arrive(shared.free(held));
+    if (held >= 0) barrier_arrive(shared.free(held));
     held = -1;
   }
 };
