@@ -243,13 +243,17 @@ template <bool kByWeight, class RowBlocks>
 struct Candidates {
   using Blocks = Team<1, RowBlocks::kThreads, 1>;
   static constexpr int kPerBlock = Shared<RowBlocks>::kCandidates;
+  static constexpr int kMost = kPerBlock * RowBlocks::kSize;
   static constexpr std::uint32_t kNone = 0xFFFFFFFF;  // a distance without weight
   std::uint32_t mine = kNone;
   bool complete = false;  // else they are many
 
   template <class Row>
-  __device__ Candidates(const Row& row, Shared<RowBlocks>& shared, std::uint32_t prefix,
-                        int shift) {
+  __device__ Candidates(const Row& row, Shared<RowBlocks>& shared, std::uint32_t prefix, int shift,
+                        U64 inside) {
+    // Weights in a bin are nearly the same, so their sum tells the number.
+    const U64 each = kByWeight ? detail::weight_of(prefix << shift) : 1;
+    if (inside > kMost * each) return;  // uniform; so many would wait for each other below
     row.for_each([&](int j) {
       const std::uint32_t distance = row.distance(j);
       if (distance >> shift != prefix) return true;
@@ -410,7 +414,7 @@ __device__ Boundary select(const Row& row, Shared& shared, std::uint32_t end, Ta
   Boundary b{};
   if (!narrow<kByWeight>(b, row, shared, end, shift, kMostDigits, target_of))
     return {detail::kDistanceEnd, 0, 0};
-  const Candidates<kByWeight, typename Row::Blocks> few(row, shared, b.distance, shift);
+  const Candidates<kByWeight, typename Row::Blocks> few(row, shared, b.distance, shift, b.inside);
   const auto finish = [&](const auto& columns) {
 #pragma unroll 1
     while (shift > 0) {
