@@ -523,8 +523,14 @@ void forward(Context& ctx, const AddNormForward& a) {
   constexpr int warps = kWarpRowThreads / 32;
   const auto blocks = static_cast<unsigned>(l.block_row ? rows : (rows + warps - 1) / warps);
   visit_layout<T>(l, [&]<int kN, int kCount, bool kBlockRow>() {
-    const auto kernel = few ? forward_kernel<T, kN, kCount, kBlockRow, true>
-                            : forward_kernel<T, kN, kCount, kBlockRow, false>;
+    // A block of up to 512 threads with 8 columns each is faster by 4 at a time, where float32 rows
+    // then are read without gaps: 16384 rows of 2560 in 0.126 ms for 0.137 (LayerNorm), 0.124 for
+    // 0.129. Neither warps (768 columns: 0.045 for 0.043) nor wider blocks are, nor is backward.
+    constexpr bool kHalves = kBlockRow && kN == 8 && kCount == 1;
+    constexpr int kColumns = kHalves ? 4 : kN;
+    const auto kernel =
+        few ? forward_kernel<T, kN, kCount, kBlockRow, true>
+            : forward_kernel<T, kColumns, kN * kCount / kColumns, kBlockRow, false>;
     launch_overlapped(kernel, blocks, l.threads, 0, stream, f);
   });
 }
