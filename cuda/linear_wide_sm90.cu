@@ -20,6 +20,7 @@ namespace {
 
 using linear_sm90::ceil_div;
 using linear_sm90::matrix;
+using linear_sm90::tile_rows;
 
 constexpr int kColumns = 192;
 constexpr int kWarpRows = 16;
@@ -42,6 +43,7 @@ struct Tile {
 struct Args {
   DeviceRows<bf16> y;
   int rows, columns, panels;
+  int stage_bytes;  // of a panel of W and of x
   int tiles;
   bool stable_weight;
 };
@@ -105,7 +107,7 @@ struct Copies {
     return (tiles.at(i / a.panels) + i) % a.panels * kPanel;
   }
   __device__ __forceinline__ void copy_weight(int i) const {
-    barrier_expect(mem.full(i), Z::kStageBytes);
+    barrier_expect(mem.full(i), a.stage_bytes);
     copy_box(mem.weight(i), &maps.weight, mem.full(i), depth(i), 0, tiles.column(i / a.panels), 0);
   }
   __device__ __forceinline__ void copy_input(int i) const {
@@ -278,14 +280,16 @@ void launch(Context& ctx, const LinearForward& f) {
   const auto kernel = product_wide_sm90_kernel<Z>;
   LRNN_CUDA_CHECK(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Z::kSharedBytes));
+  const int rows = static_cast<int>(detail::row_count(f.x));
   const Args args{.y = device_rows<bf16>(f.y),
-                  .rows = static_cast<int>(detail::row_count(f.x)),
+                  .rows = rows,
                   .columns = static_cast<int>(f.weight.dim(0)),
                   .panels = ceil_div(f.x.dim(-1), kPanel),
+                  .stage_bytes = Z::kWeightBytes + tile_rows(rows, 1) * kPanelRowBytes,
                   .tiles = ceil_div(f.weight.dim(0), kColumns),
                   .stable_weight = f.stable_weight};
   const Maps maps{head_map(f.weight.data<bf16>(), matrix(f.weight), kColumns),
-                  head_map(f.x.data<bf16>(), matrix(f.x), Z::kRows)};
+                  head_map(f.x.data<bf16>(), matrix(f.x), tile_rows(rows, 1))};
   const int blocks = std::min(args.tiles, multiprocessors());
   launch_overlapped(kernel, static_cast<unsigned>(blocks), Z::kThreads, Z::kSharedBytes,
                     ctx.stream().handle, args, maps);

@@ -257,11 +257,13 @@ void launch_residual_product(cudaStream_t stream, const ResidualArgs& args,
 
 void residual_product(cudaStream_t stream, const ResidualProduct& f) {
   constexpr int kNextPanels = 8;
+  const int rows = static_cast<int>(f.x.dim(0));
   const int panels = ceil_div(f.x.dim(1), kPanel);
   const ResidualArgs args{
-      .product = {.rows = static_cast<int>(f.x.dim(0)),
+      .product = {.rows = rows,
                   .columns = static_cast<int>(f.weight.dim(0)),
                   .row_tiles = 1,
+                  .tile_rows = tile_rows(rows, 1),
                   .panels = panels,
                   .per_part = ceil_div(panels, kParts),
                   .stable_weight = true,
@@ -275,7 +277,7 @@ void residual_product(cudaStream_t stream, const ResidualProduct& f) {
   };
   const ResidualMaps maps{
       {head_map(f.weight.data<bf16>(), matrix(f.weight), LongRows::kColumns),
-       head_map(f.x.data<bf16>(), matrix(f.x), LongRows::kRows)},
+       head_map(f.x.data<bf16>(), matrix(f.x), args.product.tile_rows)},
       head_map(f.next.data<bf16>(), matrix(f.next), 32),
   };
   if (args.product.per_part <= ShortRows::kInputStages)
