@@ -4,7 +4,7 @@
 // on the order. A second kernel joins the parts, one warp for each row. A greedy sample with a
 // repetition penalty is the same of other numbers. Bound by L2 or DRAM for many rows, by the
 // launches for few: in a chain on an H200 rows of 50277 in bfloat16 take 2.4 us, 16 of them 3.0,
-// 128 of them 4.9 (2.6 TB/s, from L2).
+// 128 of them 4.9 (2.6 TB/s, from L2); with a penalty 2.9, 3.7 and 7.1.
 #include <cmath>
 
 #include "lrnn/ops/argmax.hpp"
