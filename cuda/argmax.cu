@@ -72,13 +72,13 @@ struct Greatest {
   int where = 0;
 
   /// Elements of columns [column, column + N), which come behind the others.
-  template <class T, int N, class Penalty>
-  __device__ __forceinline__ void add(const Packed<T, N>& logits, int column,
-                                      const Penalty& penalty, unsigned seen) {
+  template <class T, int N, class Rule>
+  __device__ __forceinline__ void add(const Packed<T, N>& logits, int column, const Rule& rule,
+                                      unsigned seen) {
     float v[N];
 #pragma unroll
     for (int i = 0; i < N; ++i) v[i] = logits.get(i);
-    penalty.apply(v, seen);
+    rule.apply(v, seen);
     float most = v[0];
 #pragma unroll
     for (int i = 1; i < N; ++i) most = fmaxf(most, v[i]);
@@ -93,9 +93,9 @@ struct Greatest {
   }
 };
 
-template <class T, int kVectors, class Penalty>
+template <class T, int kVectors, class Rule>
 __global__ __launch_bounds__(kThreads) void argmax_part_kernel(const T* logits, std::int64_t stride,
-                                                               int vocab_size, Penalty penalty,
+                                                               int vocab_size, Rule rule,
                                                                std::uint64_t* parts) {
   let_next_kernel_start();
   wait_for_previous_kernel();
@@ -111,32 +111,31 @@ __global__ __launch_bounds__(kThreads) void argmax_part_kernel(const T* logits, 
     const int column = first + j * kThreads * N;
     if (column < 0 || column + N > vocab_size) continue;
     vectors[j].load(row + column);
-    seen[j] = penalty.template seen_of<N>(blockIdx.y, column);
+    seen[j] = rule.template seen_of<N>(blockIdx.y, column);
   }
   Greatest greatest;
 #pragma unroll
   for (int j = 0; j < kVectors; ++j) {
     const int column = first + j * kThreads * N;
     if (column >= 0 && column + N <= vocab_size) {
-      greatest.add(vectors[j], column, penalty, seen[j]);
+      greatest.add(vectors[j], column, rule, seen[j]);
       continue;
     }
 #pragma unroll 1
     for (int i = max(column, 0); i < min(column + N, vocab_size); ++i) {
       Packed<T, 1> one;
       one.load(row + i);
-      greatest.add(one, i, penalty, penalty.template seen_of<1>(blockIdx.y, i));
+      greatest.add(one, i, rule, rule.template seen_of<1>(blockIdx.y, i));
     }
   }
   const std::uint64_t best = block_best<kThreads>(greatest.candidate());
   if (threadIdx.x == 0) parts[std::int64_t{blockIdx.y} * gridDim.x + blockIdx.x] = best;
 }
 
-template <class Penalty>
+template <class Rule>
 __global__ __launch_bounds__(kJoinThreads) void argmax_join_kernel(const std::uint64_t* parts,
                                                                    int count, std::int64_t rows,
-                                                                   Penalty penalty,
-                                                                   std::int32_t* ids) {
+                                                                   Rule rule, std::int32_t* ids) {
   let_next_kernel_start();
   wait_for_previous_kernel();
   const std::int64_t row =
@@ -149,11 +148,11 @@ __global__ __launch_bounds__(kJoinThreads) void argmax_join_kernel(const std::ui
   if (threadIdx.x % 32 != 0) return;
   const std::int32_t id = detail::index_of_best(best);
   ids[row] = id;
-  penalty.mark(row, id);
+  rule.mark(row, id);
 }
 
-template <class T, int kVectors, class Penalty>
-void forward(Context& ctx, const ArgmaxForward& a, const Penalty& penalty, std::int64_t rows) {
+template <class T, int kVectors, class Rule>
+void forward(Context& ctx, const ArgmaxForward& a, const Rule& rule, std::int64_t rows) {
   const std::int64_t vocab_size = a.logits.dim(-1);
   const std::int64_t stride = detail::row_stride(a.logits);
   // A row begins up to a vector less one behind its first block.
@@ -166,18 +165,18 @@ void forward(Context& ctx, const ArgmaxForward& a, const Penalty& penalty, std::
   constexpr std::int64_t kMostRows = 65535;  // of the second dimension of a grid
   for (std::int64_t r = 0; r < rows; r += kMostRows)
     launch_overlapped(
-        argmax_part_kernel<T, kVectors, Penalty>,
+        argmax_part_kernel<T, kVectors, Rule>,
         dim3(static_cast<unsigned>(count), static_cast<unsigned>(std::min(rows - r, kMostRows))),
         kThreads, 0, stream, a.logits.data<T>() + r * stride, stride, static_cast<int>(vocab_size),
-        penalty.from_row(r), parts + r * count);
+        rule.from_row(r), parts + r * count);
   constexpr int kPerBlock = kJoinThreads / 32;
-  launch_overlapped(argmax_join_kernel<Penalty>,
+  launch_overlapped(argmax_join_kernel<Rule>,
                     static_cast<unsigned>((rows + kPerBlock - 1) / kPerBlock), kJoinThreads, 0,
-                    stream, parts, count, rows, penalty, a.ids.data<std::int32_t>());
+                    stream, parts, count, rows, rule, a.ids.data<std::int32_t>());
 }
 
-template <class Penalty>
-void forward(Context& ctx, const ArgmaxForward& a, const Penalty& penalty) {
+template <class Rule>
+void forward(Context& ctx, const ArgmaxForward& a, const Rule& rule) {
   const std::int64_t vocab_size = a.logits.dim(-1);
   const std::int64_t rows = a.logits.numel() / vocab_size;
   if (rows == 0) return;
@@ -185,9 +184,9 @@ void forward(Context& ctx, const ArgmaxForward& a, const Penalty& penalty) {
     // Few rows on as many blocks as possible, the blocks of many all at once.
     constexpr std::int64_t kFewRows = 32;
     if (rows <= kFewRows)
-      forward<T, 1>(ctx, a, penalty, rows);
+      forward<T, 1>(ctx, a, rule, rows);
     else
-      forward<T, 4>(ctx, a, penalty, rows);
+      forward<T, 4>(ctx, a, rule, rows);
   });
 }
 

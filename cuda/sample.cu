@@ -259,6 +259,7 @@ struct Candidates {
     row.for_each([&](int j) {
       const std::uint32_t distance = row.distance(j);
       if (distance >> shift != prefix) return true;
+      // In any order: of these only sums of integers are taken.
       const unsigned i = atomicAdd(&shared.gathered[kByWeight].x, 1U);
       if (i < kPerBlock) shared.candidates[i].x = distance;
       return true;

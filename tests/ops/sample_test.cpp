@@ -299,5 +299,21 @@ TEST_F(SampleOnCuda, DrawsTheSameIdsForManyRows) {
   expect_same_ids(2, 65537, 3.0);
 }
 
+// The boundary of a filter among equal tokens that are few of a row but too many of one block to be
+// gathered, wherever blocks have their columns.
+TEST_F(SampleOnCuda, DrawsTheSameIdsOfEqualTokensInOneBlock) {
+  constexpr std::int64_t kVocabSize = 50257;
+  for (const std::int64_t stride : {1, 8, 16, 64, 128, 256})
+    for (const std::int64_t count : {63, 64, 65, 150}) {
+      auto logits = random_logits(kVocabSize, 0.5, 4);
+      for (std::int64_t i = 0; i < count; ++i)
+        logits[static_cast<std::size_t>(1000 + i * stride)] = 12.0;
+      for (const SampleOptions& o :
+           {SampleOptions{.top_k = 40}, {.top_p = 0.6}, {.top_k = 60, .top_p = 0.9}})
+        EXPECT_EQ(draw_eight(cuda, logits, kVocabSize, o), draw_eight(cpu, logits, kVocabSize, o))
+            << "stride " << stride << " count " << count << " k " << o.top_k << " p " << o.top_p;
+    }
+}
+
 }  // namespace
 }  // namespace lrnn
