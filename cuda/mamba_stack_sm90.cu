@@ -7,8 +7,11 @@
 //
 // A block of out_proj owns 64 columns of y, all rows and one of four parts of K; the blocks of all
 // parts are a cluster, of which each finishes a quarter of the rows. Two warpgroups multiply, one
-// more warp copies panels of W and x. A thread sends its sums, as they lie in its registers, to the
-// thread of its number in the block that finishes them.
+// more warp copies panels of W and x.
+//
+// Weights of large layers are the first to leave L2: what fills it then pushes out weights that
+// have been read, and states, which must be written, go later, when the next states come and memory
+// has time. 48 layers of 2048 take 1.4 % less; with states as the first to leave they take more.
 //
 // Stamps of 2048 x 4096 with 128 rows on an H200: 6.8 us from the end of the scan to the last
 // product, for 384 KB a block of which 128 are W (4.1 us from memory; copies from L2 alone come
@@ -16,7 +19,7 @@
 // where out_proj and norm one by one make it 51.3; one of 768 inputs 21.6 in place of 24.1.
 #include "lrnn/ops/add_norm.hpp"
 
-#include "common/linear_sm90_product.cuh"
+#include "common/linear_sm90_rows.cuh"
 #include "common/mamba_stack_sm90.cuh"
 #include "common/projected_conv1d.cuh"
 #include "ops/mamba_stack_parts.hpp"
@@ -26,39 +29,29 @@ namespace {
 
 constexpr int kParts = 4;  // of K
 
-/// Sizes of a block of out_proj: those of the product, and what it finishes.
+/// Sizes of a block of out_proj.
 template <int kWeightBuffers, int kInputBuffers>
-struct ResidualTile : Tile<RowScale::kRows, 1, 2, kWeightBuffers, kInputBuffers> {
-  using Base = Tile<RowScale::kRows, 1, 2, kWeightBuffers, kInputBuffers>;
-  static constexpr int kComputers = Base::kThreads - 32;  // threads
-  static constexpr int kOwn = Base::kRowTiles / kParts;   // tiles that the block finishes
-  static constexpr int kOwnRows = 8 * kOwn;               // of a warpgroup
+struct ResidualTile : RowsTile<Tile<RowScale::kRows, 1, 2, kWeightBuffers, kInputBuffers>, kParts> {
+  using Base = RowsTile<Tile<RowScale::kRows, 1, 2, kWeightBuffers, kInputBuffers>, kParts>;
   static constexpr int kWarpsOfRow = Base::kColumns / 16;
-  static constexpr int kSentBytes = kOwn * kComputers * 16;  // from one block to another
-  static constexpr int kSquareBytes = kComputers / 32 * kOwnRows * 4;
+  static constexpr int kSquareBytes = Base::kComputers / 32 * Base::kOwnRows * 4;
   static constexpr int kSharedBytes = 1024 + Base::kBufferBytes + Base::kBarrierBytes;
-  static_assert(Base::kRowTiles % kParts == 0);
-  static_assert(kParts * kSentBytes + kSquareBytes <= Base::kBufferBytes);
+  static_assert(kParts * Base::kSentBytes + kSquareBytes <= Base::kBufferBytes);
 };
 
 /// r += x W^T, rounded; n = r norm_weight; squares of r by tiles of columns.
 struct ResidualProduct {
   TensorView x, weight, norm_weight;
   MutableTensorView residual, n, squares;
-  TensorView next;  // the projection that will read n
+  bool weight_once;
 };
 
 struct ResidualArgs {
   Args product;
   const float* norm_weight;
-  float* residual;             // [rows, columns]
-  bf16* n;                     // [rows, columns]
-  float* squares;              // [tiles of columns, kRows]
-  int next_panels, next_half;  // panels of the next projection to ask for; half of its rows
-};
-struct ResidualMaps {
-  Maps product;
-  CUtensorMap next;
+  float* residual;  // [rows, columns]
+  bf16* n;          // [rows, columns]
+  float* squares;   // [tiles of columns, kRows]
 };
 
 /// Shared addresses of a block. Sums are received where the buffers were.
@@ -66,10 +59,8 @@ template <class Z>
 struct ResidualShared : Shared<Z> {
   __device__ __forceinline__ explicit ResidualShared(const void* p) : Shared<Z>(p) {}
 
-  /// What block `from` has for this thread of another block, one tile.
-  __device__ __forceinline__ std::uint32_t sums(int from, int tile) const {
-    return this->base + 16U * threadIdx.x +
-           static_cast<std::uint32_t>(from * Z::kSentBytes + tile * Z::kComputers * 16);
+  [[nodiscard]] __device__ __forceinline__ RowSums<Z> sums() const {
+    return {this->base, this->received()};
   }
   /// Sum of squares of a row that the block finishes, over the columns of a warp.
   __device__ __forceinline__ std::uint32_t square(int warp, int row) const {
@@ -78,75 +69,26 @@ struct ResidualShared : Shared<Z> {
   }
 };
 
-/// Memory is idle while sums are exchanged, so the next projection begins.
-__device__ __forceinline__ void prefetch_next(const ResidualArgs& a, const ResidualMaps& maps) {
-  constexpr int kRowsOfBlock = 32;
-  const int row = static_cast<int>(blockIdx.x) * kRowsOfBlock;
-  if (row >= a.next_half) return;
-  for (int i = 0; i < a.next_panels; ++i) {
-    prefetch_box(&maps.next, i * kPanel, 0, row, 0);
-    prefetch_box(&maps.next, i * kPanel, 0, a.next_half + row, 0);
-  }
-}
-
-/// Hands tiles of sums to the blocks that finish them. At any time the warps of a block send to
-/// different ones.
-template <class Z>
-__device__ __forceinline__ void send_sums(const ResidualShared<Z>& mem, const Work& w,
-                                          const float (&c)[Z::kRowTiles][4]) {
-  const int warp = __shfl_sync(0xFFFFFFFFU, static_cast<int>(threadIdx.x) / 32, 0);
-#pragma unroll 1
-  for (int turn = 1; turn <= kParts; ++turn) {
-    const int owner = (w.part + warp + turn) % kParts;
-    const std::uint32_t barrier = address_in(owner, mem.received());
-#pragma unroll
-    for (int i = 0; i < Z::kRowTiles; ++i) {
-      if (i / Z::kOwn != owner) continue;
-      const std::uint32_t to = mem.sums(w.part, i % Z::kOwn);
-      if (owner == w.part)
-        store_shared(to, c[i]);
-      else
-        send(address_in(owner, to), c[i], barrier);
-    }
-  }
-}
-/// The tiles that this block finishes, parts added in the order of K.
-template <class Z>
-__device__ __forceinline__ void add_sums(const ResidualShared<Z>& mem, float (&sum)[Z::kOwn][4]) {
-#pragma unroll
-  for (int p = 0; p < kParts; ++p)
-#pragma unroll
-    for (int j = 0; j < Z::kOwn; ++j) {
-      float part[4];
-      load_shared(part, mem.sums(p, j));
-#pragma unroll
-      for (int e = 0; e < 4; ++e) sum[j][e] = p == 0 ? part[e] : sum[j][e] + part[e];
-    }
-}
-
-/// What a thread finishes: two neighbouring columns of two neighbouring rows in every tile.
+/// What a thread finishes.
 template <class Z>
 struct ResidualFinish {
   const ResidualArgs& a;
   int warp, lane;
-  bool upper;       // has the upper eight of the warp's columns
-  int row, column;  // the first
+  RowsPlace<Z> place;
   float2 weight;
   float2 residual[Z::kOwn][2];
 
-  /// Lanes four apart, whose fragments have the same rows, share out columns that are 8 apart.
   __device__ __forceinline__ ResidualFinish(const ResidualArgs& a, const Work& w, int group)
       : a(a),
         warp(static_cast<int>(threadIdx.x) / 32),
         lane(static_cast<int>(threadIdx.x) % 32),
-        upper(lane / 4 % 2 != 0),
-        row(group * Z::kGroupRows + w.part * Z::kOwnRows + lane % 4 * 2),
-        column(w.column + warp % Z::kWarpsOfRow * 16 + (upper ? 8 : 0) + lane / 8 * 2),
-        weight(*reinterpret_cast<const float2*>(a.norm_weight + column)) {}
+        place(w, group),
+        weight(*reinterpret_cast<const float2*>(a.norm_weight + place.column)) {}
 
-  __device__ __forceinline__ int row_of(int tile, int e) const { return row + tile * 8 + e; }
+  __device__ __forceinline__ int row_of(int tile, int e) const { return place.row + tile * 8 + e; }
   __device__ __forceinline__ std::int64_t at(int tile, int e) const {
-    return std::int64_t{min(row_of(tile, e), a.product.rows - 1)} * a.product.columns + column;
+    return std::int64_t{min(row_of(tile, e), a.product.rows - 1)} * a.product.columns +
+           place.column;
   }
   __device__ __forceinline__ void load() {
 #pragma unroll
@@ -161,14 +103,12 @@ struct ResidualFinish {
     for (int j = 0; j < Z::kOwn; ++j)
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const float low = sum[j][e];
-        const float high = sum[j][2 + e];
-        const float other = __shfl_xor_sync(0xFFFFFFFFU, upper ? low : high, 4);
+        const float2 v = place.neighbours(sum[j], e);
         // A projected value is rounded as if it had been stored.
         const auto rounded = [](float v) { return to_float(from_float<bf16>(v)); };
         float2 r = residual[j][e];
-        r.x += rounded(upper ? other : low);
-        r.y += rounded(upper ? high : other);
+        r.x += rounded(v.x);
+        r.y += rounded(v.y);
         if (row_of(j, e) < a.product.rows) store(at(j, e), r);
         float square = fmaf(r.y, r.y, r.x * r.x);
 #pragma unroll
@@ -205,36 +145,36 @@ __device__ __forceinline__ void store_squares(const ResidualArgs& a, const Resid
 
 template <class Z>
 __global__ __launch_bounds__(Z::kThreads) void residual_product_kernel(
-    ResidualArgs a, const __grid_constant__ ResidualMaps maps) {
+    ResidualArgs a, const __grid_constant__ Maps maps) {
   extern __shared__ __align__(16) unsigned char residual_buffers[];
   let_next_kernel_start();
   const ResidualShared<Z> mem(residual_buffers);
   const Work w(a.product, kParts, Z{});
+  const Copies<Z, Columns<Z, kParts, false>> copies{a.product, maps, mem, w};
   const bool copies_panels = threadIdx.x == Z::kComputers;
   if (copies_panels) mem.init_barriers((kParts - 1) * Z::kSentBytes);
   __syncthreads();
   const int group = __shfl_sync(0xFFFFFFFFU, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
   if (group == Z::kGroups) {
-    const Copies<Z, Columns<Z, kParts, false>> copies{a.product, maps.product, mem, w};
     if (copies_panels) copies.begin();
     wait_for_previous_kernel();
     if (copies_panels) copies.run();
-    if (copies_panels) prefetch_next(a, maps);
     cluster_arrive();
     cluster_wait();
     return;
   }
   ResidualFinish<Z> finish(a, w, group);
   wait_for_previous_kernel();
+  if (threadIdx.x == 0) copies.begin_inputs();
+  __syncwarp();
   finish.load();
   float c[Z::kRowTiles][4] = {};
   multiply_panels<Z, 0>(mem, w, group, c);
   cluster_arrive();  // all that was in the buffers has been read
   cluster_wait();
-  send_sums(mem, w, c);
-  barrier_wait(mem.received(), 0);
+  mem.sums().send_all(w, c);
   float sum[Z::kOwn][4];
-  add_sums(mem, sum);
+  mem.sums().add(sum);
   finish.run(mem, sum);
   group_wait(1, Z::kComputers);
   store_squares(a, mem, w);
@@ -246,8 +186,7 @@ using LongRows = ResidualTile<5, 4>;
 using ShortRows = ResidualTile<6, 6>;
 
 template <class Z>
-void launch_residual_product(cudaStream_t stream, const ResidualArgs& args,
-                             const ResidualMaps& maps) {
+void launch_residual_product(cudaStream_t stream, const ResidualArgs& args, const Maps& maps) {
   const auto kernel = residual_product_kernel<Z>;
   allow_shared(kernel, Z::kSharedBytes);
   launch_clusters(kernel, kParts,
@@ -256,7 +195,6 @@ void launch_residual_product(cudaStream_t stream, const ResidualArgs& args,
 }
 
 void residual_product(cudaStream_t stream, const ResidualProduct& f) {
-  constexpr int kNextPanels = 8;
   const int rows = static_cast<int>(f.x.dim(0));
   const int panels = ceil_div(f.x.dim(1), kPanel);
   const ResidualArgs args{
@@ -267,19 +205,15 @@ void residual_product(cudaStream_t stream, const ResidualProduct& f) {
                   .panels = panels,
                   .per_part = ceil_div(panels, kParts),
                   .stable_weight = true,
-                  .behind_wait = false},
+                  .behind_wait = false,
+                  .weight_once = f.weight_once},
       .norm_weight = f.norm_weight.data<float>(),
       .residual = f.residual.data<float>(),
       .n = f.n.data<bf16>(),
       .squares = f.squares.data<float>(),
-      .next_panels = std::min(kNextPanels, ceil_div(f.next.dim(1), kPanel)),
-      .next_half = static_cast<int>(f.next.dim(0)) / 2,
   };
-  const ResidualMaps maps{
-      {head_map(f.weight.data<bf16>(), matrix(f.weight), LongRows::kColumns),
-       head_map(f.x.data<bf16>(), matrix(f.x), args.product.tile_rows)},
-      head_map(f.next.data<bf16>(), matrix(f.next), 32),
-  };
+  const Maps maps{head_map(f.weight.data<bf16>(), matrix(f.weight), LongRows::kColumns),
+                  head_map(f.x.data<bf16>(), matrix(f.x), args.product.tile_rows)};
   if (args.product.per_part <= ShortRows::kInputStages)
     return launch_residual_product<ShortRows>(stream, args, maps);
   launch_residual_product<LongRows>(stream, args, maps);
@@ -317,6 +251,12 @@ bool addressable(const MambaStackStep& a, const MambaStackLayer& layer, Values& 
          allows_vectors(a.residual_out.data<float>(), inputs, inputs, 2);
 }
 
+/// Whether weights and states of a layer leave nothing in L2 for the next step.
+bool is_large(const MambaStackLayer& layer) {
+  constexpr std::size_t kLarge = 16 << 20;
+  return layer.in_proj.nbytes() >= kLarge;
+}
+
 }  // namespace
 
 bool mamba_stack_step(Context& ctx, const MambaStackStep& a) {
@@ -333,7 +273,8 @@ bool mamba_stack_step(Context& ctx, const MambaStackStep& a) {
   RowScale scale{};
   for (std::size_t i = 0; i < a.layers.size(); ++i) {
     const MambaStackLayer& layer = a.layers[i];
-    projected_conv1d_step(ctx, lrnn::detail::mamba_stack_conv(layer, values.n, values.uz), scale);
+    projected_conv1d_step(ctx, lrnn::detail::mamba_stack_conv(layer, values.n, values.uz), scale,
+                          is_large(layer));
     lrnn::projected_selective_scan_step(ctx,
                                         lrnn::detail::mamba_stack_scan(layer, values.uz, values.v));
     if (i + 1 == a.layers.size()) break;
@@ -343,7 +284,7 @@ bool mamba_stack_step(Context& ctx, const MambaStackStep& a) {
                                            .residual = a.residual_out,
                                            .n = values.n,
                                            .squares = values.squares,
-                                           .next = a.layers[i + 1].in_proj});
+                                           .weight_once = is_large(layer)});
     scale = {.squares = values.squares.view().data<float>(),
              .parts = static_cast<int>(Values::tiles(a)),
              .inverse_width = 1.0F / static_cast<float>(a.x.dim(1)),

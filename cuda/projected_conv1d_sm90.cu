@@ -50,7 +50,7 @@ struct Channel {
 template <bool kScales_>
 struct HalfChannels {
   static constexpr bool kScales = kScales_;
-  static constexpr int kStagedBytes = 4 * conv::kUsualWidth;  // a window
+  using Operand = Packed<float, conv::kUsualWidth>;  // a window
 
   conv::Conv<bf16> conv;
   const bf16* bias;  // of the projection, or null
@@ -69,16 +69,21 @@ struct HalfChannels {
     if (bias != nullptr) o.bias.load_constant(bias + c);
     return o;
   }
-  __device__ __forceinline__ float* staged_from(int r, int c) const {
+  __device__ __forceinline__ const float* window_at(int r, int c) const {
     return state + (std::int64_t{r} * conv.channels + c) * conv::kUsualWidth;
   }
   __device__ __forceinline__ void prefetch(int r, int c) const {
-    if (c % (128 / kStagedBytes) == 0) prefetch_to_l2(staged_from(r, c));
+    if (c % (128 / static_cast<int>(sizeof(Operand))) == 0) prefetch_to_l2(window_at(r, c));
+  }
+  __device__ __forceinline__ Operand load_first(int r, int c) const {
+    Operand o;
+    o.load(window_at(r, c));
+    return o;
   }
   __device__ __forceinline__ void finish_first(int r, int c, float sum, const First& own,
-                                               const float (&values)[conv::kUsualWidth]) const {
+                                               const Operand& values) const {
     Channel::Window window;
-    window.values.set(values);
+    window.values = values;
     window.taps = own.taps;
     window.bias = own.conv_bias;
     const float newest = to_float(from_float<bf16>(sum + own.bias.get(0)));
@@ -96,7 +101,7 @@ struct HalfChannels {
   }
 };
 
-using ManyRows = Tile<128, 1, 2, 6>;
+using ManyRows = Tile<128, 1, 2, 8>;
 
 /// Whether the halves of the columns are channels and others, in whole tiles.
 bool has_halves(const ProjectedConv1dStep& a) {
@@ -114,9 +119,11 @@ bool addressable(const ProjectedConv1dStep& a) {
 }
 
 template <bool kScales>
-void launch_halves(Context& ctx, const ProjectedConv1dStep& a, const RowScale& scale) {
+void launch_halves(Context& ctx, const ProjectedConv1dStep& a, const RowScale& scale,
+                   bool weight_once) {
   launch<ManyRows>(
-      ctx.stream().handle, Product{.x = a.x, .weight = a.projection, .stable_weight = true},
+      ctx.stream().handle,
+      Product{.x = a.x, .weight = a.projection, .stable_weight = true, .weight_once = weight_once},
       HalfChannels<kScales>{.conv = conv::step_conv<bf16>(a),
                             .bias = a.projection_bias ? a.projection_bias.data<bf16>() : nullptr,
                             .y = device_rows<bf16>(a.y),
@@ -145,7 +152,7 @@ bool takes(const ProjectedConv1dStep& a) {
 
 void projected_conv1d_step(Context& ctx, const ProjectedConv1dStep& a) {
   const Product product{.x = a.x, .weight = a.projection, .stable_weight = true};
-  if (a.x.dim(0) > 64 && has_halves(a)) return launch_halves<false>(ctx, a, {});
+  if (a.x.dim(0) > 64 && has_halves(a)) return launch_halves<false>(ctx, a, {}, false);
   launch(ctx.stream().handle, product,
          Channel{.conv = conv::step_conv<bf16>(a),
                  .bias = a.projection_bias ? a.projection_bias.data<bf16>() : nullptr,
@@ -153,9 +160,10 @@ void projected_conv1d_step(Context& ctx, const ProjectedConv1dStep& a) {
                  .state = a.state.data<float>()});
 }
 
-void projected_conv1d_step(Context& ctx, const ProjectedConv1dStep& a, const RowScale& scale) {
-  if (scale.squares == nullptr) return linear_sm90::projected_conv1d_step(ctx, a);
-  launch_halves<true>(ctx, a, scale);
+void projected_conv1d_step(Context& ctx, const ProjectedConv1dStep& a, const RowScale& scale,
+                           bool weight_once) {
+  if (scale.squares == nullptr) return launch_halves<false>(ctx, a, scale, weight_once);
+  launch_halves<true>(ctx, a, scale, weight_once);
 }
 
 }  // namespace lrnn::cuda::linear_sm90

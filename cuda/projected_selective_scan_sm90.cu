@@ -1,7 +1,8 @@
 // x of many sequences and one token of the scan behind it, two kernels.
 //
-// The product is that of common/linear_sm90_product.cuh. It lets the scan start only when the
-// kernels before it have ended, so that the scan may read all but x at once: states, u and z.
+// The product is that of common/linear_sm90_product.cuh, or for more than 64 sequences that of
+// projected_selective_scan_inputs_sm90.cu. It lets the scan start only when the kernels before it
+// have ended, so that the scan may read all but x at once: states, u and z.
 //
 // A block of the scan owns 64 channels of up to 64 sequences, four lanes a channel, four states
 // each. One more thread copies the states, four sequences at a time, through buffers in shared
@@ -51,7 +52,7 @@ struct ScanArgs {
 
 /// Shared addresses. Of u and z each warp has its own channels, sequence by sequence.
 struct Shared {
-  static constexpr int kTokenBytes = kPerWarp * 2;  // of a warp and a sequence
+  static constexpr int kTokenBytes = kPerWarp * 2;              // of a warp and a sequence
   static constexpr int kDtBytes = kProductRows * kPerWarp * 4;  // of a warp
   std::uint32_t states, x, u, z, dt, barriers, end;
 
@@ -387,7 +388,11 @@ bool takes(const ProjectedSelectiveScanStep& a) {
 void projected_selective_scan_step(Context& ctx, const ProjectedSelectiveScanStep& a) {
   const std::int64_t rank = a.dt_weight.dim(1);
   Tensor x = ctx.empty({a.in.u.dim(0), 1, rank + 2 * kN}, DType::bfloat16);
-  forward(ctx, {.x = a.in.u, .weight = a.projection, .y = x, .stable_weight = true}, true);
+  constexpr std::int64_t kFewRows = 64;
+  if (a.in.u.dim(0) <= kFewRows)
+    forward(ctx, {.x = a.in.u, .weight = a.projection, .y = x, .stable_weight = true}, true);
+  else
+    project_inputs(ctx, a, x);
   const ScanArgs p = scan_args(a, x.view().data<bf16>());
   const cudaStream_t stream = ctx.stream().handle;
   if (rank <= kMostSteps / 2 * kProductRows) return launch_scan<kMostSteps / 2>(stream, p);

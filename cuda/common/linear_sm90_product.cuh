@@ -67,20 +67,17 @@ struct Tile {
     return parts > 1 && one_by_one(parts) ? parts : parts - 1;
   }
   static constexpr int kBarrierBytes = 8 * kStages + 16 * kInputStages + 24;
-  /// With `staged` bytes for each of half of the sums that a block finishes.
-  static constexpr int shared_bytes(int parts, int staged) {
-    return 1024 + kBufferBytes + kBarrierBytes + (kShort ? 0 : senders(parts) * sum_bytes(parts)) +
-           kRows * kColumns / parts / 2 * staged;
+  static constexpr int shared_bytes(int parts) {
+    return 1024 + kBufferBytes + kBarrierBytes + (kShort ? 0 : senders(parts) * sum_bytes(parts));
   }
 };
 
-/// Bytes of shared memory that an epilogue wants for each sum of the first half of the columns, if
-/// the halves are unlike.
+/// Whether the halves of the columns are unlike.
 template <class Epilogue>
-constexpr int kStagedBytes = 0;
+constexpr bool kHasHalves = false;
 template <class Epilogue>
-  requires requires { Epilogue::kStagedBytes; }
-constexpr int kStagedBytes<Epilogue> = Epilogue::kStagedBytes;
+  requires requires { typename Epilogue::First; }
+constexpr bool kHasHalves<Epilogue> = true;
 
 /// Whether sums have a factor of their row.
 template <class Epilogue>
@@ -96,6 +93,7 @@ struct Args {
   int panels, per_part;  // of K, of a block
   bool stable_weight;
   bool behind_wait;  // lets the next kernel start only when the kernels before this one have ended
+  bool weight_once = false;  // W is the first to leave L2
 };
 
 /// Which columns of y the rows of W in a block's buffers belong to: neighbours, or if kHalves
@@ -231,11 +229,6 @@ struct Shared {
       return base + static_cast<std::uint32_t>((kParts + place) * Z::sum_bytes(kParts));
     return received() + 16U + static_cast<std::uint32_t>(place * Z::sum_bytes(kParts));
   }
-  /// What an epilogue staged.
-  template <int kParts>
-  __device__ __forceinline__ std::uint32_t staged() const {
-    return received() + 16U + Z::senders(kParts) * Z::sum_bytes(kParts);
-  }
 
   __device__ void init_barriers(int bytes) const {
     barrier_init(received(), 1);
@@ -264,13 +257,14 @@ struct Work {
   }
 };
 
-/// The copies of a block, by one thread.
+/// The copies of a block, by one thread but for the first of x.
 template <class Z, class Own>
 struct Copies {
   const Args& a;
   const Maps& maps;
   const Shared<Z>& mem;
   const Work& w;
+  std::uint64_t policy = cache_policy(a.weight_once);  // of W
 
   /// Panels of W that fit in the buffers at once.
   __device__ __forceinline__ int ahead() const { return min(w.count, Z::kStages); }
@@ -288,7 +282,7 @@ struct Copies {
     barrier_expect(mem.full(i), Z::kWeightBytes + (Z::kShort ? 0 : input_bytes()));
     for_each_box([&](int to, int row) {
       copy_box(mem.weight(i) + static_cast<std::uint32_t>(to * kPanelRowBytes), &maps.weight,
-               mem.full(i), (w.first + i) * kPanel, 0, row, 0);
+               mem.full(i), (w.first + i) * kPanel, 0, row, 0, policy);
     });
   }
   __device__ __forceinline__ void copy_input(int i) const {
@@ -307,14 +301,17 @@ struct Copies {
     }
     prefetch_map(&maps.x);
   }
-  /// The rest, behind the kernels before this one.
+  /// The first panels of x, behind the kernels before this one, by another thread: in a block that
+  /// could not begin before their end they need not wait for those of W.
+  __device__ __forceinline__ void begin_inputs() const {
+    for (int i = 0; i < min(w.count, Z::kInputStages); ++i) copy_input(i);
+  }
+  /// The rest.
   __device__ __forceinline__ void run() const {
     if (!a.stable_weight)
       for (int i = 0; i < ahead(); ++i) copy_weight(i);
-    const int first = min(w.count, Z::kInputStages);
-    for (int i = 0; i < first; ++i) copy_input(i);
     if (a.behind_wait) let_next_kernel_start();
-    for (int i = first; i < w.count; ++i) {
+    for (int i = Z::kInputStages; i < w.count; ++i) {
       barrier_wait(mem.free(i), i / Z::kInputStages % 2 ^ 1);
       // The panel whose buffer of x is free now has left one of W as well.
       const int next = i + Z::kStages - Z::kInputStages;
@@ -527,21 +524,23 @@ struct RowFactors {
 };
 
 /// The same for an epilogue that has
-///   kStagedBytes                              16, which are read from `staged_from` of every sum
-///   of
-///                                             the first half while products are formed
 ///   First first(column)                       what does not depend on the row, parameters
-///   finish_first(row, column, sum, first, staged[4])
+///   Operand load_first(row, column)           what a sum of the first half needs beside it
+///   finish_first(row, column, sum, first, operand)
 ///   finish_second(row, column, sum[4])
 ///   kScales, RowScale scale                   whether sums have a factor of their row
-/// A thread has one column of the first half.
+/// A thread that multiplies has one column of the first half and keeps the operands of its rows in
+/// registers while products are formed, which leaves shared memory to the buffers.
 template <class Z, int kParts, class Epilogue>
 struct FinishHalves {
   using Own = Columns<Z, kParts, true>;
   static constexpr int kRun = Own::kRun;
   static constexpr int kWidth = 2 * kRun;
   static constexpr int kVector = 4;
-  static_assert(Z::kThreads % kRun == 0 && kRun % kVector == 0);
+  static constexpr int kStep = kWarpgroup * Z::kGroups / kRun;  // rows that are finished together
+  static constexpr int kItems = Z::kRows / kStep;
+  static_assert(kWarpgroup * Z::kGroups % kRun == 0 && Z::kRows % kStep == 0 &&
+                kRun % kVector == 0);
 
   const Args& a;
   const Epilogue& epilogue;
@@ -549,6 +548,7 @@ struct FinishHalves {
   const Work& w;
   int column;
   typename Epilogue::First first;
+  typename Epilogue::Operand operands[kItems];
   RowFactors<Z> factors;  // if kScales
 
   __device__ __forceinline__ FinishHalves(const Args& a, const Epilogue& epilogue,
@@ -560,16 +560,12 @@ struct FinishHalves {
         column(Own::at(a, w.column, w.part * kWidth + static_cast<int>(threadIdx.x) % kRun)),
         first(epilogue.first(column)) {}
 
-  /// Calls f(row of the block, its number among the thread's sums of the first half).
-  template <class F>
-  __device__ __forceinline__ void for_each_first(F&& f) const {
-#pragma unroll 4
-    for (int row = static_cast<int>(threadIdx.x) / kRun; row < w.rows; row += Z::kThreads / kRun)
-      f(row);
+  __device__ __forceinline__ static bool multiplies() {
+    return threadIdx.x < kWarpgroup * Z::kGroups;
   }
-  __device__ __forceinline__ std::uint32_t staged(int row) const {
-    return mem.template staged<kParts>() +
-           16U * static_cast<std::uint32_t>(row * kRun + static_cast<int>(threadIdx.x) % kRun);
+  /// Row of the block of item i.
+  __device__ __forceinline__ static int row_of(int i) {
+    return static_cast<int>(threadIdx.x) / kRun + i * kStep;
   }
   /// The sum of N columns from place `at` of what the block finishes.
   template <int N>
@@ -592,22 +588,27 @@ struct FinishHalves {
   }
 
   __device__ __forceinline__ void prefetch() const {
-    for_each_first([&](int row) { epilogue.prefetch(w.row + row, column); });
+#pragma unroll 4
+    for (int i = 0; i < kItems; ++i)
+      if (row_of(i) < w.rows) epilogue.prefetch(w.row + row_of(i), column);
   }
   __device__ __forceinline__ void load() {
-    for_each_first(
-        [&](int row) { copy_async(staged(row), epilogue.staged_from(w.row + row, column)); });
     if constexpr (kScalesRows<Epilogue>) factors.load(epilogue.scale, w);
+    if (!multiplies()) return;
+#pragma unroll
+    for (int i = 0; i < kItems; ++i)
+      operands[i] = epilogue.load_first(w.row + min(row_of(i), w.rows - 1), column);
   }
   __device__ __forceinline__ void run() const {
-    copies_async_wait();
-    for_each_first([&](int row) {
-      float sum[1];
-      float values[4];
-      load_sum(sum, row, static_cast<int>(threadIdx.x) % kRun);
-      load_shared(values, staged(row));
-      epilogue.finish_first(w.row + row, column, sum[0], first, values);
-    });
+    if (multiplies()) {
+#pragma unroll
+      for (int i = 0; i < kItems; ++i) {
+        if (row_of(i) >= w.rows) break;
+        float sum[1];
+        load_sum(sum, row_of(i), static_cast<int>(threadIdx.x) % kRun);
+        epilogue.finish_first(w.row + row_of(i), column, sum[0], first, operands[i]);
+      }
+    }
     constexpr int kPerRow = kRun / kVector;
 #pragma unroll 2
     for (int i = static_cast<int>(threadIdx.x); i < w.rows * kPerRow; i += Z::kThreads) {
@@ -620,7 +621,7 @@ struct FinishHalves {
 };
 
 template <class Z, int kParts, int N, class Epilogue>
-using FinishOf = std::conditional_t<(kStagedBytes<Epilogue> > 0), FinishHalves<Z, kParts, Epilogue>,
+using FinishOf = std::conditional_t<kHasHalves<Epilogue>, FinishHalves<Z, kParts, Epilogue>,
                                     Finish<Z, kParts, N, Epilogue>>;
 
 /// Clusters of kParts blocks; the epilogue handles N columns at a time.
@@ -631,7 +632,7 @@ __global__ __launch_bounds__(Z::kThreads) void product_sm90_kernel(
   const Shared<Z> mem(shared);
   if (!a.behind_wait) let_next_kernel_start();
   const Work w(a, kParts, Z{});
-  using Own = Columns<Z, kParts, (kStagedBytes<Epilogue> > 0)>;
+  using Own = Columns<Z, kParts, kHasHalves<Epilogue>>;
   const Copies<Z, Own> copies{a, maps, mem, w};
   const bool copies_panels = threadIdx.x == Z::kGroups * kWarpgroup;
   constexpr bool kOneByOne = kParts > 1 && Z::one_by_one(kParts);
@@ -655,6 +656,8 @@ __global__ __launch_bounds__(Z::kThreads) void product_sm90_kernel(
     finish.prefetch();
     if constexpr (kMeets) cluster_wait();
     wait_for_previous_kernel();
+    if (threadIdx.x == 0) copies.begin_inputs();
+    __syncwarp();
     finish.load();
     // Buffers are given back at once where x is large and their turn comes again and again, so that
     // as many copies as possible are on their way; else one panel later, so that products follow
@@ -701,7 +704,7 @@ template <class Z, int kParts, int N, class Epilogue>
 void launch_tiles(cudaStream_t stream, int tiles, const Args& a, const Epilogue& epilogue,
                   const Maps& maps) {
   const auto kernel = product_sm90_kernel<Z, kParts, N, Epilogue>;
-  constexpr int shared = Z::shared_bytes(kParts, kStagedBytes<Epilogue>);
+  constexpr int shared = Z::shared_bytes(kParts);
   allow_shared(kernel, shared);
   launch_clusters(kernel, kParts, static_cast<unsigned>(kParts * tiles), Z::kThreads, shared,
                   stream, a, epilogue, maps);
@@ -712,6 +715,7 @@ struct Product {
   TensorView x, weight;
   bool stable_weight;
   bool behind_wait = false;  // see Args
+  bool weight_once = false;
 };
 
 template <class Z, class Epilogue>
@@ -730,10 +734,11 @@ void launch(cudaStream_t stream, const Product& f, const Epilogue& epilogue) {
       .per_part = ceil_div(panels, parts),
       .stable_weight = f.stable_weight,
       .behind_wait = f.behind_wait,
+      .weight_once = f.weight_once,
   };
   const int tiles = row_tiles * ceil_div(columns, Z::kColumns);
   const auto run = [&]<int kParts>() {
-    constexpr bool kHalves = kStagedBytes<Epilogue> > 0;
+    constexpr bool kHalves = kHasHalves<Epilogue>;
     const Maps maps{
         head_map(f.weight.data<bf16>(), matrix(f.weight), Columns<Z, kParts, kHalves>::kRun),
         head_map(f.x.data<bf16>(), matrix(f.x), args.tile_rows)};
@@ -750,7 +755,7 @@ void launch(cudaStream_t stream, const Product& f, const Epilogue& epilogue) {
   if constexpr (Z::kShort) {
     run.template operator()<4>();
   } else {
-    if constexpr (kStagedBytes<Epilogue> == 0)
+    if constexpr (!kHasHalves<Epilogue>)
       if (parts == 8) return run.template operator()<8>();
     if (parts == 4) return run.template operator()<4>();
     if (parts == 2) return run.template operator()<2>();
@@ -770,7 +775,7 @@ void launch(cudaStream_t stream, const Product& f, const Epilogue& epilogue) {
   if (rows <= 32 && short_rows) return launch<Tile<32, 2, 1, 5>>(stream, f, epilogue);
   if (rows <= 32) return launch<Tile<32, 1, 1, 8>>(stream, f, epilogue);
   // Two tiles of rows read W twice, from L2 the second time.
-  constexpr bool kHalves = kStagedBytes<Epilogue> > 0;
+  constexpr bool kHalves = kHasHalves<Epilogue>;
   if (f.weight.numel() < kSmallWeight) return launch<Tile<64, 1, 1, 5>>(stream, f, epilogue);
   if (rows <= 64) return launch<Tile<64, 1, 1, kHalves ? 5 : 6>>(stream, f, epilogue);
   if (f.weight.numel() < 2 * kSmallWeight) return launch<Tile<128, 1, 2, 7>>(stream, f, epilogue);

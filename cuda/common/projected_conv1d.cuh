@@ -35,9 +35,11 @@ namespace linear_sm90 {
 bool takes(const ProjectedConv1dStep& args);
 void projected_conv1d_step(Context& ctx, const ProjectedConv1dStep& args);
 
-/// The same with a factor of every row of the projection, if scales_rows().
+/// The same with a factor of every row of the projection, if scales_rows(). weight_once: the
+/// projection is the first to leave L2.
 bool scales_rows(const ProjectedConv1dStep& args);
-void projected_conv1d_step(Context& ctx, const ProjectedConv1dStep& args, const RowScale& scale);
+void projected_conv1d_step(Context& ctx, const ProjectedConv1dStep& args, const RowScale& scale,
+                           bool weight_once);
 
 }  // namespace linear_sm90
 

@@ -8,4 +8,8 @@ namespace lrnn::cuda::linear_sm90 {
 bool takes(const ProjectedSelectiveScanStep& args);
 void projected_selective_scan_step(Context& ctx, const ProjectedSelectiveScanStep& args);
 
+/// The projection of that scan, x = u projection^T [B, R + 2 N], of more than 64 sequences. The
+/// kernel behind it starts when those before it have ended, as linear_sm90::forward() tells.
+void project_inputs(Context& ctx, const ProjectedSelectiveScanStep& args, MutableTensorView x);
+
 }  // namespace lrnn::cuda::linear_sm90

@@ -230,6 +230,25 @@ __device__ __forceinline__ void copy_box(std::uint32_t to, const CUtensorMap* ma
       "l"(reinterpret_cast<std::uint64_t>(map)), "r"(barrier), "r"(c), "r"(h), "r"(r), "r"(b)
       : "memory");
 }
+/// How long lines that a copy reads stay in L2: as others, or not as long.
+__device__ __forceinline__ std::uint64_t cache_policy(bool once) {
+  std::uint64_t usual;
+  std::uint64_t first;
+  asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(usual));
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(first));
+  return once ? first : usual;
+}
+/// The same under a policy.
+__device__ __forceinline__ void copy_box(std::uint32_t to, const CUtensorMap* map,
+                                         std::uint32_t barrier, int c, int h, int r, int b,
+                                         std::uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(to),
+      "l"(reinterpret_cast<std::uint64_t>(map)), "r"(barrier), "r"(c), "r"(h), "r"(r), "r"(b),
+      "l"(policy)
+      : "memory");
+}
 /// Asks for that box: it is on its way to L2.
 __device__ __forceinline__ void prefetch_box(const CUtensorMap* map, int c, int h, int r, int b) {
   asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global [%0, {%1, %2, %3, %4}];" ::"l"(
