@@ -3,9 +3,9 @@
 // A row lives in registers from its only load to its only store. A warp owns a row of up to 768
 // columns (256 in the backward pass, which holds three times as much, and where there are few
 // rows), a block one of up to 8192; a thread owns kCount groups of kN neighbouring columns. Of many
-// rows a warp takes some in turns. Any other width takes the strided kernels, one block per row,
-// which read the row once per pass. All are bound by HBM: x, residual in, y, residual_out forward;
-// dy, r, dresidual_out in, dx, dresidual backward; few rows by latency.
+// rows of LayerNorm a warp takes some in turns. Any other width takes the strided kernels, one block
+// per row, which read the row once per pass. All are bound by HBM: x, residual in, y, residual_out
+// forward; dy, r, dresidual_out in, dx, dresidual backward; few rows by latency.
 //
 // Backward runs a fixed number of blocks over interleaved rows. Each adds its share of dweight and
 // dbias to one row of partial sums, folded in order by a second kernel.
