@@ -361,7 +361,7 @@ ScanArgs scan_args(const ProjectedSelectiveScanStep& a, const bf16* x) {
       .state = a.state.data<float>(),
   };
   p.per_block = sequences_per_block(p.batch, p.channels / kChannels);
-  p.ahead = p.per_block > 16 ? 2 : 1;
+  p.ahead = p.per_block > 16 ? 3 : 1;
   return p;
 }
 
