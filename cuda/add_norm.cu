@@ -3,9 +3,9 @@
 // A row lives in registers from its only load to its only store. A warp owns a row of up to 768
 // columns (256 in the backward pass, which holds three times as much, and where there are few
 // rows), a block one of up to 8192; a thread owns kCount groups of kN neighbouring columns. Of many
-// rows of LayerNorm a warp takes some in turns. Any other width takes the strided kernels, one block
-// per row, which read the row once per pass. All are bound by HBM: x, residual in, y, residual_out
-// forward; dy, r, dresidual_out in, dx, dresidual backward; few rows by latency.
+// rows of LayerNorm a warp takes some in turns. Any other width takes the strided kernels, one
+// block per row, which read the row once per pass. All are bound by HBM: x, residual in, y,
+// residual_out forward; dy, r, dresidual_out in, dx, dresidual backward; few rows by latency.
 //
 // Backward runs a fixed number of blocks over interleaved rows. Each adds its share of dweight and
 // dbias to one row of partial sums, folded in order by a second kernel.
@@ -197,6 +197,23 @@ struct Place {
 template <bool kBlockRow>
 constexpr int kRowThreads = kBlockRow ? kMaxBlockThreads : kWarpRowThreads;
 
+/// Takes the mean off and returns the sum of squares over the thread's columns.
+template <int kN, int kCount, bool kBlockRow>
+__device__ __forceinline__ float centre(const Place<kBlockRow>& p, int width, float mean,
+                                        float (&r)[kCount][kN]) {
+  float sum = 0.0F;
+#pragma unroll
+  for (int j = 0; j < kCount; ++j) {
+    if (p.template column<kN>(j) >= width) continue;
+#pragma unroll
+    for (int k = 0; k < kN; ++k) {
+      r[j][k] -= mean;
+      sum = fmaf(r[j][k], r[j][k], sum);
+    }
+  }
+  return sum;
+}
+
 /// kFewRows: nothing but the latency of a row counts, so weights are read while the kernel before
 /// still runs.
 template <class T, int kN, int kCount, bool kBlockRow, bool kFewRows>
@@ -236,16 +253,7 @@ __global__ __launch_bounds__(kRowThreads<kBlockRow>) void forward_kernel(Forward
     }
   }
   const float mean = a.layer ? row_sum<kBlockRow>(sum, slots[0]) * inverse_width : 0.0F;
-  sum = 0.0F;
-#pragma unroll
-  for (int j = 0; j < kCount; ++j) {
-    if (p.template column<kN>(j) >= width) continue;
-#pragma unroll
-    for (int k = 0; k < kN; ++k) {
-      r[j][k] -= mean;
-      sum = fmaf(r[j][k], r[j][k], sum);
-    }
-  }
+  sum = centre(p, width, mean, r);
   const float square = row_sum<kBlockRow>(sum, slots[1]) * inverse_width;
   const float rstd = 1.0F / sqrtf(square + a.eps);
 #pragma unroll
@@ -358,16 +366,7 @@ __global__ __launch_bounds__(kWarpRowThreads, 2) void layer_norm_turns_kernel(Fo
     ahead.request(row + ahead.kSlots * p.row_step, slot);
     slot = slot + 1 == ahead.kSlots ? 0 : slot + 1;
     const float mean = warp_sum(sum) * inverse_width;
-    sum = 0.0F;
-#pragma unroll
-    for (int j = 0; j < kCount; ++j) {
-      if (p.template column<kN>(j) >= width) continue;
-#pragma unroll
-      for (int k = 0; k < kN; ++k) {
-        r[j][k] -= mean;
-        sum = fmaf(r[j][k], r[j][k], sum);
-      }
-    }
+    sum = centre(p, width, mean, r);
     const float rstd = 1.0F / sqrtf(warp_sum(sum) * inverse_width + a.eps);
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
@@ -620,12 +619,12 @@ const float* optional_data(TensorView t) {
   return t ? t.data<float>() : nullptr;
 }
 
-/// Whether rows are many and as wide as layer_norm_turns_kernel takes them, on the device that it
-/// was measured on.
+/// Whether rows, of bfloat16, are many and as wide as layer_norm_turns_kernel takes them, on the
+/// device that it was measured on.
 template <class T>
 bool takes_turns(const Forward<T>& f) {
   constexpr std::int64_t kManyRows = 8192;
-  return f.layer && sizeof(T) == 2 && f.rows >= kManyRows && f.width > 512 && f.width <= 768 &&
+  return f.layer && f.rows >= kManyRows && f.width > 512 && f.width <= 768 &&
          compute_capability() == 90;
 }
 template <class T>
@@ -662,7 +661,8 @@ void forward(Context& ctx, const AddNormForward& a) {
                       stream, f);
     return;
   }
-  if (takes_turns(f)) return launch_turns(stream, f);
+  if constexpr (sizeof(T) == 2)
+    if (takes_turns(f)) return launch_turns(stream, f);
   // Few rows leave most of the device idle: more threads take one.
   constexpr std::int64_t kFewRows = 512;
   const bool few = rows <= kFewRows;

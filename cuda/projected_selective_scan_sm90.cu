@@ -52,7 +52,7 @@ struct ScanArgs {
 
 /// Shared addresses. Of u and z each warp has its own channels, sequence by sequence.
 struct Shared {
-  static constexpr int kTokenBytes = kPerWarp * 2;              // of a warp and a sequence
+  static constexpr int kTokenBytes = kPerWarp * 2;  // of a warp and a sequence
   static constexpr int kDtBytes = kProductRows * kPerWarp * 4;  // of a warp
   std::uint32_t states, x, u, z, dt, barriers, end;
 

@@ -2,11 +2,11 @@
 ///
 /// A block owns kColumns columns of y, that is, rows of W, all rows of x up to kRows, and one of up
 /// to eight parts of K; the blocks of all parts are a cluster, of which each finishes its share of
-/// the columns. One thread copies panels of 64 columns of W and x through kStages buffers; each of
-/// the warpgroups multiplies 64 rows of W, the left operand, by x^T. Sums are put into shared
-/// memory, and those of each other block of the cluster sent there as one copy; few are sent one by
-/// one, which takes 2 us for 128 rows, but less for little. A barrier counts their bytes. Their
-/// parts are added in the order of K and handed to an epilogue.
+/// the columns. One thread copies panels of 64 columns of W and x through kStages buffers, another
+/// one the first of x; each of the warpgroups multiplies 64 rows of W, the left operand, by x^T.
+/// Sums are put into shared memory, and those of each other block of the cluster sent there as one
+/// copy; few are sent one by one, which takes 2 us for 128 rows, but less for little. A barrier
+/// counts their bytes. Their parts are added in the order of K and handed to an epilogue.
 ///
 /// Neighbours ask for the same panels of x at the same time, and L2 delivers them once. Multicast
 /// to clusters of two instead takes 14 us longer for 8192 columns of 2048 and 128 rows, and an

@@ -6,8 +6,9 @@
 /// Both products are rounded to the dtype of u, so the result is that of the ops one by one. On
 /// Hopper the states of 17 to 256 sequences are on their way while the product is formed: that
 /// needs both kernels to be launched by one op, which knows what ran before the scan. The bits of a
-/// sequence are the same for any of these numbers; linear_forward may add in another order for up
-/// to 32 and from 129 sequences on.
+/// sequence are the same for 17 to 64 sequences, and for 65 to 256, which have a product of their
+/// own: it adds eight parts of E, the other one as many as suit the sizes of the projection.
+/// linear_forward may add in another order for up to 32 and from 129 sequences on.
 /// Paper: Gu and Dao, "Mamba", arXiv:2312.00752.
 #pragma once
 
