@@ -69,15 +69,9 @@ struct HalfChannels {
     if (bias != nullptr) o.bias.load_constant(bias + c);
     return o;
   }
-  __device__ __forceinline__ const float* window_at(int r, int c) const {
-    return state + (std::int64_t{r} * conv.channels + c) * conv::kUsualWidth;
-  }
-  __device__ __forceinline__ void prefetch(int r, int c) const {
-    if (c % (128 / static_cast<int>(sizeof(Operand))) == 0) prefetch_to_l2(window_at(r, c));
-  }
   __device__ __forceinline__ Operand load_first(int r, int c) const {
     Operand o;
-    o.load(window_at(r, c));
+    o.load(state + (std::int64_t{r} * conv.channels + c) * conv::kUsualWidth);
     return o;
   }
   __device__ __forceinline__ void finish_first(int r, int c, float sum, const First& own,
@@ -101,7 +95,7 @@ struct HalfChannels {
   }
 };
 
-using ManyRows = Tile<128, 1, 2, 8>;
+using ManyRows = Tile<128, 1, 2, 8, 8, true>;
 
 /// Whether the halves of the columns are channels and others, in whole tiles.
 bool has_halves(const ProjectedConv1dStep& a) {

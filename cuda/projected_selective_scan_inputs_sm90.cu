@@ -56,6 +56,7 @@ template <class Z>
 __global__ __launch_bounds__(Z::kThreads) void inputs_product_kernel(
     Args a, bf16* x, const __grid_constant__ Maps maps) {
   extern __shared__ __align__(16) unsigned char inputs_buffers[];
+  if (!a.behind_wait) let_next_kernel_start();
   const InputsShared<Z> mem(inputs_buffers);
   const Work w(a, kParts, Z{});
   const Copies<Z, Columns<Z, kParts, false>> copies{a, maps, mem, w};
@@ -99,20 +100,12 @@ void launch_product(cudaStream_t stream, const Args& args, bf16* x, const Maps& 
 
 }  // namespace
 
-void project_inputs(Context& ctx, const ProjectedSelectiveScanStep& f, MutableTensorView x) {
-  const int rows = static_cast<int>(f.in.u.dim(0));
-  const int panels = ceil_div(f.projection.dim(1), kPanel);
-  const int row_tiles = ceil_div(rows, LongRows::kRows);
-  const Args args{.rows = rows,
-                  .columns = static_cast<int>(f.projection.dim(0)),
-                  .row_tiles = row_tiles,
-                  .tile_rows = tile_rows(rows, row_tiles),
-                  .panels = panels,
-                  .per_part = ceil_div(panels, kParts),
-                  .stable_weight = true,
-                  .behind_wait = true};
-  const Maps maps{head_map(f.projection.data<bf16>(), matrix(f.projection), LongRows::kColumns),
-                  head_map(f.in.u.data<bf16>(), matrix(f.in.u), args.tile_rows)};
+void project_inputs(Context& ctx, const ProjectedSelectiveScanStep& f, MutableTensorView x,
+                    bool early) {
+  const Product product{
+      .x = f.in.u, .weight = f.projection, .stable_weight = true, .behind_wait = !early};
+  const Args args = product_args(product, ceil_div(f.in.u.dim(0), LongRows::kRows), kParts);
+  const Maps maps = product_maps(product, args, LongRows::kColumns);
   const cudaStream_t stream = ctx.stream().handle;
   if (args.per_part <= 4) return launch_product<ShortRows>(stream, args, x.data<bf16>(), maps);
   launch_product<LongRows>(stream, args, x.data<bf16>(), maps);

@@ -1,8 +1,9 @@
 // x of many sequences and one token of the scan behind it, two kernels.
 //
 // The product is that of common/linear_sm90_product.cuh, or for more than 64 sequences that of
-// projected_selective_scan_inputs_sm90.cu. It lets the scan start only when the kernels before it
-// have ended, so that the scan may read all but x at once: states, u and z.
+// projected_selective_scan_inputs_sm90.cu. The scan may read its states at once: the product lets
+// it start only when the kernels before it have ended, or those up to the last that wrote the
+// states are known to have ended already, which saves 1.1 us of a layer of 4096 channels.
 //
 // A block of the scan owns 64 channels of up to 64 sequences, four lanes a channel, four states
 // each. One more thread copies the states, four sequences at a time, through buffers in shared
@@ -311,8 +312,6 @@ __global__ __launch_bounds__(kThreads, 2) void scan_step_kernel(ScanArgs p) {
     mem.init_barriers();
     barrier_expect(mem.inputs(), block.input_bytes(p));
   }
-  // Before the states, which fill the queues.
-  if (threadIdx.x < kCopier) copy_tokens(p, mem, block);
   const Lane<kSteps> lane(p, block, min(static_cast<int>(threadIdx.x), kCopier - 1));
   __syncthreads();
   if (threadIdx.x >= kCopier) {
@@ -323,6 +322,7 @@ __global__ __launch_bounds__(kThreads, 2) void scan_step_kernel(ScanArgs p) {
   if (threadIdx.x == 0)
     copy_bytes(mem.x, p.x + std::int64_t{block.first} * p.width(), block.count * p.width() * 2,
                mem.inputs());
+  copy_tokens(p, mem, block);
   scan(p, mem, block, lane);
 }
 
@@ -385,18 +385,29 @@ bool takes(const ProjectedSelectiveScanStep& a) {
          allows_vectors(a.dt_weight.data<bf16>(), rank, rank, 4);
 }
 
-void projected_selective_scan_step(Context& ctx, const ProjectedSelectiveScanStep& a) {
+namespace {
+
+void step(Context& ctx, const ProjectedSelectiveScanStep& a, bool early) {
   const std::int64_t rank = a.dt_weight.dim(1);
   Tensor x = ctx.empty({a.in.u.dim(0), 1, rank + 2 * kN}, DType::bfloat16);
   constexpr std::int64_t kFewRows = 64;
   if (a.in.u.dim(0) <= kFewRows)
     forward(ctx, {.x = a.in.u, .weight = a.projection, .y = x, .stable_weight = true}, true);
   else
-    project_inputs(ctx, a, x);
+    project_inputs(ctx, a, x, early);
   const ScanArgs p = scan_args(a, x.view().data<bf16>());
   const cudaStream_t stream = ctx.stream().handle;
   if (rank <= kMostSteps / 2 * kProductRows) return launch_scan<kMostSteps / 2>(stream, p);
   launch_scan<kMostSteps>(stream, p);
+}
+
+}  // namespace
+
+void projected_selective_scan_step(Context& ctx, const ProjectedSelectiveScanStep& a) {
+  step(ctx, a, false);
+}
+void projected_selective_scan_step_early(Context& ctx, const ProjectedSelectiveScanStep& a) {
+  step(ctx, a, true);
 }
 
 }  // namespace lrnn::cuda::linear_sm90

@@ -12,8 +12,8 @@
 ///   - before that it may ask for anything by prefetch_to_l2(), a hint, which reads nothing, and
 ///     read the parameters of a layer and tables made of them;
 ///   - behind a kernel of the same op that calls let_next_kernel_start() only after its own wait,
-///     it may also read what that one does not write: all kernels before it have ended. Past the
-///     first-level cache, which may have lines of older contents;
+///     it may also read what neither that one nor one between them writes: all kernels before that
+///     one have ended. Past the first-level cache, which may have lines of older contents;
 ///   - one that may write parameters or such tables does not call let_next_kernel_start(): then
 ///     nothing behind it starts before its end.
 /// A kernel that is launched in the ordinary way waits for everything by itself.

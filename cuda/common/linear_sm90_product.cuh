@@ -35,9 +35,12 @@ namespace lrnn::cuda::linear_sm90 {
 
 /// Compile-time sizes: rows of x in a block, warpgroups along columns and rows of y, buffers of W
 /// and of x. If x has fewer, what is received lies in the buffers as well: shared memory is short.
+/// If kInTurns, two warpgroups multiply all rows and take panels in turns, which leaves each twice
+/// the time for a panel's latencies; they share out the rows in the end.
 template <int kRows_, int kColumnGroups_, int kRowGroups_, int kStages_,
-          int kInputStages_ = kStages_>
+          int kInputStages_ = kStages_, bool kInTurns_ = false>
 struct Tile {
+  static constexpr bool kInTurns = kInTurns_;
   static constexpr int kRows = kRows_;
   static constexpr int kInputStages = kInputStages_;
   static constexpr bool kShort = kInputStages < kStages_;
@@ -48,6 +51,7 @@ struct Tile {
   static constexpr int kGroupRows = kRows / kRowGroups_;
   static constexpr int kRowTiles = kGroupRows / 8;
   static constexpr int kThreads = kWarpgroup * kGroups + 32;
+  static constexpr int kReaders = kInTurns ? 4 : 4 * kGroups;  // warps that read a panel
   static constexpr int kWeightBytes = kColumns * kPanelRowBytes;
   static constexpr int kInputBytes = kRows * kPanelRowBytes;
   static constexpr int kStageBytes = kWeightBytes + kInputBytes;
@@ -235,7 +239,7 @@ struct Shared {
     if (bytes > 0) barrier_expect(received(), bytes);
     for (int i = 0; i < Z::kStages; ++i) barrier_init(full(i), 1);
     for (int i = 0; i < Z::kInputStages; ++i) {
-      barrier_init(free(i), 4 * Z::kGroups);
+      barrier_init(free(i), Z::kReaders);
       if (Z::kShort) barrier_init(input_full(i), 1);
     }
     barrier_init_done();
@@ -406,6 +410,67 @@ __device__ __forceinline__ void multiply_panels(const Shared<Z>& mem, const Work
   pin(c);
 }
 
+/// Turns of a warpgroup beside whose products operands are asked for, a few at a time: asked for at
+/// once, 64 KB of a block hold its first panel up by 2.5 us.
+constexpr int kTurns = 8;
+
+/// The same of two warpgroups in turns; beside(turn) is called before each of the first kTurns and
+/// once more. Behind it each has half of the rows, as if it alone had multiplied them, and the
+/// buffers are free.
+template <class Z, class Beside>
+__device__ __forceinline__ void multiply_in_turns(const Shared<Z>& mem, const Work& w, int group,
+                                                  float (&c)[Z::kRowTiles][4], Beside&& beside) {
+  static_assert(Z::kInTurns && Z::kColumnGroups == 1 && Z::kGroups == 2 && !Z::kShort);
+  float all[2 * Z::kRowTiles][4] = {};
+  pin(all);
+  const auto multiply = [&](int i) {
+    barrier_wait(mem.full(i), i / Z::kStages % 2);
+    const std::uint64_t left = panel_descriptor(mem.weight(i), 16);
+    const std::uint64_t right = panel_descriptor(mem.input(i), 16);
+    products_begin();
+#pragma unroll
+    for (int step = 0; step < 4; ++step)
+      multiply_shared<false, false>(all, advance(left, step * 32), advance(right, step * 32), true);
+    products_commit();
+    products_wait<0>();
+    if (threadIdx.x % 32 == 0) barrier_arrive(mem.free(i));
+  };
+  int i = group;
+#pragma unroll
+  for (int turn = 0; turn <= kTurns; ++turn) {
+    beside(turn);
+    if (i < w.count) multiply(i);
+    i += 2;
+  }
+  for (; i < w.count; i += 2) multiply(i);
+  pin(all);
+  __syncthreads();
+  // Where x was: behind W, whose buffers take the sums that are handed on.
+  static_assert(2 * Z::kRowTiles * kWarpgroup * 16 <= Z::kInputStages * Z::kInputBytes);
+  static_assert(kMaxParts / 2 * Z::sum_bytes(kMaxParts / 2) <= Z::kStages * Z::kWeightBytes);
+  const auto place = [&](int to, int n) {
+    return mem.base + 16U * (threadIdx.x % kWarpgroup) +
+           static_cast<std::uint32_t>(Z::kStages * Z::kWeightBytes +
+                                      (to * Z::kRowTiles + n) * kWarpgroup * 16);
+  };
+  if (group == 0) {
+#pragma unroll
+    for (int n = 0; n < Z::kRowTiles; ++n) store_shared(place(1, n), all[Z::kRowTiles + n]);
+  } else {
+#pragma unroll
+    for (int n = 0; n < Z::kRowTiles; ++n) store_shared(place(0, n), all[n]);
+  }
+  group_wait(1, kWarpgroup * Z::kGroups);
+#pragma unroll
+  for (int n = 0; n < Z::kRowTiles; ++n) {
+    float other[4];
+    load_shared(other, place(group, n));
+#pragma unroll
+    for (int e = 0; e < 4; ++e)
+      c[n][e] = (group == 0 ? all[n][e] : all[Z::kRowTiles + n][e]) + other[e];
+  }
+}
+
 /// Where part `p` of the sum of a row and a column that this block finishes is.
 template <class Z, int kParts>
 __device__ __forceinline__ std::uint32_t place_of_sum(const Shared<Z>& mem, const Work& w, int p,
@@ -529,8 +594,9 @@ struct RowFactors {
 ///   finish_first(row, column, sum, first, operand)
 ///   finish_second(row, column, sum[4])
 ///   kScales, RowScale scale                   whether sums have a factor of their row
-/// A thread that multiplies has one column of the first half and keeps the operands of its rows in
-/// registers while products are formed, which leaves shared memory to the buffers.
+/// A thread that multiplies has one column of the first half and keeps the operands of its rows,
+/// which come while products are formed, in registers, which leaves shared memory to the buffers.
+/// The warpgroups take panels in turns.
 template <class Z, int kParts, class Epilogue>
 struct FinishHalves {
   using Own = Columns<Z, kParts, true>;
@@ -587,31 +653,30 @@ struct FinishHalves {
     }
   }
 
-  __device__ __forceinline__ void prefetch() const {
-#pragma unroll 4
-    for (int i = 0; i < kItems; ++i)
-      if (row_of(i) < w.rows) epilogue.prefetch(w.row + row_of(i), column);
-  }
-  __device__ __forceinline__ void load() {
-    if constexpr (kScalesRows<Epilogue>) factors.load(epilogue.scale, w);
-    if (!multiplies()) return;
+  /// Asks for the operands of some items, or behind them for the factors.
+  __device__ __forceinline__ void load(int turn) {
+    constexpr int kPerTurn = (kItems + kTurns - 1) / kTurns;
+    if (turn == kTurns) {
+      if constexpr (kScalesRows<Epilogue>) factors.load(epilogue.scale, w);
+      return;
+    }
 #pragma unroll
-    for (int i = 0; i < kItems; ++i)
+    for (int i = turn * kPerTurn; i < min((turn + 1) * kPerTurn, kItems); ++i)
       operands[i] = epilogue.load_first(w.row + min(row_of(i), w.rows - 1), column);
   }
   __device__ __forceinline__ void run() const {
-    if (multiplies()) {
+    if (!multiplies()) return;
 #pragma unroll
-      for (int i = 0; i < kItems; ++i) {
-        if (row_of(i) >= w.rows) break;
-        float sum[1];
-        load_sum(sum, row_of(i), static_cast<int>(threadIdx.x) % kRun);
-        epilogue.finish_first(w.row + row_of(i), column, sum[0], first, operands[i]);
-      }
+    for (int i = 0; i < kItems; ++i) {
+      if (row_of(i) >= w.rows) break;
+      float sum[1];
+      load_sum(sum, row_of(i), static_cast<int>(threadIdx.x) % kRun);
+      epilogue.finish_first(w.row + row_of(i), column, sum[0], first, operands[i]);
     }
     constexpr int kPerRow = kRun / kVector;
 #pragma unroll 2
-    for (int i = static_cast<int>(threadIdx.x); i < w.rows * kPerRow; i += Z::kThreads) {
+    for (int i = static_cast<int>(threadIdx.x); i < w.rows * kPerRow;
+         i += kWarpgroup * Z::kGroups) {
       const int at = kRun + i % kPerRow * kVector;
       float sum[kVector];
       load_sum(sum, i / kPerRow, at);
@@ -651,24 +716,27 @@ __global__ __launch_bounds__(Z::kThreads) void product_sm90_kernel(
     wait_for_previous_kernel();
     if (copies_panels) copies.run();
     __syncwarp();
-    finish.load();
+    if constexpr (!kHasHalves<Epilogue>) finish.load();
   } else {
-    finish.prefetch();
+    if constexpr (!kHasHalves<Epilogue>) finish.prefetch();
     if constexpr (kMeets) cluster_wait();
     wait_for_previous_kernel();
     if (threadIdx.x == 0) copies.begin_inputs();
     __syncwarp();
-    finish.load();
+    if constexpr (!kHasHalves<Epilogue>) finish.load();
     // Buffers are given back at once where x is large and their turn comes again and again, so that
     // as many copies as possible are on their way; else one panel later, so that products follow
     // each other.
-    if (Z::kRows >= 64 && w.count >= 2 * Z::kInputStages)
+    if constexpr (kHasHalves<Epilogue>)
+      multiply_in_turns(mem, w, group, c, [&](int turn) { finish.load(turn); });
+    else if (Z::kRows >= 64 && w.count >= 2 * Z::kInputStages)
       multiply_panels<Z, 0>(mem, w, group, c);
     else
       multiply_panels<Z, 1>(mem, w, group, c);
   }
   // Nobody reads the buffers any more, of this block, and if sums are received there of any.
-  if constexpr (!kOneByOne) __syncthreads();
+  if constexpr (!kOneByOne)
+    if (!Z::kInTurns || group == Z::kGroups) __syncthreads();
   if constexpr (kMeets) cluster_arrive();
   if (group < Z::kGroups) {
     hand_on<Z, kParts>(mem, w, group, c);
@@ -718,36 +786,40 @@ struct Product {
   bool weight_once = false;
 };
 
+inline Args product_args(const Product& f, int row_tiles, int parts) {
+  const int rows = static_cast<int>(detail::row_count(f.x));
+  const int panels = ceil_div(f.x.dim(-1), kPanel);
+  return {.rows = rows,
+          .columns = static_cast<int>(f.weight.dim(0)),
+          .row_tiles = row_tiles,
+          .tile_rows = tile_rows(rows, row_tiles),
+          .panels = panels,
+          .per_part = ceil_div(panels, parts),
+          .stable_weight = f.stable_weight,
+          .behind_wait = f.behind_wait,
+          .weight_once = f.weight_once};
+}
+/// For copies of `weight_rows` neighbouring rows of W.
+inline Maps product_maps(const Product& f, const Args& args, int weight_rows) {
+  return {head_map(f.weight.data<bf16>(), matrix(f.weight), weight_rows),
+          head_map(f.x.data<bf16>(), matrix(f.x), args.tile_rows)};
+}
+
 template <class Z, class Epilogue>
 void launch(cudaStream_t stream, const Product& f, const Epilogue& epilogue) {
-  const int rows = static_cast<int>(detail::row_count(f.x));
-  const int columns = static_cast<int>(f.weight.dim(0));
-  const int row_tiles = ceil_div(rows, Z::kRows);
-  const int panels = ceil_div(f.x.dim(-1), kPanel);
-  const int parts = parts_of(columns, panels);
-  const Args args{
-      .rows = rows,
-      .columns = columns,
-      .row_tiles = row_tiles,
-      .tile_rows = tile_rows(rows, row_tiles),
-      .panels = panels,
-      .per_part = ceil_div(panels, parts),
-      .stable_weight = f.stable_weight,
-      .behind_wait = f.behind_wait,
-      .weight_once = f.weight_once,
-  };
-  const int tiles = row_tiles * ceil_div(columns, Z::kColumns);
+  const int row_tiles = ceil_div(detail::row_count(f.x), Z::kRows);
+  const int parts = parts_of(f.weight);
+  const Args args = product_args(f, row_tiles, parts);
+  const int tiles = row_tiles * ceil_div(args.columns, Z::kColumns);
   const auto run = [&]<int kParts>() {
     constexpr bool kHalves = kHasHalves<Epilogue>;
-    const Maps maps{
-        head_map(f.weight.data<bf16>(), matrix(f.weight), Columns<Z, kParts, kHalves>::kRun),
-        head_map(f.x.data<bf16>(), matrix(f.x), args.tile_rows)};
+    const Maps maps = product_maps(f, args, Columns<Z, kParts, kHalves>::kRun);
     if constexpr (kHalves) {
       launch_tiles<Z, kParts, 1>(stream, tiles, args, epilogue, maps);
     } else {
       // Lanes that read neighbouring 16 bytes of a part, or write neighbouring 16 bytes.
       constexpr int kWidth = Epilogue::kNarrow ? 1 : kParts > 1 ? 4 : 8;
-      if (epilogue.allows(kWidth, columns))
+      if (epilogue.allows(kWidth, args.columns))
         return launch_tiles<Z, kParts, kWidth>(stream, tiles, args, epilogue, maps);
       if constexpr (kWidth > 1) launch_tiles<Z, kParts, 1>(stream, tiles, args, epilogue, maps);
     }

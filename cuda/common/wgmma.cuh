@@ -64,6 +64,7 @@ __device__ __forceinline__ void pin(float (&c)[kTiles][4]) {
 #define LRNN_C_32                                                                     \
   "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, " \
   "%18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define LRNN_C_36 LRNN_C_32 ", %32, %33, %34, %35"
 #define LRNN_C_64                                                                      \
   LRNN_C_32                                                                            \
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
@@ -84,7 +85,7 @@ __device__ __forceinline__ void pin(float (&c)[kTiles][4]) {
 template <bool kTransposeA, bool kTransposeB, class T = bf16, int kTiles>
 __device__ __forceinline__ void multiply_shared(float (&c)[kTiles][4], std::uint64_t a,
                                                 std::uint64_t b, bool accumulate) {
-  static_assert(kTiles == 2 || kTiles == 4 || kTiles == 8 || kTiles == 16);
+  static_assert(kTiles == 2 || kTiles == 4 || kTiles == 8 || kTiles == 9 || kTiles == 16);
   static_assert(std::is_same_v<T, bf16> || (std::is_same_v<T, __half> && kTiles == 16));
   if constexpr (kTiles == 2) {
     asm volatile(
@@ -110,6 +111,15 @@ __device__ __forceinline__ void multiply_shared(float (&c)[kTiles][4], std::uint
         "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " LRNN_C_32
         "}, %32, %33, p, 1, 1, %35, %36;\n}\n"
         : LRNN_C_TILES_8(0)
+        : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(kTransposeA ? 1 : 0),
+          "n"(kTransposeB ? 1 : 0)
+        : "memory");
+  } else if constexpr (kTiles == 9) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %38, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n72k16.f32.bf16.bf16 " LRNN_C_36
+        "}, %36, %37, p, 1, 1, %39, %40;\n}\n"
+        : LRNN_C_TILES_8(0), LRNN_C_TILE(8)
         : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(kTransposeA ? 1 : 0),
           "n"(kTransposeB ? 1 : 0)
         : "memory");
@@ -150,6 +160,7 @@ __device__ __forceinline__ void multiply_registers(float (&c)[kTiles][4],
 }
 
 #undef LRNN_C_64
+#undef LRNN_C_36
 #undef LRNN_C_32
 #undef LRNN_C_16
 #undef LRNN_C_8

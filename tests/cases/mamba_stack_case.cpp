@@ -140,6 +140,7 @@ std::vector<OpCase> cases() {
            Sizes{2, 70, 320, 576, 16, 16, 4},              // a part of K without panels
            Sizes{2, 67, 128, 4608, 16, 16, 4},             // panels of x_proj in turns
            Sizes{2, 65, 2048, 2112, 16, 16, 4},            // weights that leave L2 first
+           Sizes{2, 68, 1088, 4160, 16, 16, 4},            // panels of a wide out_proj in turns
            Sizes{2, 66, 256, 512, 16, 16, 4, true, true},  // by parts: rounded residual
            Sizes{2, 129, 256, 512, 16, 16, 4},             // by parts: sequences
            Sizes{2, 1, 6, 9, 3, 2, 3, true, true},         // by parts: sizes
