@@ -8,8 +8,9 @@ namespace lrnn::cuda::linear_sm90 {
 bool takes(const ProjectedSelectiveScanStep& args);
 void projected_selective_scan_step(Context& ctx, const ProjectedSelectiveScanStep& args);
 
-/// The same where all kernels up to the last that wrote the states are known to have ended when the
-/// one before this starts: the states are read as soon as there is room.
+/// The same of more than 64 sequences where all kernels up to the last that wrote the states are
+/// known to have ended when the one before this starts: the states are read as soon as there is
+/// room.
 void projected_selective_scan_step_early(Context& ctx, const ProjectedSelectiveScanStep& args);
 
 /// The projection of that scan, x = u projection^T [B, R + 2 N], of more than 64 sequences. If not
