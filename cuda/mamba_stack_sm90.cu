@@ -114,11 +114,7 @@ __device__ __forceinline__ void multiply_rows(const Shared<Z>& mem, const Work& 
     barrier_wait(mem.input_full(i), i / Z::kInputStages % 2);
     const std::uint64_t left = panel_descriptor(mem.input(i) + rows, 16);
     const std::uint64_t right = panel_descriptor(mem.weight(i), 16);
-    products_begin();
-#pragma unroll
-    for (int step = 0; step < 4; ++step)
-      multiply_shared<false, false>(c, advance(left, step * 32), advance(right, step * 32), true);
-    products_commit();
+    multiply_panel(c, left, right);
     products_wait<0>();
     if (threadIdx.x % 32 == 0) barrier_arrive(mem.free(i));
     if (i + 1 == last) cluster_arrive();

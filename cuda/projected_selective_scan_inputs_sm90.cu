@@ -4,7 +4,9 @@
 // There is little to compute, so latency is all. A block owns 64 columns of x, up to 64 rows and
 // one of eight parts of K; the blocks of all parts are a cluster, of which each finishes eight
 // rows. One warpgroup multiplies, one more warp copies: W before the kernel before has ended,
-// panels of u as many as fit behind it.
+// panels of u as many as fit behind it. A thread sends its sums, as they lie in its registers, to
+// the thread of its number in the block that finishes them. Lanes four apart, whose fragments have
+// the same rows, then share out columns that are eight apart, so that a lane finishes neighbours.
 //
 // Stamps of 160 x 4096 with 128 rows on an H200, beside states that are on their way: 0.5 us from
 // the end of in_proj to the first panel, 1.7 to the last product, 1.6 for the exchange. A recorded
@@ -12,7 +14,7 @@
 // buffers of u for five and a state more ahead 0.3 less. x as words with tags, for which the scan
 // waits instead of for the end of this kernel, came no earlier: its questions go through queues
 // full of states.
-#include "common/linear_sm90_rows.cuh"
+#include "common/linear_sm90_product.cuh"
 #include "common/projected_selective_scan.cuh"
 
 namespace lrnn::cuda::linear_sm90 {
@@ -20,12 +22,84 @@ namespace {
 
 constexpr int kParts = 8;  // of K
 
+/// Sizes of a block of the product, and what it finishes.
 template <int kWeightBuffers, int kInputBuffers>
-struct InputsTile : RowsTile<Tile<64, 1, 1, kWeightBuffers, kInputBuffers>, kParts> {
-  using Base = RowsTile<Tile<64, 1, 1, kWeightBuffers, kInputBuffers>, kParts>;
+struct InputsTile : Tile<64, 1, 1, kWeightBuffers, kInputBuffers> {
+  using Base = Tile<64, 1, 1, kWeightBuffers, kInputBuffers>;
+  static constexpr int kComputers = Base::kThreads - 32;     // threads
+  static constexpr int kOwn = Base::kRowTiles / kParts;      // tiles that the block finishes
+  static constexpr int kOwnRows = 8 * kOwn;                  // of a warpgroup
+  static constexpr int kSentBytes = kOwn * kComputers * 16;  // from one block to another
+  static_assert(Base::kRowTiles % kParts == 0);
   // Sums are received behind the buffers: no block waits until others have read theirs.
   static constexpr int kSharedBytes =
-      1024 + Base::kBufferBytes + Base::kBarrierBytes + kParts * Base::kSentBytes;
+      1024 + Base::kBufferBytes + Base::kBarrierBytes + kParts * kSentBytes;
+};
+
+/// Where a block receives sums: at shared address `place` parts of K, of tiles, of threads.
+template <class Z>
+struct RowSums {
+  std::uint32_t place, barrier;
+
+  [[nodiscard]] __device__ __forceinline__ std::uint32_t at(int from, int tile) const {
+    return place + 16U * threadIdx.x +
+           static_cast<std::uint32_t>(from * Z::kSentBytes + tile * Z::kComputers * 16);
+  }
+  /// Hands tiles to the blocks that finish them. At any time the warps of a block send to different
+  /// ones.
+  __device__ __forceinline__ void send_all(const Work& w, const float (&c)[Z::kRowTiles][4]) const {
+    const int warp = __shfl_sync(0xFFFFFFFFU, static_cast<int>(threadIdx.x) / 32, 0);
+#pragma unroll 1
+    for (int turn = 1; turn <= kParts; ++turn) {
+      const int owner = (w.part + warp + turn) % kParts;
+      const std::uint32_t there = address_in(owner, barrier);
+#pragma unroll
+      for (int i = 0; i < Z::kRowTiles; ++i) {
+        if (i / Z::kOwn != owner) continue;
+        const std::uint32_t to = at(w.part, i % Z::kOwn);
+        if (owner == w.part)
+          store_shared(to, c[i]);
+        else
+          send(address_in(owner, to), c[i], there);
+      }
+    }
+  }
+  /// The tiles that this block finishes, when all are there, parts added in the order of K.
+  __device__ __forceinline__ void add(float (&sum)[Z::kOwn][4]) const {
+    barrier_wait(barrier, 0);
+#pragma unroll
+    for (int p = 0; p < kParts; ++p)
+#pragma unroll
+      for (int j = 0; j < Z::kOwn; ++j) {
+        float part[4];
+        load_shared(part, at(p, j));
+#pragma unroll
+        for (int e = 0; e < 4; ++e) sum[j][e] = p == 0 ? part[e] : sum[j][e] + part[e];
+      }
+  }
+};
+
+/// What a lane finishes: two neighbouring columns of two neighbouring rows in every tile.
+template <class Z>
+struct RowsPlace {
+  bool upper;  // has the upper eight of the warp's columns
+  int row;     // of the block, the first
+  int column;  // of the product, the first
+
+  __device__ __forceinline__ RowsPlace(const Work& w, int group) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const int warp = static_cast<int>(threadIdx.x) % kWarpgroup / 32;
+    upper = lane / 4 % 2 != 0;
+    row = group_row<Z>(group) + w.part * Z::kOwnRows + lane % 4 * 2;
+    column = w.column + group_column<Z>(group) + warp * 16 + (upper ? 8 : 0) + lane / 8 * 2;
+  }
+  /// Those of row e of a tile.
+  [[nodiscard]] __device__ __forceinline__ float2 neighbours(const float (&sum)[4], int e) const {
+    const float low = sum[e];
+    const float high = sum[2 + e];
+    const float other = __shfl_xor_sync(0xFFFFFFFFU, upper ? low : high, 4);
+    return upper ? float2{other, high} : float2{low, other};
+  }
 };
 
 template <class Z>

@@ -383,6 +383,17 @@ __device__ __forceinline__ void hand_on(const Shared<Z>& mem, const Work& w, int
   }
 }
 
+/// c += left right^T of two panels, a group of products.
+template <int kTiles>
+__device__ __forceinline__ void multiply_panel(float (&c)[kTiles][4], std::uint64_t left,
+                                               std::uint64_t right) {
+  products_begin();
+#pragma unroll
+  for (int step = 0; step < 4; ++step)
+    multiply_shared<false, false>(c, advance(left, step * 32), advance(right, step * 32), true);
+  products_commit();
+}
+
 /// A warpgroup's 64 columns by kGroupRows rows: products of the block's panels, of which kPending
 /// may be under way when their buffers are given back.
 template <class Z, int kPending>
@@ -398,11 +409,7 @@ __device__ __forceinline__ void multiply_panels(const Shared<Z>& mem, const Work
     const auto bytes = [](int rows) { return static_cast<std::uint32_t>(rows * kPanelRowBytes); };
     const std::uint64_t left = panel_descriptor(mem.weight(i) + bytes(column), 16);
     const std::uint64_t right = panel_descriptor(mem.input(i) + bytes(row), 16);
-    products_begin();
-#pragma unroll
-    for (int step = 0; step < 4; ++step)
-      multiply_shared<false, false>(c, advance(left, step * 32), advance(right, step * 32), true);
-    products_commit();
+    multiply_panel(c, left, right);
     products_wait<kPending>();
     if (i >= kPending && lane == 0) barrier_arrive(mem.free(i - kPending));
   }
@@ -427,11 +434,7 @@ __device__ __forceinline__ void multiply_in_turns(const Shared<Z>& mem, const Wo
     barrier_wait(mem.full(i), i / Z::kStages % 2);
     const std::uint64_t left = panel_descriptor(mem.weight(i), 16);
     const std::uint64_t right = panel_descriptor(mem.input(i), 16);
-    products_begin();
-#pragma unroll
-    for (int step = 0; step < 4; ++step)
-      multiply_shared<false, false>(all, advance(left, step * 32), advance(right, step * 32), true);
-    products_commit();
+    multiply_panel(all, left, right);
     products_wait<0>();
     if (threadIdx.x % 32 == 0) barrier_arrive(mem.free(i));
   };
