@@ -10,8 +10,8 @@
 // rows of x each, the left operand, by all columns, one more warp copies panels of W and x. Of 2048
 // columns a block has as many as make 29 clusters (an H200 takes 30 if they do not share
 // multiprocessors), so that x comes through as many ports as possible: by 64 columns 32 clusters
-// sat on half of the multiprocessors and ended 1 us later. Sums are received where the first panels
-// of W were, as soon as all blocks have read those.
+// sat on half of the multiprocessors and ended 1 us later. Sums are received where panels of W were
+// whose buffers are not used again, as soon as all blocks have read those.
 //
 // out_proj lets in_proj start only when the scan before it has ended. Then all kernels before that
 // have ended as well, so that the scan of the next layer may read its states as soon as there is
@@ -21,10 +21,11 @@
 // have been read, and states, which must be written, go later, when the next states come and memory
 // has time. 48 layers of 2048 take 1.4 % less; with states as the first to leave they take more.
 //
-// Stamps of 2048 x 4096 with 128 rows on an H200, us from the end of the scan: first panel 1.0,
-// last product 6.9, exchange 9.0, end 9.4. Per block 256 KB of x and 144 of W (all of W from memory
-// takes 4.1 us). If all panels of W come before, products end at 5.4, but the scan, in whose way
-// they are, 2 us later.
+// Bound by the latency of x, 256 KB of a block beside 144 of W: what counts is how much of it is on
+// its way. Stamps of 2048 x 4096 with 128 rows on an H200, us from the end of the scan, with
+// buffers for all 16 panels of W and five of x: first panel 1.0, last product 6.9, exchange 9.0,
+// end 9.4 (all of W from memory takes 4.1 us). With ten and eight a layer takes 1.3 us less. If all
+// panels of W come before, products end at 5.4, but the scan, in whose way they are, 2 us later.
 #include "lrnn/ops/add_norm.hpp"
 
 #include "common/linear_sm90_product.cuh"
@@ -47,7 +48,7 @@ struct ResidualTile {
   static constexpr int kStages = kStages_;
   static constexpr int kInputStages = kInputStages_;
   static constexpr int kEarlyPanels = 6;  // of W, that are asked for while the scan runs
-  static constexpr bool kShort = true;    // x has barriers of its own
+  static constexpr bool kShort = true;    // x has barriers of its own, W as many buffers or more
   static constexpr int kGroups = kRows / 64;
   static constexpr int kComputers = kWarpgroup * kGroups;  // threads
   static constexpr int kThreads = kComputers + 32;
@@ -61,12 +62,17 @@ struct ResidualTile {
   static constexpr int kOwnTiles = kGroups * kColumnTiles;
   static constexpr int kSentBytes = kOwnTiles * 32 * 16;  // from one block to another
   static constexpr int kItems = (kOwnTiles + kComputers / 32 - 1) / (kComputers / 32);
-  // They are received where the first panels of W were, squares of rows behind them.
+  // They are received where panels of W were that no others take the place of, squares of rows
+  // behind the barriers.
   static constexpr int kReceivedBytes = kParts * kSentBytes;
   static constexpr int kReceivedPanels = (kReceivedBytes + kWeightBytes - 1) / kWeightBytes;
+  __host__ __device__ static constexpr int first_received(int panels) {
+    const int again = panels - kStages;  // buffers that are used twice
+    return again > 0 && again + kReceivedPanels <= kStages ? again : 0;
+  }
   static constexpr int kSquareBytes = kOwnTiles * kOwnRows * 4;
   static constexpr int kSharedBytes = 1024 + kBufferBytes + kBarrierBytes + kSquareBytes;
-  static_assert(kReceivedPanels <= kStages && kParts == kWarpgroup / 32);
+  static_assert(kInputStages <= kStages && kReceivedPanels <= kStages && kParts == kWarpgroup / 32);
 };
 
 /// r += x W^T, rounded; n = r norm_weight; squares of r by tiles of columns.
@@ -87,12 +93,15 @@ struct ResidualArgs {
 /// Shared addresses of a block.
 template <class Z>
 struct ResidualShared : Shared<Z> {
-  __device__ __forceinline__ explicit ResidualShared(const void* p) : Shared<Z>(p) {}
+  int first_received;  // panel of W
+
+  __device__ __forceinline__ ResidualShared(const void* p, const Args& a)
+      : Shared<Z>(p), first_received(Z::first_received(a.per_part)) {}
 
   /// A lane's sums of part `from` of K; own tile i is tile i % kColumnTiles of a warpgroup.
   [[nodiscard]] __device__ __forceinline__ std::uint32_t sums(int from, int i) const {
-    return this->base + static_cast<std::uint32_t>(from * Z::kSentBytes + i * 32 * 16) +
-           threadIdx.x % 32 * 16U;
+    return this->weight(first_received) +
+           static_cast<std::uint32_t>(from * Z::kSentBytes + i * 32 * 16) + threadIdx.x % 32 * 16U;
   }
   /// Sum of squares of a row that the block finishes, over the columns of a tile.
   [[nodiscard]] __device__ __forceinline__ std::uint32_t square(int i, int row) const {
@@ -103,11 +112,12 @@ struct ResidualShared : Shared<Z> {
 /// A warpgroup's 64 rows: products of the block's panels. Arrives at the cluster's barrier when
 /// sums may be received.
 template <class Z>
-__device__ __forceinline__ void multiply_rows(const Shared<Z>& mem, const Work& w, int group,
-                                              float (&c)[Z::kColumnTiles][4]) {
+__device__ __forceinline__ void multiply_rows(const ResidualShared<Z>& mem, const Work& w,
+                                              int group, float (&c)[Z::kColumnTiles][4]) {
   pin(c);
-  // Buffers that are used once are free as soon as they have been read.
-  const int last = w.count <= Z::kStages ? min(w.count, Z::kReceivedPanels) : w.count;
+  // Buffers that are not used again are free as soon as they have been read.
+  const int received = mem.first_received + Z::kReceivedPanels;
+  const int last = w.count <= Z::kStages + mem.first_received ? min(w.count, received) : w.count;
   const auto rows = static_cast<std::uint32_t>(group * 64 * kPanelRowBytes);
   for (int i = 0; i < w.count; ++i) {
     barrier_wait(mem.full(i), i / Z::kStages % 2);
@@ -181,33 +191,38 @@ struct ResidualFinish {
       for (int e = 0; e < 2; ++e)
         residual[k][e] = __ldcg(reinterpret_cast<const float2*>(a.residual + at(k, e)));
   }
+  /// All items at once: one by one, each waits for its latencies.
   __device__ __forceinline__ void run(const ResidualShared<Z>& mem) const {
     barrier_wait(mem.received(), 0);
+    float sum[Z::kItems][4];
 #pragma unroll
-    for (int k = 0; k < Z::kItems; ++k) {
-      if (tile_of(k) >= Z::kOwnTiles) break;
-      float sum[4];
+    for (int k = 0; k < Z::kItems; ++k)
 #pragma unroll
       for (int p = 0; p < kParts; ++p) {
         float part[4];
-        load_shared(part, mem.sums(p, tile_of(k)));
+        load_shared(part, mem.sums(p, min(tile_of(k), Z::kOwnTiles - 1)));
 #pragma unroll
-        for (int e = 0; e < 4; ++e) sum[e] = p == 0 ? part[e] : sum[e] + part[e];
+        for (int e = 0; e < 4; ++e) sum[k][e] = p == 0 ? part[e] : sum[k][e] + part[e];
       }
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        // A projected value is rounded as if it had been stored.
-        const auto rounded = [](float v) { return to_float(from_float<bf16>(v)); };
-        float2 r = residual[k][e];
-        r.x += rounded(sum[2 * e]);
-        r.y += rounded(sum[2 * e + 1]);
-        const bool exists = column_of(k) < a.product.columns;
-        if (exists && row_of(k, e) < a.product.rows) store(at(k, e), r, weight[k]);
-        float square = exists ? fmaf(r.y, r.y, r.x * r.x) : 0.0F;
-        square += __shfl_xor_sync(0xFFFFFFFFU, square, 1);
-        square += __shfl_xor_sync(0xFFFFFFFFU, square, 2);
-        if (lane % 4 == 0) store_shared(mem.square(tile_of(k), e * 8 + lane / 4), square);
-      }
+    for (int k = 0; k < Z::kItems; ++k) finish(mem, k, sum[k]);
+  }
+  __device__ __forceinline__ void finish(const ResidualShared<Z>& mem, int k,
+                                         const float (&sum)[4]) const {
+    const bool own = tile_of(k) < Z::kOwnTiles;
+    const bool exists = own && column_of(k) < a.product.columns;
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      // A projected value is rounded as if it had been stored.
+      const auto rounded = [](float v) { return to_float(from_float<bf16>(v)); };
+      float2 r = residual[k][e];
+      r.x += rounded(sum[2 * e]);
+      r.y += rounded(sum[2 * e + 1]);
+      if (exists && row_of(k, e) < a.product.rows) store(at(k, e), r, weight[k]);
+      float square = exists ? fmaf(r.y, r.y, r.x * r.x) : 0.0F;
+      square += __shfl_xor_sync(0xFFFFFFFFU, square, 1);
+      square += __shfl_xor_sync(0xFFFFFFFFU, square, 2);
+      if (own && lane % 4 == 0) store_shared(mem.square(tile_of(k), e * 8 + lane / 4), square);
     }
   }
   __device__ __forceinline__ void store(std::int64_t i, float2 r, float2 weight) const {
@@ -239,7 +254,7 @@ template <class Z>
 __global__ __launch_bounds__(Z::kThreads) void residual_product_kernel(
     ResidualArgs a, const __grid_constant__ Maps maps) {
   extern __shared__ __align__(16) unsigned char residual_buffers[];
-  const ResidualShared<Z> mem(residual_buffers);
+  const ResidualShared<Z> mem(residual_buffers, a.product);
   const Work w(a.product, kParts, Z{});
   const Copies<Z, Columns<Z, kParts, false>> copies{a.product, maps, mem, w};
   const bool copies_panels = threadIdx.x == Z::kComputers;
@@ -276,10 +291,10 @@ __global__ __launch_bounds__(Z::kThreads) void residual_product_kernel(
   store_squares(a, mem, w);
 }
 
-/// All panels of W of 4096 inputs, and as many of x as there is room for; or tiles so narrow that
-/// few columns fill a device, two blocks of a multiprocessor.
-using WideTile = ResidualTile<9, 16, 5>;
-using NarrowTile = ResidualTile<4, 8, 4>;
+/// As many panels of x as there is room for; or tiles so narrow that few columns fill a device, two
+/// blocks of a multiprocessor.
+using WideTile = ResidualTile<9, 10, 8>;
+using NarrowTile = ResidualTile<4, 6, 5>;
 
 int tile_columns(std::int64_t columns) {
   constexpr std::int64_t kNarrow = 1024;

@@ -50,7 +50,17 @@ struct Channel {
 template <bool kScales_>
 struct HalfChannels {
   static constexpr bool kScales = kScales_;
-  using Operand = Packed<float, conv::kUsualWidth>;  // a window
+  using Window = Channel::Window;
+  /// What stays of a window. The oldest value is not read: its register would be used for something
+  /// else, for which a warp would wait until all windows asked for so far are there.
+  struct Operand {
+    float second;
+    Packed<float, 2> newer;
+  };
+  struct Result {
+    float moved[conv::kUsualWidth];  // the window
+    float output;
+  };
 
   conv::Conv<bf16> conv;
   const bf16* bias;  // of the projection, or null
@@ -70,18 +80,22 @@ struct HalfChannels {
     return o;
   }
   __device__ __forceinline__ Operand load_first(int r, int c) const {
+    const float* const window = window_of(r, c);
     Operand o;
-    o.load(state + (std::int64_t{r} * conv.channels + c) * conv::kUsualWidth);
+    o.newer.load(window + 2);
+    o.second = window[1];
     return o;
   }
-  __device__ __forceinline__ void finish_first(int r, int c, float sum, const First& own,
-                                               const Operand& values) const {
-    Channel::Window window;
-    window.values = values;
-    window.taps = own.taps;
-    window.bias = own.conv_bias;
+  __device__ __forceinline__ Result finish_first(float sum, const First& own,
+                                                 const Operand& o) const {
     const float newest = to_float(from_float<bf16>(sum + own.bias.get(0)));
-    y.row(r)[c] = from_float<bf16>(window.advance(conv, r, c, newest, state));
+    Result v{.moved = {o.second, o.newer.get(0), o.newer.get(1), newest}, .output = 0.0F};
+    v.output = Window::output(conv, own.taps, own.conv_bias, v.moved);
+    return v;
+  }
+  __device__ __forceinline__ void store_first(int r, int c, const Result& v) const {
+    store_packed(window_of(r, c), v.moved);
+    y.row(r)[c] = from_float<bf16>(v.output);
   }
   template <int N>
   __device__ __forceinline__ void finish_second(int r, int c, float (&sum)[N]) const {
@@ -93,9 +107,14 @@ struct HalfChannels {
     }
     store_packed(y.row(r) + c, sum);
   }
+
+ private:
+  __device__ __forceinline__ float* window_of(int r, int c) const {
+    return state + (std::int64_t{r} * conv.channels + c) * conv::kUsualWidth;
+  }
 };
 
-using ManyRows = Tile<128, 1, 2, 8, 8, true>;
+using ManyRows = Tile<128, 1, 2, 10, 8, true>;
 
 /// Whether the halves of the columns are channels and others, in whole tiles.
 bool has_halves(const ProjectedConv1dStep& a) {

@@ -127,14 +127,19 @@ struct Window {
   /// Moves it on by an input and returns the output of the channel.
   __device__ __forceinline__ float advance(const Conv<T>& v, std::int64_t b, std::int64_t c,
                                            float newest, float* state) {
-    float sum = bias.get(0);
     float moved[K];
 #pragma unroll
-    for (int k = 0; k < K; ++k) {
-      moved[k] = k + 1 < K ? values.get(k + 1) : newest;
-      sum = fmaf(taps.get(k), moved[k], sum);
-    }
+    for (int k = 0; k < K; ++k) moved[k] = k + 1 < K ? values.get(k + 1) : newest;
     store_packed<float, K>(state + (b * v.channels + c) * K, moved);
+    return output(v, taps, bias, moved);
+  }
+  /// Of a channel whose window is `moved`.
+  __device__ __forceinline__ static float output(const Conv<T>& v, const Packed<T, K>& taps,
+                                                 const Packed<T, 1>& bias,
+                                                 const float (&moved)[K]) {
+    float sum = bias.get(0);
+#pragma unroll
+    for (int k = 0; k < K; ++k) sum = fmaf(taps.get(k), moved[k], sum);
     return v.silu ? sum * gate(sum) : sum;
   }
 };

@@ -36,7 +36,7 @@ namespace lrnn::cuda::linear_sm90 {
 /// Compile-time sizes: rows of x in a block, warpgroups along columns and rows of y, buffers of W
 /// and of x. If x has fewer, what is received lies in the buffers as well: shared memory is short.
 /// If kInTurns, two warpgroups multiply all rows and take panels in turns, which leaves each twice
-/// the time for a panel's latencies; they share out the rows in the end.
+/// the time for a panel's latencies; in the end their sums are added.
 template <int kRows_, int kColumnGroups_, int kRowGroups_, int kStages_,
           int kInputStages_ = kStages_, bool kInTurns_ = false>
 struct Tile {
@@ -67,7 +67,7 @@ struct Tile {
   __host__ __device__ static constexpr bool one_by_one(int parts) {
     return kRows < 64 || parts > 4;
   }
-  __host__ __device__ static constexpr int senders(int parts) {
+  static constexpr int senders(int parts) {
     return parts > 1 && one_by_one(parts) ? parts : parts - 1;
   }
   static constexpr int kBarrierBytes = 8 * kStages + 16 * kInputStages + 24;
@@ -417,21 +417,19 @@ __device__ __forceinline__ void multiply_panels(const Shared<Z>& mem, const Work
   pin(c);
 }
 
-/// Turns of a warpgroup beside whose products operands are asked for, a few at a time: asked for at
-/// once, 64 KB of a block hold its first panel up by 2.5 us.
-constexpr int kTurns = 8;
-
 /// The same of two warpgroups in turns; beside(turn) is called before each of the first kTurns and
-/// once more. Behind it each has half of the rows, as if it alone had multiplied them, and the
-/// buffers are free.
-template <class Z, class Beside>
+/// once more. Behind it each has a part of the sums of all rows, and the buffers are free.
+template <class Z, int kTurns, class Beside>
 __device__ __forceinline__ void multiply_in_turns(const Shared<Z>& mem, const Work& w, int group,
-                                                  float (&c)[Z::kRowTiles][4], Beside&& beside) {
-  static_assert(Z::kInTurns && Z::kColumnGroups == 1 && Z::kGroups == 2 && !Z::kShort);
-  float all[2 * Z::kRowTiles][4] = {};
+                                                  float (&all)[2 * Z::kRowTiles][4],
+                                                  Beside&& beside) {
+  static_assert(Z::kInTurns && Z::kColumnGroups == 1 && Z::kGroups == 2);
+  // A barrier has the panels of one warpgroup alone: another's phases would be missed.
+  static_assert(Z::kStages % 2 == 0 && Z::kInputStages % 2 == 0);
   pin(all);
   const auto multiply = [&](int i) {
     barrier_wait(mem.full(i), i / Z::kStages % 2);
+    if (Z::kShort) barrier_wait(mem.input_full(i), i / Z::kInputStages % 2);
     const std::uint64_t left = panel_descriptor(mem.weight(i), 16);
     const std::uint64_t right = panel_descriptor(mem.input(i), 16);
     multiply_panel(all, left, right);
@@ -447,7 +445,15 @@ __device__ __forceinline__ void multiply_in_turns(const Shared<Z>& mem, const Wo
   }
   for (; i < w.count; i += 2) multiply(i);
   pin(all);
-  __syncthreads();
+  group_wait(1, kWarpgroup * Z::kGroups);
+}
+
+/// Adds the parts of the two warpgroups: each has half of the rows then, as if it alone had
+/// multiplied them.
+template <class Z>
+__device__ __forceinline__ void share_rows(const Shared<Z>& mem, int group,
+                                           const float (&all)[2 * Z::kRowTiles][4],
+                                           float (&c)[Z::kRowTiles][4]) {
   // Where x was: behind W, whose buffers take the sums that are handed on.
   static_assert(2 * Z::kRowTiles * kWarpgroup * 16 <= Z::kInputStages * Z::kInputBytes);
   static_assert(kMaxParts / 2 * Z::sum_bytes(kMaxParts / 2) <= Z::kStages * Z::kWeightBytes);
@@ -472,6 +478,25 @@ __device__ __forceinline__ void multiply_in_turns(const Shared<Z>& mem, const Wo
     for (int e = 0; e < 4; ++e)
       c[n][e] = (group == 0 ? all[n][e] : all[Z::kRowTiles + n][e]) + other[e];
   }
+}
+
+/// Puts parts of the sums of all rows into shared memory where the buffers were, those of the
+/// second warpgroup behind those of the first.
+template <class Z>
+__device__ __forceinline__ void put_parts(const Shared<Z>& mem, int group,
+                                          const float (&all)[2 * Z::kRowTiles][4]) {
+  static_assert(2 * Z::sum_bytes(1) <= Z::kBufferBytes - 4 * Z::kRows);
+  const int thread = static_cast<int>(threadIdx.x) % kWarpgroup;
+  const int lane = thread % 32;
+  const std::uint32_t to =
+      mem.template sums<1>(group) +
+      4U * static_cast<std::uint32_t>(lane % 4 * 2 * Z::pitch(1) + thread / 32 * 16 + lane / 4);
+#pragma unroll
+  for (int n = 0; n < 2 * Z::kRowTiles; ++n)
+#pragma unroll
+    for (int e = 0; e < 4; ++e)
+      store_shared(to + 4U * static_cast<std::uint32_t>((n * 8 + e % 2) * Z::pitch(1) + e / 2 * 8),
+                   all[n][e]);
 }
 
 /// Where part `p` of the sum of a row and a column that this block finishes is.
@@ -594,22 +619,30 @@ struct RowFactors {
 /// The same for an epilogue that has
 ///   First first(column)                       what does not depend on the row, parameters
 ///   Operand load_first(row, column)           what a sum of the first half needs beside it
-///   finish_first(row, column, sum, first, operand)
+///   Result finish_first(sum, first, operand)
+///   store_first(row, column, result)
 ///   finish_second(row, column, sum[4])
 ///   kScales, RowScale scale                   whether sums have a factor of their row
 /// A thread that multiplies has one column of the first half and keeps the operands of its rows,
 /// which come while products are formed, in registers, which leaves shared memory to the buffers.
-/// The warpgroups take panels in turns.
+/// The warpgroups take panels in turns; if K has one part, theirs are the parts of a sum.
 template <class Z, int kParts, class Epilogue>
 struct FinishHalves {
   using Own = Columns<Z, kParts, true>;
   static constexpr int kRun = Own::kRun;
   static constexpr int kWidth = 2 * kRun;
   static constexpr int kVector = 4;
+  static constexpr int kSums = kParts == 1 ? Z::kGroups : kParts;  // parts of a sum
   static constexpr int kStep = kWarpgroup * Z::kGroups / kRun;  // rows that are finished together
   static constexpr int kItems = Z::kRows / kStep;
+  // Operands that are asked for at a time, beside products: all at once, 64 KB of a block hold its
+  // first panel up by 2.5 us.
+  static constexpr int kPerTurn = 2;
+  static constexpr int kTurns = kItems / kPerTurn;
+  // Items that are finished together: one by one, each waits for its latencies.
+  static constexpr int kTogether = 4;
   static_assert(kWarpgroup * Z::kGroups % kRun == 0 && Z::kRows % kStep == 0 &&
-                kRun % kVector == 0);
+                kRun % kVector == 0 && kItems % kPerTurn == 0 && kItems % kTogether == 0);
 
   const Args& a;
   const Epilogue& epilogue;
@@ -636,18 +669,22 @@ struct FinishHalves {
   __device__ __forceinline__ static int row_of(int i) {
     return static_cast<int>(threadIdx.x) / kRun + i * kStep;
   }
+  /// Where part p of a sum is.
+  __device__ __forceinline__ std::uint32_t place(int p, int row, int at) const {
+    if constexpr (kParts > 1) return place_of_sum<Z, kParts>(mem, w, p, row, at);
+    return mem.template sums<1>(p) + 4U * static_cast<std::uint32_t>(row * Z::pitch(1) + at);
+  }
   /// The sum of N columns from place `at` of what the block finishes.
   template <int N>
   __device__ __forceinline__ void load_sum(float (&sum)[N], int row, int at) const {
-    float part[kParts][N];
+    float part[kSums][N];
 #pragma unroll
-    for (int p = 0; p < kParts; ++p)
-      load_shared(part[p], place_of_sum<Z, kParts>(mem, w, p, row, at));
+    for (int p = 0; p < kSums; ++p) load_shared(part[p], place(p, row, at));
 #pragma unroll
     for (int e = 0; e < N; ++e) {
       sum[e] = part[0][e];
 #pragma unroll
-      for (int p = 1; p < kParts; ++p) sum[e] += part[p][e];
+      for (int p = 1; p < kSums; ++p) sum[e] += part[p][e];
     }
     if constexpr (kScalesRows<Epilogue>) {
       const float factor = factors.at(mem, row);
@@ -658,24 +695,35 @@ struct FinishHalves {
 
   /// Asks for the operands of some items, or behind them for the factors.
   __device__ __forceinline__ void load(int turn) {
-    constexpr int kPerTurn = (kItems + kTurns - 1) / kTurns;
     if (turn == kTurns) {
       if constexpr (kScalesRows<Epilogue>) factors.load(epilogue.scale, w);
+      __syncwarp();  // products that follow are the whole warp's
       return;
     }
 #pragma unroll
-    for (int i = turn * kPerTurn; i < min((turn + 1) * kPerTurn, kItems); ++i)
+    for (int i = turn * kPerTurn; i < (turn + 1) * kPerTurn; ++i)
       operands[i] = epilogue.load_first(w.row + min(row_of(i), w.rows - 1), column);
+  }
+  /// kTogether items of the first half. Of rows that do not exist nothing is stored.
+  __device__ __forceinline__ void run_first(int begin) const {
+    float sum[kTogether][1];
+    typename Epilogue::Result result[kTogether];
+#pragma unroll
+    for (int j = 0; j < kTogether; ++j)
+      load_sum(sum[j], row_of(begin + j), static_cast<int>(threadIdx.x) % kRun);
+#pragma unroll
+    for (int j = 0; j < kTogether; ++j)
+      result[j] = epilogue.finish_first(sum[j][0], first, operands[begin + j]);
+#pragma unroll
+    for (int j = 0; j < kTogether; ++j)
+      if (row_of(begin + j) < w.rows)
+        epilogue.store_first(w.row + row_of(begin + j), column, result[j]);
   }
   __device__ __forceinline__ void run() const {
     if (!multiplies()) return;
 #pragma unroll
-    for (int i = 0; i < kItems; ++i) {
-      if (row_of(i) >= w.rows) break;
-      float sum[1];
-      load_sum(sum, row_of(i), static_cast<int>(threadIdx.x) % kRun);
-      epilogue.finish_first(w.row + row_of(i), column, sum[0], first, operands[i]);
-    }
+    for (int i = 0; i < kItems; i += kTogether)
+      if (row_of(i) < w.rows) run_first(i);
     constexpr int kPerRow = kRun / kVector;
 #pragma unroll 2
     for (int i = static_cast<int>(threadIdx.x); i < w.rows * kPerRow;
@@ -730,19 +778,24 @@ __global__ __launch_bounds__(Z::kThreads) void product_sm90_kernel(
     // Buffers are given back at once where x is large and their turn comes again and again, so that
     // as many copies as possible are on their way; else one panel later, so that products follow
     // each other.
-    if constexpr (kHasHalves<Epilogue>)
-      multiply_in_turns(mem, w, group, c, [&](int turn) { finish.load(turn); });
-    else if (Z::kRows >= 64 && w.count >= 2 * Z::kInputStages)
+    if constexpr (kHasHalves<Epilogue>) {
+      float all[2 * Z::kRowTiles][4] = {};
+      multiply_in_turns<Z, decltype(finish)::kTurns>(mem, w, group, all,
+                                                     [&](int turn) { finish.load(turn); });
+      if constexpr (kParts == 1)
+        put_parts(mem, group, all);
+      else
+        share_rows(mem, group, all, c);
+    } else if (Z::kRows >= 64 && w.count >= 2 * Z::kInputStages)
       multiply_panels<Z, 0>(mem, w, group, c);
     else
       multiply_panels<Z, 1>(mem, w, group, c);
   }
   // Nobody reads the buffers any more, of this block, and if sums are received there of any.
-  if constexpr (!kOneByOne)
-    if (!Z::kInTurns || group == Z::kGroups) __syncthreads();
+  if constexpr (!kOneByOne && !Z::kInTurns) __syncthreads();
   if constexpr (kMeets) cluster_arrive();
   if (group < Z::kGroups) {
-    hand_on<Z, kParts>(mem, w, group, c);
+    if constexpr (kParts > 1 || !Z::kInTurns) hand_on<Z, kParts>(mem, w, group, c);
     if constexpr (kScalesRows<Epilogue>) finish.factors.share(epilogue.scale, mem);
   } else if constexpr (kParts > 1) {
     cluster_wait();
@@ -827,7 +880,7 @@ void launch(cudaStream_t stream, const Product& f, const Epilogue& epilogue) {
       if constexpr (kWidth > 1) launch_tiles<Z, kParts, 1>(stream, tiles, args, epilogue, maps);
     }
   };
-  if constexpr (Z::kShort) {
+  if constexpr (Z::kShort && !Z::kInTurns) {
     run.template operator()<4>();
   } else {
     if constexpr (!kHasHalves<Epilogue>)
