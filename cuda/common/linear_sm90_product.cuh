@@ -753,6 +753,8 @@ __global__ __launch_bounds__(Z::kThreads) void product_sm90_kernel(
   const bool copies_panels = threadIdx.x == Z::kGroups * kWarpgroup;
   constexpr bool kOneByOne = kParts > 1 && Z::one_by_one(kParts);
   constexpr bool kMeets = kParts > 1 && Z::kShort;  // once more, when the buffers are read
+  static_assert(!kMeets || (2 * kParts - 1) * Z::sum_bytes(kParts) <=
+                               Z::kBufferBytes - 4 * Z::kRows);
   if (copies_panels)
     mem.init_barriers(kOneByOne ? w.rows * Z::kColumns * 4
                                 : (kParts - 1) * w.rows * Z::pitch(kParts) * 4);
@@ -791,7 +793,8 @@ __global__ __launch_bounds__(Z::kThreads) void product_sm90_kernel(
     else
       multiply_panels<Z, 1>(mem, w, group, c);
   }
-  // Nobody reads the buffers any more, of this block, and if sums are received there of any.
+  // Nobody reads the buffers any more, of this block (those that take turns have met), and if sums
+  // are received there of any.
   if constexpr (!kOneByOne && !Z::kInTurns) __syncthreads();
   if constexpr (kMeets) cluster_arrive();
   if (group < Z::kGroups) {
