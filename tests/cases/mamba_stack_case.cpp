@@ -141,6 +141,7 @@ std::vector<OpCase> cases() {
            Sizes{2, 67, 128, 4608, 16, 16, 4},             // panels of x_proj in turns
            Sizes{2, 65, 2048, 2112, 16, 16, 4},            // weights that leave L2 first
            Sizes{2, 68, 1088, 4160, 16, 16, 4},            // panels of a wide out_proj in turns
+           Sizes{2, 65, 2048, 4096, 16, 128, 4},           // sums received behind panels in turns
            Sizes{2, 66, 256, 512, 16, 16, 4, true, true},  // by parts: rounded residual
            Sizes{2, 129, 256, 512, 16, 16, 4},             // by parts: sequences
            Sizes{2, 1, 6, 9, 3, 2, 3, true, true},         // by parts: sizes
@@ -151,7 +152,9 @@ std::vector<OpCase> cases() {
 const RegisterOpCases kRegister(cases());
 // Mamba-130m.
 const RegisterBenchCases kRegisterBench({mamba_stack_case({24, 1, 768, 1536, 16, 48, 4}),
-                                         mamba_stack_case({24, 16, 768, 1536, 16, 48, 4})});
+                                         mamba_stack_case({24, 16, 768, 1536, 16, 48, 4}),
+                                         // Two layers of Mamba-1.4b.
+                                         mamba_stack_case({2, 128, 2048, 4096, 16, 128, 4})});
 
 }  // namespace
 }  // namespace lrnn::testing
