@@ -30,7 +30,9 @@ namespace mamba_stack {
 namespace {
 
 constexpr int kRows = kMostRows;
-constexpr int kBytesInFlight = 34000;    // of a block: more delays what the blocks exchange
+// Of a block, on their way while it waits for others: more delays what the blocks exchange.
+constexpr int kBytesExchanging = 34000;
+constexpr int kBytesStreaming = 50000;
 constexpr int kMostShared = 227 * 1024;  // bytes that a block of Hopper may have
 
 /// States of a sequence in a block.
@@ -183,7 +185,7 @@ __device__ __forceinline__ bool all_complete(const Word& w) {
 template <class Z>
 struct Copier {
   const Args& p;
-  RingWriter<Z> ring;
+  RingWriter<Z, true> ring;
 
   __device__ __forceinline__ void copy_states(const Layer& l) {
     const std::int64_t first_channel = static_cast<std::int64_t>(blockIdx.x) * Z::own(kIn);
@@ -442,7 +444,12 @@ struct Computer {
     Held<kIn> held;
     ring.hold(held);
     products<kIn>(
-        held, [&](auto& x, int) { take_r(x, squares, epoch); }, [&] { add_squares(squares); },
+        held,
+        [&](auto& x, int) {
+          take_r(x, squares, epoch);
+          turn_streaming<Z>(s.common);
+        },
+        [&] { add_squares(squares); },
         [&](int t) {
           const int own = t / 2 * kTileRows + tile_row;
           finish_in(window, l, own);
@@ -450,6 +457,7 @@ struct Computer {
           load(window, l, own + kTileRows);
           if (t / 2 == kPairs - 2) before_last();
         });
+    turn_streaming<Z>(s.common);
     meet(s.common);
   }
 
@@ -769,8 +777,12 @@ struct Computer {
               x, [](int j) { return group_of<2 * kAtOnce<kOut>>(j); },
               [&](int j) { return from + word_of(j + 2 * step); }, [&](int j) { return wanted(j); },
               [](int, const Word& w) { return complete(w); });
+          if (step == 0) turn_streaming<Z>(s.common);
         },
-        [] { ordered(); },
+        [&] {
+          turn_streaming<Z>(s.common);
+          ordered();
+        },
         [&](int) {
           const float x = rounded(finished(0));
           if (next == nullptr)
@@ -788,11 +800,12 @@ struct Computer {
       const unsigned epoch = p.epoch + static_cast<unsigned>(i);
       XWeights x_weights{};
       in_proj(l, epoch, [&] { load(x_weights, l); });
+      x_proj(x_weights, epoch);
+      // Not before: x_proj would wait for these loads as well as for its own.
       ScanLane scan_lane{};
       load(scan_lane, l);
       DtWeights dt_weights{};
       load(dt_weights, l);
-      x_proj(x_weights, epoch);
       // While others are waited for: what is taken leaves the ring to the next layer.
       States states;
       take(states);
@@ -848,15 +861,15 @@ bool step_rows(Context& ctx, const MambaStackStep& a) {
   if (a.x.dim(0) > kRows) return false;
   switch (a.x.dim(1)) {
     case 256:
-      return step<Sizes<256, 32, kBytesInFlight>>(ctx, a);
+      return step<Sizes<256, 32, kBytesExchanging, kBytesExchanging>>(ctx, a);
     case 768:
-      return step<Sizes<768, 96, kBytesInFlight>>(ctx, a);
+      return step<Sizes<768, 96, kBytesExchanging, kBytesExchanging>>(ctx, a);
     case 1024:
-      return step<Sizes<1024, 128, kBytesInFlight>>(ctx, a);
+      return step<Sizes<1024, 128, kBytesExchanging, kBytesStreaming>>(ctx, a);
     case 1536:
-      return step<Sizes<1536, 96, kBytesInFlight>>(ctx, a);
+      return step<Sizes<1536, 96, kBytesExchanging, kBytesStreaming>>(ctx, a);
     case 2048:
-      return step<Sizes<2048, 128, kBytesInFlight>>(ctx, a);
+      return step<Sizes<2048, 128, kBytesExchanging, kBytesStreaming>>(ctx, a);
     default:
       return false;
   }

@@ -10,8 +10,13 @@
 /// should be long: 16 rows of 1.5 KB at a time come at 3.2 TB/s, of 2 KB at 4.2, 8 rows of 4 KB at
 /// 4.4. What is on its way delays what the blocks exchange: a word takes 840 cycles without copies,
 /// 1200 behind 48 KB, 1600 behind 64 KB and 6800 behind 192 KB of each block, while 48 KB already
-/// come at 4.4 TB/s. So a ring is deep, but little of it is on its way at a time; and what is
-/// copied is the first to leave L2, where it would drive out what the blocks exchange.
+/// come at 4.4 TB/s. So a ring is deep, but little of it is on its way at a time, and where that
+/// helps less while the blocks exchange than while they multiply; and what is copied is the first
+/// to leave L2, where it would drive out what the blocks exchange.
+///
+/// The 120 cycles are those of a loop over the lanes that the compiler puts around a copy (see
+/// elected()). Without it a buffer is asked for at once: better for more sequences, but for one or
+/// two, whose stages are shorter, copies that come one by one disturb less.
 #pragma once
 
 #include <algorithm>
@@ -48,8 +53,9 @@ constexpr int kMaxLayers = CUDART_VERSION >= 12010 ? 64 : 24;
 enum Stage { kIn, kXDbl, kOut, kStages };
 
 /// Sizes of a model of d_model kInputs with the usual options, on kBlocks blocks, of each of which
-/// kBytesInFlight at most are on their way.
-template <int kInputs_, int kBlocks_, int kBytesInFlight>
+/// at most kBytesExchanging are on their way while it waits for others, kBytesStreaming while it
+/// multiplies.
+template <int kInputs_, int kBlocks_, int kBytesExchanging, int kBytesStreaming>
 struct Sizes {
   static constexpr int kInputs = kInputs_;
   static constexpr int kBlocks = kBlocks_;
@@ -61,9 +67,13 @@ struct Sizes {
       std::max(kBufferRows * (kInputs + kPad) * 2, (kChannels / kBlocks) * kMostRows * kDState * 4);
   /// Pieces in which a buffer is copied: each costs those who wait for it a barrier.
   static constexpr int kPieces = (kSlotBytes + kPieceBytes - 1) / kPieceBytes;
-  /// Pieces that are on their way at a time.
-  static constexpr int kInFlight =
-      std::min(kPieces * kMinSlots, kBytesInFlight / (kSlotBytes / kPieces));
+  /// Pieces of which so many bytes consist, that may be on their way.
+  static constexpr int pieces(int bytes) {
+    return std::min(kPieces * kMinSlots, bytes / (kSlotBytes / kPieces));
+  }
+  static constexpr int kLeastInFlight = pieces(kBytesExchanging);
+  static constexpr int kMostInFlight = pieces(kBytesStreaming);
+  static constexpr bool kAdapts = kLeastInFlight != kMostInFlight;
 
   __host__ __device__ static constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
   __host__ __device__ static constexpr int all(int stage) {
@@ -108,7 +118,7 @@ struct Sizes {
   __host__ __device__ static constexpr int buffers(int stage) {
     return ceil_div(own(stage), kBufferRows) * parts(stage) * (stage == kIn ? 2 : 1);
   }
-  static_assert(kPieces <= kMostPieces && kInFlight > 0 && kInputs % kUnit == 0 &&
+  static_assert(kPieces <= kMostPieces && kLeastInFlight > 0 && kInputs % kUnit == 0 &&
                 kInputs % kBlocks == 0 && kChannels % (4 * kBlocks) == 0);
 };
 
@@ -147,7 +157,8 @@ struct Common {
   Layer layers[kMaxLayers];
   std::uint64_t full[kMaxSlots][kMostPieces];
   std::uint64_t empty[kMaxSlots];
-  std::uint64_t reached;  // layers, by the warps that compute
+  std::uint64_t reached;    // layers, by the warps that compute
+  std::uint64_t streaming;  // in odd phases they multiply, and do not wait for other blocks
 
 #if __CUDA_ARCH__ >= 900
   /// By all threads of a block.
@@ -162,6 +173,7 @@ struct Common {
         barrier_init(shared_address(&empty[i]), kThreads);
       }
       barrier_init(shared_address(&reached), 1);
+      barrier_init(shared_address(&streaming), 1);
       barrier_init_done();
     }
     __syncthreads();
@@ -188,8 +200,8 @@ struct Place {
   }
 };
 
-/// The warp that copies, as it writes the ring.
-template <class Z>
+/// The warp that copies, as it writes the ring: rows of a piece one by one, or all at once.
+template <class Z, bool kAtOnce>
 struct RingWriter {
   Common& common;
   std::uint32_t ring;
@@ -200,16 +212,27 @@ struct RingWriter {
   int landed_piece = 0;
   int in_flight = 0;  // pieces
 
-  /// Waits until so little is on its way that another piece may follow.
-  __device__ __forceinline__ void pace() {
-    if (in_flight < Z::kInFlight) {
-      ++in_flight;
-      return;
-    }
+  /// Waits for the next piece that is on its way.
+  __device__ __forceinline__ void land() {
     barrier_wait(shared_address(&common.full[landed.slot][landed_piece]), landed.turn);
     if (++landed_piece < Z::kPieces) return;
     landed_piece = 0;
     landed.next(slots);
+  }
+  [[nodiscard]] __device__ __forceinline__ int most_in_flight() const {
+    const bool streams = Z::kAdapts && barrier_passed(shared_address(&common.streaming), 0);
+    return streams ? Z::kMostInFlight : Z::kLeastInFlight;
+  }
+  /// Waits until so little is on its way that another piece may follow.
+  __device__ __forceinline__ void pace() {
+    if constexpr (Z::kAdapts) {
+      for (; in_flight >= most_in_flight(); --in_flight) land();
+      ++in_flight;
+    } else if (in_flight < Z::kLeastInFlight) {
+      ++in_flight;
+    } else {
+      land();
+    }
   }
   /// `rows` rows of `bytes` each, `stride` bytes apart, to the next buffer, where they are `pitch`
   /// bytes apart.
@@ -224,7 +247,7 @@ struct RingWriter {
       const std::uint32_t full = shared_address(&common.full[place.slot][piece]);
       pace();
       // One lane's addresses are the warp's: those of several would take turns, slowly.
-      if (lane == 0) {
+      if (kAtOnce ? elected() : lane == 0) {
         barrier_expect(full, (last - first) * bytes);
 #pragma unroll 4
         for (int i = first; i < last; ++i)
@@ -296,6 +319,11 @@ __device__ __forceinline__ void order() {
 }
 __device__ __forceinline__ void ordered() {
   group_wait(kOrdered, kThreads + 32);
+}
+/// By the warps that compute, where they begin and end to multiply.
+template <class Z>
+__device__ __forceinline__ void turn_streaming(Common& common) {
+  if (Z::kAdapts && threadIdx.x == 0) barrier_arrive(shared_address(&common.streaming));
 }
 /// Prefetches the first layer, and every other one while the one before is computed: much
 /// earlier, and the weights that pass through L2 would drive it out again.

@@ -205,6 +205,29 @@ __device__ __forceinline__ void barrier_wait(std::uint32_t barrier, int parity) 
       "r"(parity)
       : "memory");
 }
+/// Whether barrier_wait() would not wait.
+__device__ __forceinline__ bool barrier_passed(std::uint32_t barrier, int parity) {
+  std::uint32_t passed;
+  asm volatile(
+      "{\n.reg .pred p;\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, p;\n}\n"
+      : "=r"(passed)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return passed != 0;
+}
+/// One thread of a warp that is all there. The compiler knows that it is one: behind any other
+/// condition it puts a loop over the lanes around each bulk copy, so that a copy takes 120 cycles.
+__device__ __forceinline__ bool elected() {
+  std::uint32_t is;
+  asm volatile(
+      "{\n.reg .pred p;\n"
+      "elect.sync _|p, 0xFFFFFFFF;\n"
+      "selp.u32 %0, 1, 0, p;\n}\n"
+      : "=r"(is));
+  return is != 0;
+}
 /// Goes round kStages buffers, each with barriers of its own: a round is a phase of them.
 template <int kStages>
 struct Ring {
