@@ -447,7 +447,7 @@ struct Computer {
         held,
         [&](auto& x, int) {
           take_r(x, squares, epoch);
-          turn_streaming<Z>(s.common);
+          set_streaming<Z>(s.common, true);
         },
         [&] { add_squares(squares); },
         [&](int t) {
@@ -457,7 +457,7 @@ struct Computer {
           load(window, l, own + kTileRows);
           if (t / 2 == kPairs - 2) before_last();
         });
-    turn_streaming<Z>(s.common);
+    set_streaming<Z>(s.common, false);
     meet(s.common);
   }
 
@@ -777,10 +777,10 @@ struct Computer {
               x, [](int j) { return group_of<2 * kAtOnce<kOut>>(j); },
               [&](int j) { return from + word_of(j + 2 * step); }, [&](int j) { return wanted(j); },
               [](int, const Word& w) { return complete(w); });
-          if (step == 0) turn_streaming<Z>(s.common);
+          if (step == 0) set_streaming<Z>(s.common, true);
         },
         [&] {
-          turn_streaming<Z>(s.common);
+          set_streaming<Z>(s.common, false);
           ordered();
         },
         [&](int) {

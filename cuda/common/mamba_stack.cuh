@@ -320,10 +320,16 @@ __device__ __forceinline__ void order() {
 __device__ __forceinline__ void ordered() {
   group_wait(kOrdered, kThreads + 32);
 }
-/// By the warps that compute, where they begin and end to multiply.
+/// By the warps that compute, where they begin and end to multiply, in turns. The wait is over at
+/// once, but synccheck wants one in every phase.
 template <class Z>
-__device__ __forceinline__ void turn_streaming(Common& common) {
-  if (Z::kAdapts && threadIdx.x == 0) barrier_arrive(shared_address(&common.streaming));
+__device__ __forceinline__ void set_streaming(Common& common, bool streams) {
+  if constexpr (!Z::kAdapts) return;
+  if (threadIdx.x == 0) {
+    barrier_arrive(shared_address(&common.streaming));
+    barrier_wait(shared_address(&common.streaming), streams ? 0 : 1);
+  }
+  __syncwarp();
 }
 /// Prefetches the first layer, and every other one while the one before is computed: much
 /// earlier, and the weights that pass through L2 would drive it out again.
