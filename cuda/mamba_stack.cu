@@ -606,15 +606,15 @@ bool step_together(Context& ctx, const MambaStackStep& a) {
   if (!usual(a) || !aligned(a)) return false;
   switch (a.x.dim(1)) {
     case 256:
-      return step_few<Sizes<256, kBlocks, kBytesInFlight, kBytesInFlight>>(ctx, a);
+      return step_few<Sizes<256, kBlocks, kBytesInFlight>>(ctx, a);
     case 768:
-      return step_few<Sizes<768, kBlocks, kBytesInFlight, kBytesInFlight>>(ctx, a);
+      return step_few<Sizes<768, kBlocks, kBytesInFlight>>(ctx, a);
     case 1024:
-      return step_few<Sizes<1024, kBlocks, kBytesInFlight, kBytesInFlight>>(ctx, a);
+      return step_few<Sizes<1024, kBlocks, kBytesInFlight>>(ctx, a);
     case 1536:
-      return step_few<Sizes<1536, kBlocks, kBytesInFlight, kBytesInFlight>>(ctx, a);
+      return step_few<Sizes<1536, kBlocks, kBytesInFlight>>(ctx, a);
     case 2048:
-      return step_few<Sizes<2048, kBlocks, kBytesInFlight, kBytesInFlight>>(ctx, a);
+      return step_few<Sizes<2048, kBlocks, kBytesInFlight>>(ctx, a);
     default:
       return false;
   }

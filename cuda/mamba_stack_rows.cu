@@ -32,6 +32,7 @@ namespace {
 constexpr int kRows = kMostRows;
 // Of a block, on their way while it waits for others: more delays what the blocks exchange.
 constexpr int kBytesExchanging = 34000;
+// And while it multiplies; of no use where layers are so small that latency binds.
 constexpr int kBytesStreaming = 50000;
 constexpr int kMostShared = 227 * 1024;  // bytes that a block of Hopper may have
 
@@ -861,9 +862,9 @@ bool step_rows(Context& ctx, const MambaStackStep& a) {
   if (a.x.dim(0) > kRows) return false;
   switch (a.x.dim(1)) {
     case 256:
-      return step<Sizes<256, 32, kBytesExchanging, kBytesExchanging>>(ctx, a);
+      return step<Sizes<256, 32, kBytesExchanging>>(ctx, a);
     case 768:
-      return step<Sizes<768, 96, kBytesExchanging, kBytesExchanging>>(ctx, a);
+      return step<Sizes<768, 96, kBytesExchanging>>(ctx, a);
     case 1024:
       return step<Sizes<1024, 128, kBytesExchanging, kBytesStreaming>>(ctx, a);
     case 1536:

@@ -55,7 +55,7 @@ enum Stage { kIn, kXDbl, kOut, kStages };
 /// Sizes of a model of d_model kInputs with the usual options, on kBlocks blocks, of each of which
 /// at most kBytesExchanging are on their way while it waits for others, kBytesStreaming while it
 /// multiplies.
-template <int kInputs_, int kBlocks_, int kBytesExchanging, int kBytesStreaming>
+template <int kInputs_, int kBlocks_, int kBytesExchanging, int kBytesStreaming = kBytesExchanging>
 struct Sizes {
   static constexpr int kInputs = kInputs_;
   static constexpr int kBlocks = kBlocks_;
@@ -67,7 +67,7 @@ struct Sizes {
       std::max(kBufferRows * (kInputs + kPad) * 2, (kChannels / kBlocks) * kMostRows * kDState * 4);
   /// Pieces in which a buffer is copied: each costs those who wait for it a barrier.
   static constexpr int kPieces = (kSlotBytes + kPieceBytes - 1) / kPieceBytes;
-  /// Pieces of which so many bytes consist, that may be on their way.
+  /// Pieces in so many bytes that may be on their way.
   static constexpr int pieces(int bytes) {
     return std::min(kPieces * kMinSlots, bytes / (kSlotBytes / kPieces));
   }
@@ -201,7 +201,7 @@ struct Place {
 };
 
 /// The warp that copies, as it writes the ring: rows of a piece one by one, or all at once.
-template <class Z, bool kAtOnce>
+template <class Z, bool kRowsAtOnce>
 struct RingWriter {
   Common& common;
   std::uint32_t ring;
@@ -247,7 +247,7 @@ struct RingWriter {
       const std::uint32_t full = shared_address(&common.full[place.slot][piece]);
       pace();
       // One lane's addresses are the warp's: those of several would take turns, slowly.
-      if (kAtOnce ? elected() : lane == 0) {
+      if (kRowsAtOnce ? elected() : lane == 0) {
         barrier_expect(full, (last - first) * bytes);
 #pragma unroll 4
         for (int i = first; i < last; ++i)

@@ -218,7 +218,8 @@ __device__ __forceinline__ bool barrier_passed(std::uint32_t barrier, int parity
   return passed != 0;
 }
 /// One thread of a warp that is all there. The compiler knows that it is one: behind any other
-/// condition it puts a loop over the lanes around each bulk copy, so that a copy takes 120 cycles.
+/// condition, and behind a bool kept of this one, it puts a loop over the lanes around each bulk
+/// copy, so that a copy takes 120 cycles.
 __device__ __forceinline__ bool elected() {
   std::uint32_t is;
   asm volatile(
