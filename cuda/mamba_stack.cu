@@ -29,6 +29,8 @@ namespace {
 
 constexpr int kBlocks = 128;
 constexpr int kBytesInFlight = 50000;  // of a block; more sequences exchange more, and want less
+// Before a block that has no row of x_proj asks for x_dbl, of which the others have much to do.
+[[maybe_unused]] constexpr unsigned kIdlePause = 600;  // ns
 // Weights of dt that the lanes of a channel read at a time.
 [[maybe_unused]] constexpr int kRankGroup = 4 * kLanes;
 
@@ -366,6 +368,7 @@ struct Computer {
     constexpr int kPairs = Z::kChannels / 4;
     constexpr int kPerThread = Z::ceil_div(kPairs, kThreads);
     constexpr int kAhead = Z::lesser(kPerThread, Z::ceil_div(kMostAhead, kRows));
+    __nanosleep(kPause);
 #pragma unroll
     for (int first = 0; first < kPerThread; first += kAhead)
       gather<kAhead * kRows>(
@@ -491,6 +494,8 @@ struct Computer {
   __device__ __forceinline__ void take_x_dbl(unsigned epoch) const {
     constexpr int kPairs = Z::kXDblRows / 2;
     static_assert(kPairs <= kThreads);
+    __nanosleep(kPause);
+    if (static_cast<int>(blockIdx.x) * Z::own(kXDbl) >= Z::kXDblRows) __nanosleep(kIdlePause);
     gather<kRows>(
         epoch,
         [&](int n) -> const Word* {

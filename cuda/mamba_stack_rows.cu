@@ -7,10 +7,15 @@
 // values in bfloat16 of a sequence; that it has not come is a pair of NaNs that no rounding gives,
 // and its author puts that back two layers before the word is used again. A fence a layer, by the
 // warp that prefetches, orders that before whatever lets the others ask for the word. The sums of
-// x_dbl over the blocks are those of the block that has the row, between two exchanges;
-// the last bit of their parts is that of the number of their layer. States come through the ring as
-// the weights do. The ring holds less than a layer, so states and the first weights of out_proj go
-// to registers as soon as they have come: the blocks wait for each other while HBM does not.
+// x_dbl over the blocks are those of a warp of some block for a row and 4 sequences, between two
+// exchanges; the last bit of their parts is that of the number of their layer. States come through
+// the ring as the weights do. The ring holds less than a layer, so states and the first weights of
+// out_proj go to registers as soon as they have come: the blocks wait for each other while HBM does
+// not.
+//
+// All blocks ask for all of v: with d_model 2048 that is 16 MB a layer from L2. There clusters of
+// two blocks share their rows of out_proj, each takes half of the depth, and they exchange sums.
+// With smaller v that takes longer than it saves.
 //
 // A sum is cut by the sizes alone, so the bits depend neither on the device nor on the number of
 // sequences.
@@ -22,6 +27,7 @@
 // layer's 19.4 us in_proj takes 4.9, x_proj 0.8, its sums 3.0 (1.7 behind the last block's parts),
 // x_dbl 2.4, scan and v 5.0, out_proj 1.5, r 1.8. (Cycles and times are those of versions that read
 // clocks.)
+#include "common/cluster.cuh"
 #include "common/mamba_stack.cuh"
 #include "core/runtime.hpp"
 
@@ -76,7 +82,6 @@ struct Shared {
   struct Scratch {
     alignas(16) bf16 x_dbl[kRows][Z::kXDblRows + 8];
     float delta[kRows][kOwn];
-    alignas(16) float reduced[2][kWarps][kRows];
   };
   union Set {
     float partials[2][kWarps][kRows][kTileRows];
@@ -86,6 +91,9 @@ struct Shared {
   alignas(16) bf16 u[kRows][kOwn + 8];
   float gate[kRows][kOwn];
   alignas(16) float squares[kWarps][kRows];
+  // Of this block's rows of out_proj, from the other block of its cluster.
+  float others[Z::kCluster > 1 ? kRows : 1][kTileRows];
+  Mailbox mailbox;
   Common common;
 };
 template <class Z>
@@ -93,12 +101,15 @@ constexpr int kRingOffset = (static_cast<int>(sizeof(Shared<Z>)) + 127) / 128 * 
 
 #if __CUDA_ARCH__ >= 900
 
-constexpr int kHeldSteps = 8;  // of a stage, whose weights wait in registers
-constexpr int kMostSteps = 8;  // of a stage, whose operand waits in registers
+constexpr unsigned kPartsPause = 300;  // ns, before a warp asks for parts of sums of x_dbl
+constexpr int kMostSteps = 8;  // of a stage, whose operand, or first weights, wait in registers
 
 __device__ __forceinline__ void store_word(Word* to, Word w) {
   asm volatile("st.relaxed.gpu.global.v2.b64 [%0], {%1, %2};" ::"l"(to), "l"(w.low), "l"(w.high)
                : "memory");
+}
+__device__ __forceinline__ void store_half(std::uint64_t* to, std::uint64_t v) {
+  asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(to), "l"(v) : "memory");
 }
 __device__ __forceinline__ void store_number(void* to, std::uint32_t v) {
   asm volatile("st.relaxed.gpu.global.b32 [%0], %1;" ::"l"(to), "r"(v) : "memory");
@@ -292,6 +303,9 @@ struct Computer {
     return mamba_stack::sum_of(parts);
   }
 
+  /// Steps of a stage whose weights wait in registers: of whole buffers, for the others stay in the
+  /// ring.
+  static constexpr int kHeldSteps = kMostSteps / Z::part(kIn) * Z::part(kIn);
   template <int kStage>
   using Held = mamba_stack::Held<Z, kStage, kHeldSteps>;
 
@@ -318,10 +332,10 @@ struct Computer {
       Z::steps(kStage) / Z::ceil_div(Z::steps(kStage), kMostSteps);  // steps
 
   /// All products of a stage, whose first weights are held. take(x, i) brings the operand of
-  /// kAtOnce steps from step i on; before() precedes the barrier of the first tiles; finish(t) gets
+  /// kAtOnce steps from step i on; join(t) is a barrier of the warps, behind tile t; finish(t) gets
   /// tiles t and t + 1.
-  template <int kStage, class Take, class Before, class Finish>
-  __device__ __forceinline__ void products(const Held<kStage>& held, Take take, Before before,
+  template <int kStage, class Take, class Join, class Finish>
+  __device__ __forceinline__ void products(const Held<kStage>& held, Take take, Join join,
                                            Finish finish) {
     constexpr int kSteps = Z::steps(kStage);
     constexpr int kTiles = Z::tiles(kStage);
@@ -358,8 +372,7 @@ struct Computer {
         }
       }
       if (t % 2 == 0 && t + 1 < kTiles) continue;
-      if (t <= 1) before();
-      sync();
+      join(t);
       finish(t / 2 * 2);
       turn = (turn + 1) % Shared<Z>::kSets;
     }
@@ -450,7 +463,10 @@ struct Computer {
           take_r(x, squares, epoch);
           set_streaming<Z>(s.common, true);
         },
-        [&] { add_squares(squares); },
+        [&](int t) {
+          if (t == 1) add_squares(squares);
+          sync();
+        },
         [&](int t) {
           const int own = t / 2 * kTileRows + tile_row;
           finish_in(window, l, own);
@@ -499,13 +515,17 @@ struct Computer {
       w.lower[i] = load_depth(row + std::int64_t{8} * Z::kChannels, lane);
     }
   }
-  /// Of a block's parts of a row: word q has sequences 2 q, 2 q + 1, 2 q + 8 and 2 q + 9.
-  static constexpr int kPartWords = kRows / 4;
+  /// Of a block's part of a row: word q has sequences 4 q to 4 q + 3.
+  static constexpr int kQuads = kRows / 4;
+  __device__ __forceinline__ static int part_word(int row, int quad, int from) {
+    return (row * Z::kBlocks + from) * kQuads + quad;
+  }
   __device__ __forceinline__ void x_proj(const XWeights& w, unsigned epoch) const {
     if (warp >= kXTiles) return;
     Depth u[2];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) u[half] = load_depth(s.u[8 * half + lane / 4], lane);
+    for (int half = 0; half < 2; ++half)  // a lane gets sums of columns 2 q and 2 q + 1 of both
+      u[half] = load_depth(s.u[lane / 8 * 4 + 2 * half + lane / 4 % 2], lane);
 #pragma unroll
     for (int i = 0; i < kMyTiles; ++i) {
       const int tile = warp + i * kWarps;
@@ -519,62 +539,74 @@ struct Computer {
         for (int half = 0; half < 2; ++half)
           multiply_add(c[half], a, u[half].v[k].x, u[half].v[k].y);
       }
-      if (lane % 4 * 2 >= batch) continue;
-      Word* const to = words(0) + To::partials +
-                       ((tile * kTileRows + lane / 4) * Z::kBlocks + block) * kPartWords + lane % 4;
+      const int quad = lane % 4;
+      if (4 * quad >= batch) continue;
 #pragma unroll
       for (int j = 0; j < 2; ++j)
-        store_word(to + j * 8 * Z::kBlocks * kPartWords,
-                   {joined(tagged(c[0][2 * j], epoch), tagged(c[0][2 * j + 1], epoch)),
-                    joined(tagged(c[1][2 * j], epoch), tagged(c[1][2 * j + 1], epoch))});
+        store_word(
+            words(0) + To::partials + part_word(tile * kTileRows + lane / 4 + 8 * j, quad, block),
+            {joined(tagged(c[0][2 * j], epoch), tagged(c[0][2 * j + 1], epoch)),
+             joined(tagged(c[1][2 * j], epoch), tagged(c[1][2 * j + 1], epoch))});
     }
   }
-  static constexpr int kMyRows = Z::ceil_div(Z::kXDblRows, Z::kBlocks);
+  /// Sums over the lanes: of sequence lane / 8 of four.
+  __device__ __forceinline__ float warp_sums(const float (&v)[4]) const {
+    constexpr unsigned kAll = 0xFFFFFFFFU;
+    const bool late = (lane & 16) != 0;
+    const bool odd = (lane & 8) != 0;
+    const float even_sum = (late ? v[2] : v[0]) + __shfl_xor_sync(kAll, late ? v[0] : v[2], 16);
+    const float odd_sum = (late ? v[3] : v[1]) + __shfl_xor_sync(kAll, late ? v[1] : v[3], 16);
+    float sum = (odd ? odd_sum : even_sum) + __shfl_xor_sync(kAll, odd ? even_sum : odd_sum, 8);
+#pragma unroll
+    for (int offset = 4; offset > 0; offset /= 2) sum += __shfl_xor_sync(kAll, sum, offset);
+    return sum;
+  }
+  /// The four of warp_sums(), rounded, in every lane.
+  __device__ __forceinline__ std::uint64_t packed(float sum) const {
+    constexpr unsigned kAll = 0xFFFFFFFFU;
+    const float neighbour = __shfl_xor_sync(kAll, sum, 8);
+    const std::uint32_t pair =
+        (lane & 8) != 0 ? pack_bf16(neighbour, sum) : pack_bf16(sum, neighbour);
+    const std::uint32_t other = __shfl_xor_sync(kAll, pair, 16);
+    return (lane & 16) != 0 ? joined(other, pair) : joined(pair, other);
+  }
+  /// A warp has a row for four sequences. The warps that have none wait for the others, whom they
+  /// would slow down by asking for x_dbl.
   __device__ __forceinline__ void reduce_x_dbl(unsigned epoch) const {
-    if (block >= Z::kXDblRows) return;
-    constexpr int kWords = Z::kBlocks * kPartWords;
-    constexpr int kCount = Z::ceil_div(kWords, kThreads);
-    Word v[kMyRows * kCount];
-    const Word* const from = words(0) + To::partials + block * kWords + thread;
-    static_assert(kMyRows * kCount <= kGroups);
+    static_assert(Z::kXDblRows * kQuads <= kWarps * Z::kBlocks);
+    const int mine = warp * Z::kBlocks + block;
+    if (mine < Z::kXDblRows * kQuads) reduce_x_dbl(mine / kQuads, mine % kQuads, epoch);
+    sync();
+  }
+  __device__ __forceinline__ void reduce_x_dbl(int row, int quad, unsigned epoch) const {
+    constexpr int kCount = Z::kBlocks / 32;
+    static_assert(Z::kBlocks % 32 == 0 && kCount <= kGroups);
+    __nanosleep(kPartsPause);
+    Word v[kCount];
+    const Word* const from = words(0) + To::partials;
     gather(
         v, [](int j) { return j; },
-        [&](int j) { return from + j / kCount * Z::kBlocks * kWords + j % kCount * kThreads; },
-        [&](int j) {
-          return block + j / kCount * Z::kBlocks < Z::kXDblRows && lane % 4 * 2 < batch &&
-                 thread + j % kCount * kThreads < kWords;
-        },
+        [&](int j) { return from + part_word(row, quad, lane + 32 * j); },
+        [&](int) { return 4 * quad < batch; },
         [&](int, const Word& w) { return of_layer(w, epoch); });
+    float sums[4] = {};
 #pragma unroll
-    for (int i = 0; i < kMyRows; ++i) {
-      float sums[4] = {};
-#pragma unroll
-      for (int j = 0; j < kCount; ++j) {
-        const Word& w = v[i * kCount + j];
-        sums[0] += untagged(lower(w.low));
-        sums[1] += untagged(upper(w.low));
-        sums[2] += untagged(lower(w.high));
-        sums[3] += untagged(upper(w.high));
-      }
-      add_lanes(sums);
-      if (lane >= kPartWords) continue;
-      float* const to = scratch().reduced[i][warp] + 2 * lane;
-      *reinterpret_cast<float2*>(to) = make_float2(sums[0], sums[1]);
-      *reinterpret_cast<float2*>(to + 8) = make_float2(sums[2], sums[3]);
+    for (int j = 0; j < kCount; ++j) {
+      sums[0] += untagged(lower(v[j].low));
+      sums[1] += untagged(upper(v[j].low));
+      sums[2] += untagged(lower(v[j].high));
+      sums[3] += untagged(upper(v[j].high));
     }
-    sync();
-    if (warp != 0) return;
-    const int i = lane / kRows;
-    const int row = block + i * Z::kBlocks;
-    float parts[kWarps];
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) parts[w] = scratch().reduced[i][w][lane % kRows];
-    const Word word = pack<1>(mamba_stack::sum_of(parts));
-    if (lane % 8 == 0 && i < kMyRows && row < Z::kXDblRows)
-      for (int copy = 0; copy < To::kCopies; ++copy)
-        publish(To::x_dbl + 2 * (copy * Z::kXDblRows + row) + lane / 8 % 2, word, epoch);
+    const std::uint64_t word = packed(warp_sums(sums));
+    // As publish(), half a word, all copies at once.
+    const bool clears = lane >= To::kCopies;
+    if (lane >= 2 * To::kCopies) return;
+    Word* const to = words(epoch + (clears ? 2 : 0)) + To::x_dbl +
+                     2 * (lane % To::kCopies * Z::kXDblRows + row) + quad / 2;
+    store_half(quad % 2 == 0 ? &to->low : &to->high, clears ? ~std::uint64_t{0} : word);
   }
   __device__ __forceinline__ void take_x_dbl(unsigned epoch) const {
+    __nanosleep(kPause);
     constexpr int kCount = Z::ceil_div(2 * Z::kXDblRows, kThreads);
     Word v[kCount];
     const Word* const from =
@@ -767,10 +799,22 @@ struct Computer {
     else
       static_cast<float*>(p.residual_out)[output()] = residual;
   }
+  /// The sum of this thread's output over all of the depth.
+  __device__ __forceinline__ float finished_out(int rank, unsigned epoch) const {
+    if constexpr (Z::kCluster == 1) return finished(0);
+    static_assert(Z::kCluster == 1 || (Z::kCluster == 2 && kOutputs == kTileRows));
+    send(&s.others[sequence][tile_row], s.mailbox, rank ^ 1, finished(rank ^ 1));
+    const float mine = finished(rank);
+    s.mailbox.wait(static_cast<int>((epoch - p.epoch) % 2));
+    return mine + s.others[sequence][tile_row];
+  }
   __device__ __forceinline__ void out_proj(const Held<kOut>& held, const Layer* next,
                                            unsigned epoch) {
     const float weight = next != nullptr ? norm_weight(*next) : 0.0F;
-    const Word* const from = lane_words(words(epoch) + To::v);
+    const int rank = block % Z::kCluster;
+    const Word* const from =
+        lane_words(words(epoch) + To::v) + rank * operand_word(0, Z::depth(kOut));
+    if (Z::kCluster > 1 && thread == 0) s.mailbox.expect(sizeof s.others);
     products<kOut>(
         held,
         [&](auto& x, int step) {
@@ -780,12 +824,12 @@ struct Computer {
               [](int, const Word& w) { return complete(w); });
           if (step == 0) set_streaming<Z>(s.common, true);
         },
-        [&] {
+        [&](int) {
           set_streaming<Z>(s.common, false);
-          ordered();
+          ordered();  // the warps' barrier as well
         },
         [&](int) {
-          const float x = rounded(finished(0));
+          const float x = rounded(finished_out(rank, epoch));
           if (next == nullptr)
             leave(x);
           else
@@ -830,7 +874,9 @@ __global__ __launch_bounds__(kAllThreads, 1) void rows_kernel(const __grid_const
   extern __shared__ __align__(128) char shared[];
   auto& s = *reinterpret_cast<Shared<Z>*>(shared);
   char* const ring = shared + kRingOffset<Z>;
+  if (Z::kCluster > 1 && threadIdx.x == 0) s.mailbox.init();
   s.common.prepare(p);
+  if constexpr (Z::kCluster > 1) cluster_meet();
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int warp = static_cast<int>(threadIdx.x) / 32;
   if (warp == kWarps)
@@ -870,7 +916,7 @@ bool step_rows(Context& ctx, const MambaStackStep& a) {
     case 1536:
       return step<Sizes<1536, 96, kBytesExchanging, kBytesStreaming>>(ctx, a);
     case 2048:
-      return step<Sizes<2048, 128, kBytesExchanging, kBytesStreaming>>(ctx, a);
+      return step<Sizes<2048, 128, kBytesExchanging, kBytesStreaming, 2>>(ctx, a);
     default:
       return false;
   }

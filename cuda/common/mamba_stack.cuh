@@ -14,6 +14,11 @@
 /// helps less while the blocks exchange than while they multiply; and what is copied is the first
 /// to leave L2, where it would drive out what the blocks exchange.
 ///
+/// Who asks for a word that cannot be there yet slows down those who make it: all blocks ask for
+/// the same few lines of L2, through which the words must come. So warps that have nothing else to
+/// do sleep first, and those that have no part in a stage wait for the others of their block. To
+/// sleep between two questions for the same word costs more than it gains.
+///
 /// The 120 cycles are those of a loop over the lanes that the compiler puts around a copy (see
 /// elected()). Without it a buffer is asked for at once: better for more sequences, but for one or
 /// two, whose stages are shorter, copies that come one by one disturb less.
@@ -46,6 +51,8 @@ constexpr int kStates = 4;      // of a lane
 constexpr int kLanes = 4;       // of a channel
 constexpr int kDState = kStates * kLanes;
 constexpr int kWidth = 4;  // of the convolution
+// Before a warp asks for words that cannot be there yet.
+[[maybe_unused]] constexpr unsigned kPause = 200;  // ns
 // Whose pointers are arguments, of 4 KB before CUDA 12.1.
 constexpr int kMaxLayers = CUDART_VERSION >= 12010 ? 64 : 24;
 
@@ -54,11 +61,13 @@ enum Stage { kIn, kXDbl, kOut, kStages };
 
 /// Sizes of a model of d_model kInputs with the usual options, on kBlocks blocks, of each of which
 /// at most kBytesExchanging are on their way while it waits for others, kBytesStreaming while it
-/// multiplies.
-template <int kInputs_, int kBlocks_, int kBytesExchanging, int kBytesStreaming = kBytesExchanging>
+/// multiplies. kCluster blocks share their rows of out_proj: each takes a part of the depth.
+template <int kInputs_, int kBlocks_, int kBytesExchanging, int kBytesStreaming = kBytesExchanging,
+          int kCluster_ = 1>
 struct Sizes {
   static constexpr int kInputs = kInputs_;
   static constexpr int kBlocks = kBlocks_;
+  static constexpr int kCluster = kCluster_;
   static constexpr int kChannels = 2 * kInputs;
   static constexpr int kRank = kInputs / 16;
   static constexpr int kXDblRows = kRank + 2 * kDState;
@@ -82,19 +91,29 @@ struct Sizes {
   __host__ __device__ static constexpr int lesser(int a, int b) { return a < b ? a : b; }
   /// Rows of a block.
   __host__ __device__ static constexpr int own(int stage) { return ceil_div(all(stage), kBlocks); }
-  __host__ __device__ static constexpr int depth(int stage) {
+  __host__ __device__ static constexpr int shared_by(int stage) {
+    return stage == kOut ? kCluster : 1;
+  }
+  /// Rows that a block multiplies, and how much of their length.
+  __host__ __device__ static constexpr int multiplied(int stage) {
+    return own(stage) * shared_by(stage);
+  }
+  __host__ __device__ static constexpr int length(int stage) {
     return stage == kIn ? kInputs : kChannels;
+  }
+  __host__ __device__ static constexpr int depth(int stage) {
+    return length(stage) / shared_by(stage);
   }
   __host__ __device__ static constexpr int steps(int stage) { return depth(stage) / kUnit; }
   /// Tiles of rows; in kIn those of u and z take turns.
   __host__ __device__ static constexpr int tiles(int stage) {
-    return ceil_div(own(stage), kTileRows) * (stage == kIn ? 2 : 1);
+    return ceil_div(multiplied(stage), kTileRows) * (stage == kIn ? 2 : 1);
   }
   __host__ __device__ static constexpr int first_row(int stage, int tile) {
     return (stage == kIn ? tile / 2 : tile) * kTileRows;
   }
   __host__ __device__ static constexpr int rows(int stage, int tile) {
-    return lesser(kTileRows, own(stage) - first_row(stage, tile));
+    return lesser(kTileRows, multiplied(stage) - first_row(stage, tile));
   }
   /// Buffers that take its rows: the first kBufferRows, and the others.
   __host__ __device__ static constexpr int halves(int stage, int tile) {
@@ -106,7 +125,7 @@ struct Sizes {
   /// Steps that a buffer of the ring takes: depth by depth of kIn, which divides the others'.
   __host__ __device__ static constexpr int part(int stage) {
     constexpr int kInputSteps = kInputs / kUnit;
-    const int rows = lesser(kBufferRows, own(stage));
+    const int rows = lesser(kBufferRows, multiplied(stage));
     const int room = (kSlotBytes / rows / 2 - kPad) / kUnit;
     return lesser(steps(stage), room / kInputSteps * kInputSteps);
   }
@@ -116,10 +135,11 @@ struct Sizes {
   __host__ __device__ static constexpr int pitch(int stage) { return part(stage) * kUnit + kPad; }
   /// Buffers that the weights of a stage fill.
   __host__ __device__ static constexpr int buffers(int stage) {
-    return ceil_div(own(stage), kBufferRows) * parts(stage) * (stage == kIn ? 2 : 1);
+    return ceil_div(multiplied(stage), kBufferRows) * parts(stage) * (stage == kIn ? 2 : 1);
   }
   static_assert(kPieces <= kMostPieces && kLeastInFlight > 0 && kInputs % kUnit == 0 &&
-                kInputs % kBlocks == 0 && kChannels % (4 * kBlocks) == 0);
+                kInputs % kBlocks == 0 && kChannels % (4 * kBlocks) == 0 &&
+                kBlocks % kCluster == 0);
 };
 
 /// Pointers of one layer.
@@ -261,20 +281,23 @@ struct RingWriter {
   /// What this block has of the weight of a stage.
   template <int kStage>
   __device__ __forceinline__ void copy_stage(const Layer& l) {
+    constexpr int kLength = Z::length(kStage);
     constexpr int kDepth = Z::depth(kStage);
     constexpr int kPart = Z::part(kStage) * kUnit;
-    const int first = static_cast<int>(blockIdx.x) * Z::own(kStage);
+    constexpr int kSharedBy = Z::shared_by(kStage);
+    const int first = static_cast<int>(blockIdx.x) / kSharedBy * Z::multiplied(kStage);
     if (first >= Z::all(kStage)) return;
 #pragma unroll 1
     for (int t = 0; t < Z::tiles(kStage); ++t) {
       const int row =
           first + Z::first_row(kStage, t) + (kStage == kIn && t % 2 != 0 ? Z::kChannels : 0);
-      const bf16* const from = l.weights[kStage] + std::int64_t{row} * kDepth;
+      const bf16* const from = l.weights[kStage] + std::int64_t{row} * kLength +
+                               static_cast<int>(blockIdx.x) % kSharedBy * kDepth;
 #pragma unroll 1
       for (int k = 0; k < kDepth; k += kPart)
 #pragma unroll 1
         for (int h = 0; h < Z::halves(kStage, t); ++h)
-          copy(from + h * kBufferRows * kDepth + k, kDepth * 2, Z::rows(kStage, t, h),
+          copy(from + h * kBufferRows * kLength + k, kLength * 2, Z::rows(kStage, t, h),
                min(kPart, kDepth - k) * 2, Z::pitch(kStage) * 2);
     }
   }
@@ -572,19 +595,33 @@ bool fits(Kernel* kernel, int blocks) {
          attributes.ptxVersion >= 90 && (sizeof(Args) <= 4096 || driver >= 12010);
 }
 
+/// How blocks that run at the same time are launched, by clusters.
+struct Launch {
+  cudaLaunchAttribute attributes[2] = {};
+  cudaLaunchConfig_t config = {};
+
+  Launch(cudaStream_t stream, int blocks, int cluster, int shared) {
+    attributes[0].id = cudaLaunchAttributeCooperative;
+    attributes[0].val.cooperative = 1;
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+    config.gridDim = static_cast<unsigned>(blocks);
+    config.blockDim = kAllThreads;
+    config.dynamicSmemBytes = static_cast<std::size_t>(shared);
+    config.stream = stream;
+    config.attrs = attributes;
+    config.numAttrs = cluster > 1 ? 2 : 1;
+  }
+  Launch(const Launch&) = delete;
+  Launch& operator=(const Launch&) = delete;
+};
+/// Whether so many clusters run at the same time: a device has multiprocessors that are of use to
+/// none.
 template <class Kernel>
-void launch(cudaStream_t stream, Kernel* kernel, int blocks, int shared, const Args& p) {
-  cudaLaunchAttribute together{};
-  together.id = cudaLaunchAttributeCooperative;
-  together.val.cooperative = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = static_cast<unsigned>(blocks);
-  config.blockDim = kAllThreads;
-  config.dynamicSmemBytes = static_cast<std::size_t>(shared);
-  config.stream = stream;
-  config.attrs = &together;
-  config.numAttrs = 1;
-  LRNN_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, p));
+bool clusters_fit(Kernel* kernel, const Launch& launch, int clusters) {
+  int count = 0;
+  LRNN_CUDA_CHECK(cudaOccupancyMaxActiveClusters(&count, kernel, &launch.config));
+  return count >= clusters;
 }
 
 /// Takes all layers, numbered from `first_epoch`, kMaxLayers at most in a launch. The ring, of at
@@ -599,6 +636,8 @@ bool step_layers(Context& ctx, const MambaStackStep& a, Kernel* kernel, int offs
   const int shared = offset + p.slots * Z::kSlotBytes;
   LRNN_CUDA_CHECK(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
+  const Launch launch(ctx.stream().handle, Z::kBlocks, Z::kCluster, shared);
+  if (Z::kCluster > 1 && !clusters_fit(kernel, launch, Z::kBlocks / Z::kCluster)) return false;
   Tensor exchange = words();
   p.words = exchange.view().raw();
   p.batch = static_cast<int>(a.x.dim(0));
@@ -616,7 +655,7 @@ bool step_layers(Context& ctx, const MambaStackStep& a, Kernel* kernel, int offs
       p.layers[j] = pointers(a.layers[static_cast<std::size_t>(begin + j)]);
     p.x = i == 0 ? a.x.data<bf16>() : p.y;
     p.residual = i > 0 ? p.residual_out : a.residual ? a.residual.raw() : nullptr;
-    launch(ctx.stream().handle, kernel, Z::kBlocks, shared, p);
+    LRNN_CUDA_CHECK(cudaLaunchKernelEx(&launch.config, kernel, p));
   }
   return true;
 }
