@@ -8,9 +8,51 @@
 namespace lrnn::cuda::linear_sm90 {
 namespace {
 
+using Window = conv::Window<bf16, conv::kUsualWidth>;
+
+/// What stays of a window. The oldest value is not read: its register would be used for something
+/// else, for which a warp would wait until all windows asked for so far are there.
+struct KeptWindow {
+  float second;
+  Packed<float, 2> newer;
+
+  __device__ __forceinline__ void load(const float* window) {
+    newer.load(window + 2);
+    second = window[1];
+  }
+};
+/// A channel's window after its input, and its output.
+struct Advanced {
+  float moved[conv::kUsualWidth];
+  float output;
+};
+/// Parameters of a channel.
+struct ChannelParameters {
+  Packed<bf16, conv::kUsualWidth> taps;
+  Packed<bf16, 1> conv_bias = {};
+  Packed<bf16, 1> bias = {};  // of the projection
+
+  __device__ __forceinline__ void load(const conv::Conv<bf16>& conv, const bf16* projection_bias,
+                                       int c) {
+    taps.load_constant(conv.weight + std::int64_t{c} * conv::kUsualWidth);
+    if (conv.bias != nullptr) conv_bias.load_constant(conv.bias + c);
+    if (projection_bias != nullptr) bias.load_constant(projection_bias + c);
+  }
+  __device__ __forceinline__ Advanced advance(const conv::Conv<bf16>& conv, float sum,
+                                              const KeptWindow& w) const {
+    const float newest = to_float(from_float<bf16>(sum + bias.get(0)));
+    Advanced v{.moved = {w.second, w.newer.get(0), w.newer.get(1), newest}, .output = 0.0F};
+    v.output = Window::output(conv, taps, conv_bias, v.moved);
+    return v;
+  }
+};
+__device__ __forceinline__ float* window_of(const conv::Conv<bf16>& conv, float* state, int r,
+                                            int c) {
+  return state + (std::int64_t{r} * conv.channels + c) * conv::kUsualWidth;
+}
+
 /// What becomes of a sum: a channel of the convolution, or a column that is stored.
 struct Channel {
-  using Window = conv::Window<bf16, conv::kUsualWidth>;
   static constexpr bool kNarrow = true;  // neighbouring lanes have neighbouring windows
 
   conv::Conv<bf16> conv;
@@ -21,28 +63,33 @@ struct Channel {
   [[nodiscard]] bool allows(int, std::int64_t) const { return true; }
   template <int N>
   struct Operands {
-    Window window;
-    Packed<bf16, 1> bias;
+    KeptWindow window;
+    ChannelParameters own;
   };
   __device__ __forceinline__ void prefetch(int r, int c) const {
-    constexpr int kPerLine = 128 / static_cast<int>(sizeof(Window::values));
-    if (c < conv.channels && c % kPerLine == 0)
-      prefetch_to_l2(state + (std::int64_t{r} * conv.channels + c) * conv::kUsualWidth);
+    constexpr int kPerLine = 128 / (4 * conv::kUsualWidth);
+    if (c < conv.channels && c % kPerLine == 0) prefetch_to_l2(window_of(conv, state, r, c));
   }
   template <int N>
   __device__ __forceinline__ Operands<N> load(int r, int c) const {
     static_assert(N == 1);
-    Operands<N> o{};
-    if (bias != nullptr) o.bias.load_constant(bias + c);
-    // The last channel stands for the columns beside.
-    o.window.load(conv, r, min(c, static_cast<int>(conv.channels) - 1), state);
+    Operands<N> o;
+    // The last channel stands for the columns beside, but for their bias.
+    const int channel = min(c, static_cast<int>(conv.channels) - 1);
+    o.own.load(conv, nullptr, channel);
+    if (bias != nullptr) o.own.bias.load_constant(bias + c);
+    o.window.load(window_of(conv, state, r, channel));
     return o;
   }
   template <int N>
   __device__ __forceinline__ void finish(int r, int c, float (&sum)[N], Operands<N>& o) const {
-    float v = sum[0] + o.bias.get(0);
-    if (c < conv.channels) v = o.window.advance(conv, r, c, to_float(from_float<bf16>(v)), state);
-    y.row(r)[c] = from_float<bf16>(v);
+    if (c >= conv.channels) {
+      y.row(r)[c] = from_float<bf16>(sum[0] + o.own.bias.get(0));
+      return;
+    }
+    const Advanced v = o.own.advance(conv, sum[0], o.window);
+    store_packed(window_of(conv, state, r, c), v.moved);
+    y.row(r)[c] = from_float<bf16>(v.output);
   }
 };
 
@@ -50,17 +97,9 @@ struct Channel {
 template <bool kScales_>
 struct HalfChannels {
   static constexpr bool kScales = kScales_;
-  using Window = Channel::Window;
-  /// What stays of a window. The oldest value is not read: its register would be used for something
-  /// else, for which a warp would wait until all windows asked for so far are there.
-  struct Operand {
-    float second;
-    Packed<float, 2> newer;
-  };
-  struct Result {
-    float moved[conv::kUsualWidth];  // the window
-    float output;
-  };
+  using Operand = KeptWindow;
+  using Result = Advanced;
+  using First = ChannelParameters;
 
   conv::Conv<bf16> conv;
   const bf16* bias;  // of the projection, or null
@@ -68,33 +107,22 @@ struct HalfChannels {
   float* state;
   RowScale scale;
 
-  struct First {
-    Packed<bf16, conv::kUsualWidth> taps;
-    Packed<bf16, 1> conv_bias, bias;
-  };
   __device__ __forceinline__ First first(int c) const {
-    First o{};
-    o.taps.load_constant(conv.weight + std::int64_t{c} * conv::kUsualWidth);
-    if (conv.bias != nullptr) o.conv_bias.load_constant(conv.bias + c);
-    if (bias != nullptr) o.bias.load_constant(bias + c);
-    return o;
+    First own;
+    own.load(conv, bias, c);
+    return own;
   }
   __device__ __forceinline__ Operand load_first(int r, int c) const {
-    const float* const window = window_of(r, c);
     Operand o;
-    o.newer.load(window + 2);
-    o.second = window[1];
+    o.load(window_of(conv, state, r, c));
     return o;
   }
   __device__ __forceinline__ Result finish_first(float sum, const First& own,
                                                  const Operand& o) const {
-    const float newest = to_float(from_float<bf16>(sum + own.bias.get(0)));
-    Result v{.moved = {o.second, o.newer.get(0), o.newer.get(1), newest}, .output = 0.0F};
-    v.output = Window::output(conv, own.taps, own.conv_bias, v.moved);
-    return v;
+    return own.advance(conv, sum, o);
   }
   __device__ __forceinline__ void store_first(int r, int c, const Result& v) const {
-    store_packed(window_of(r, c), v.moved);
+    store_packed(window_of(conv, state, r, c), v.moved);
     y.row(r)[c] = from_float<bf16>(v.output);
   }
   template <int N>
@@ -106,11 +134,6 @@ struct HalfChannels {
       for (int e = 0; e < N; ++e) sum[e] += b.get(e);
     }
     store_packed(y.row(r) + c, sum);
-  }
-
- private:
-  __device__ __forceinline__ float* window_of(int r, int c) const {
-    return state + (std::int64_t{r} * conv.channels + c) * conv::kUsualWidth;
   }
 };
 
