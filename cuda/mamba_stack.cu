@@ -29,8 +29,8 @@ namespace {
 
 constexpr int kBlocks = 128;
 constexpr int kBytesInFlight = 50000;  // of a block; more sequences exchange more, and want less
-// Before a block that has no row of x_proj asks for x_dbl, of which the others have much to do.
-[[maybe_unused]] constexpr unsigned kIdlePause = 600;  // ns
+// For each row of x_proj that a block has, before one that has none asks for x_dbl.
+[[maybe_unused]] constexpr unsigned kIdlePause = 500;  // ns
 // Weights of dt that the lanes of a channel read at a time.
 [[maybe_unused]] constexpr int kRankGroup = 4 * kLanes;
 
@@ -494,8 +494,9 @@ struct Computer {
   __device__ __forceinline__ void take_x_dbl(unsigned epoch) const {
     constexpr int kPairs = Z::kXDblRows / 2;
     static_assert(kPairs <= kThreads);
-    __nanosleep(kPause);
-    if (static_cast<int>(blockIdx.x) * Z::own(kXDbl) >= Z::kXDblRows) __nanosleep(kIdlePause);
+    constexpr int kOwn = Z::own(kXDbl);
+    __nanosleep(kPause * kOwn);
+    if (static_cast<int>(blockIdx.x) * kOwn >= Z::kXDblRows) __nanosleep(kIdlePause * kOwn);
     gather<kRows>(
         epoch,
         [&](int n) -> const Word* {
