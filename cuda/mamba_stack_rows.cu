@@ -546,16 +546,23 @@ struct Computer {
              joined(tagged(c[1][2 * j], epoch), tagged(c[1][2 * j + 1], epoch))});
     }
   }
+  /// Adds four values over four lanes, kStride apart: lane j of them gets the sum of v[j].
+  template <int kStride>
+  __device__ __forceinline__ float sum_of_four(const float (&v)[4]) const {
+    constexpr unsigned kAll = 0xFFFFFFFFU;
+    const bool late = (lane & 2 * kStride) != 0;
+    const bool odd = (lane & kStride) != 0;
+    const float even_sum =
+        (late ? v[2] : v[0]) + __shfl_xor_sync(kAll, late ? v[0] : v[2], 2 * kStride);
+    const float odd_sum =
+        (late ? v[3] : v[1]) + __shfl_xor_sync(kAll, late ? v[1] : v[3], 2 * kStride);
+    return (odd ? odd_sum : even_sum) + __shfl_xor_sync(kAll, odd ? even_sum : odd_sum, kStride);
+  }
   /// Sums over the lanes: of sequence lane / 8 of four.
   __device__ __forceinline__ float warp_sums(const float (&v)[4]) const {
-    constexpr unsigned kAll = 0xFFFFFFFFU;
-    const bool late = (lane & 16) != 0;
-    const bool odd = (lane & 8) != 0;
-    const float even_sum = (late ? v[2] : v[0]) + __shfl_xor_sync(kAll, late ? v[0] : v[2], 16);
-    const float odd_sum = (late ? v[3] : v[1]) + __shfl_xor_sync(kAll, late ? v[1] : v[3], 16);
-    float sum = (odd ? odd_sum : even_sum) + __shfl_xor_sync(kAll, odd ? even_sum : odd_sum, 8);
+    float sum = sum_of_four<8>(v);
 #pragma unroll
-    for (int offset = 4; offset > 0; offset /= 2) sum += __shfl_xor_sync(kAll, sum, offset);
+    for (int offset = 4; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xFFFFFFFFU, sum, offset);
     return sum;
   }
   /// The four of warp_sums(), rounded, in every lane.
@@ -700,20 +707,11 @@ struct Computer {
                    make_float4(low(B.x), high(B.x), low(B.y), high(B.y)),
                    make_float4(low(C.x), high(C.x), low(C.y), high(C.y)));
   }
-  /// Sums over the lanes of a channel: lane j gets that of y[j].
-  __device__ __forceinline__ float lane_sum(const float (&y)[kLanes]) const {
-    constexpr unsigned kAll = 0xFFFFFFFFU;
-    const bool late = (lane & 2) != 0;
-    const bool odd = (lane & 1) != 0;
-    const float even_sum = (late ? y[2] : y[0]) + __shfl_xor_sync(kAll, late ? y[0] : y[2], 2);
-    const float odd_sum = (late ? y[3] : y[1]) + __shfl_xor_sync(kAll, late ? y[1] : y[3], 2);
-    return (odd ? odd_sum : even_sum) + __shfl_xor_sync(kAll, odd ? even_sum : odd_sum, 1);
-  }
   /// Outputs of kLanes rounds, of which lane j finishes round first + j.
   __device__ __forceinline__ void publish_gated(const ScanLane& a, const float (&y)[kLanes], int n,
                                                 unsigned epoch) const {
     const int own = channel();
-    const float v = fmaf(a.D, to_float(s.u[n][own]), lane_sum(y)) * s.gate[n][own];
+    const float v = fmaf(a.D, to_float(s.u[n][own]), sum_of_four<1>(y)) * s.gate[n][own];
     const Word word = pack<kLanes>(v);
     if (lane < kLanes && n < batch)
       publish(To::v + operand_word(n, first_channel + own), word, epoch);
@@ -734,7 +732,7 @@ struct Computer {
   }
   __device__ __forceinline__ void scan(const Layer& l, const ScanLane& a, States& states,
                                        unsigned epoch) const {
-    static_assert(kRounds % kLanes == 0);
+    static_assert(kRounds % kLanes == 0 && kLanes == 4);
     float4(&h)[kRounds] = states.h;
 #pragma unroll
     for (int r = 0; r < kRounds; r += kLanes) {
@@ -909,7 +907,7 @@ bool step_rows(Context& ctx, const MambaStackStep& a) {
     case 768:
       return step<Sizes<768, 96, kBytesExchanging>>(ctx, a);
     case 1024:
-      return step<Sizes<1024, 128, kBytesExchanging, kBytesStreaming>>(ctx, a);
+      return step<Sizes<1024, 128, kBytesExchanging>>(ctx, a);
     case 1536:
       return step<Sizes<1536, 96, kBytesExchanging, kBytesStreaming>>(ctx, a);
     case 2048:

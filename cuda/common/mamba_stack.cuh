@@ -14,14 +14,14 @@
 /// helps less while the blocks exchange than while they multiply; and what is copied is the first
 /// to leave L2, where it would drive out what the blocks exchange.
 ///
+/// The 120 cycles are those of a loop over the lanes that the compiler puts around a copy (see
+/// elected()). Without it a buffer is asked for at once: better for more sequences, but for one or
+/// two, whose stages are shorter, copies that come one by one disturb less.
+///
 /// Who asks for a word that cannot be there yet slows down those who make it: all blocks ask for
 /// the same few lines of L2, through which the words must come. So warps that have nothing else to
 /// do sleep first, and those that have no part in a stage wait for the others of their block. To
 /// sleep between two questions for the same word costs more than it gains.
-///
-/// The 120 cycles are those of a loop over the lanes that the compiler puts around a copy (see
-/// elected()). Without it a buffer is asked for at once: better for more sequences, but for one or
-/// two, whose stages are shorter, copies that come one by one disturb less.
 #pragma once
 
 #include <algorithm>

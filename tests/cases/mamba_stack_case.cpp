@@ -131,8 +131,9 @@ std::vector<OpCase> cases() {
            Sizes{2, 16, 768, 1536, 16, 48, 4},                     // all of them
            Sizes{26, 9, 256, 512, 16, 16, 4},                      // two launches before CUDA 12.1
            Sizes{2, 8, 1024, 2048, 16, 64, 4},                     // half of the sequences
-           Sizes{2, 11, 1536, 3072, 16, 96, 4},                    // blocks with two rows of x_dbl
-           Sizes{2, 16, 2048, 4096, 16, 128, 4, true, true},       // operands in two parts
+           Sizes{2, 11, 1536, 3072, 16, 96, 4},                    // operands in two parts
+           Sizes{2, 16, 2048, 4096, 16, 128, 4, true, true},       // out_proj by two blocks
+           Sizes{2, 5, 2048, 4096, 16, 128, 4},                    // and some of the sequences
            Sizes{2, 17, 256, 512, 16, 16, 4},                      // by parts: sequences
            Sizes{3, 128, 256, 512, 16, 16, 4},                     // no norms between layers
            Sizes{2, 65, 768, 1536, 16, 48, 4, false, false, false},
@@ -154,6 +155,7 @@ const RegisterOpCases kRegister(cases());
 const RegisterBenchCases kRegisterBench({mamba_stack_case({24, 1, 768, 1536, 16, 48, 4}),
                                          mamba_stack_case({24, 16, 768, 1536, 16, 48, 4}),
                                          // Two layers of Mamba-1.4b.
+                                         mamba_stack_case({2, 1, 2048, 4096, 16, 128, 4}),
                                          mamba_stack_case({2, 16, 2048, 4096, 16, 128, 4}),
                                          mamba_stack_case({2, 128, 2048, 4096, 16, 128, 4})});
 
