@@ -15,9 +15,7 @@
 /// Layers: events around a replay of the recorded pass, as the Trainer replays it, 128 MiB written
 /// before each iteration (cold L2). Models: no flush. `peak_MB` is what the pass allocates beside
 /// parameters, gradients and input. `of_gemm`: the share of the rate of a product of 8192^3
-/// measured in the same run. Decoding on CUDA, up to 300 M parameters: `max_err` is the largest
-/// difference of the logits of two sequences after three tokens from those of the same weights in
-/// double on the CPU, by the largest logit.
+/// measured in the same run. Errors of models on CUDA: see model_error.hpp.
 #include <algorithm>
 #include <chrono>
 #include <cmath>
@@ -32,6 +30,7 @@
 #include "lrnn/ops/linear.hpp"
 
 #include "core/runtime.hpp"
+#include "model_error.hpp"
 
 namespace lrnn {
 namespace {
@@ -278,6 +277,22 @@ void report_tokens(benchmark::State& state, const std::vector<double>& ms, std::
   state.counters["tokens/s"] = static_cast<double>(tokens) / (summarise(ms).median_ms * 1e-3);
 }
 
+// At the shape that was timed where the reference fits in memory, else of 256 tokens a sequence.
+void report_training_error(benchmark::State& state, Loaded& l, const Tensor& ids,
+                           const Tensor& targets) {
+  const bool large = l.model.parameters().numel() > 300'000'000;
+  const std::int64_t length = large ? 256 : ids.dim(1);
+  const auto first = [&](const Tensor& t) {
+    const Shape shape{t.dim(0), length};
+    const auto flat = t.view().reshape({t.shape().numel()});
+    return l.ctx.clone(flat.slice(0, 0, shape.numel()).reshape(shape));
+  };
+  const auto error = bench::training_error(l.ctx, l.model, first(ids), first(targets));
+  state.counters["loss_err"] = error.loss;
+  state.counters["grad_err"] = error.gradient;
+  state.counters["err_L"] = static_cast<double>(length);
+}
+
 // One recorded step, replayed, as the Trainer replays its passes: zeroed gradients, forward and
 // backward pass, optimizer.
 void train_step(benchmark::State& state, const LanguageModel& m, std::int64_t recompute_blocks) {
@@ -301,6 +316,7 @@ void train_step(benchmark::State& state, const LanguageModel& m, std::int64_t re
   const auto peak = static_cast<double>(memory.stats().peak_bytes_in_use);
   state.counters["peak_MB"] = peak / 1e6;
   state.counters["total_GB"] = (peak + static_cast<double>(l.resident_bytes)) / 1e9;
+  if (recompute_blocks == 0) report_training_error(state, l, ids, targets);
 }
 
 // AdamW with clipping by the global norm over all parameters: norm, factors, update.
@@ -324,6 +340,7 @@ void prefill(benchmark::State& state, const LanguageModel& m) {
   };
   for (int i = 0; i < 3; ++i) work();
   report_tokens(state, timed(state, l.ctx, work), m.batch * m.seqlen);
+  state.counters["max_err"] = bench::prefill_error(l.ctx, l.model, ids);
 }
 
 // Work recorded with its memory in an arena, after a first run that loads its kernels.
@@ -372,69 +389,6 @@ void register_layer_steps() {
   }
 }
 
-// A model in double precision on the CPU with the weights of a loaded one, kept as that one is.
-struct Reference {
-  const LanguageModel* description;
-  Context ctx = Context::cpu();
-  LRNNLMHeadModel model;
-
-  explicit Reference(const Loaded& l)
-      : description(l.description), model(ctx, in_double(l.description->config)) {
-    Context from = Context::cuda();
-    auto to = model.parameters().begin();
-    for (const Parameter& p : l.model.parameters())
-      ctx.write_from_host((to++)->value, from.to_host_as_double(p.value));
-  }
-  static LRNNLMHeadConfig in_double(LRNNLMHeadConfig config) {
-    config.dtype = DType::float64;
-    return config;
-  }
-};
-
-std::unique_ptr<Reference>& kept_reference() {
-  static std::unique_ptr<Reference> kept;
-  return kept;
-}
-
-Reference& reference(const Loaded& l) {
-  auto& kept = kept_reference();
-  if (!kept || kept->description != l.description) kept = std::make_unique<Reference>(l);
-  return *kept;
-}
-
-// Logits of the first sequences of a batch after kErrorTokens tokens, token by token.
-constexpr std::int64_t kErrorTokens = 3;
-std::vector<double> logits_after_steps(Context& ctx, const LRNNLMHeadModel& model,
-                                       std::int64_t batch, std::int64_t sequences) {
-  auto cache = model.allocate_inference_cache(ctx, {.batch_size = batch, .max_seqlen = 64});
-  Rng rng(9, "tokens");
-  std::vector<double> logits;
-  for (std::int64_t t = 0; t < kErrorTokens; ++t) {
-    std::vector<std::int32_t> ids(static_cast<std::size_t>(batch));
-    const auto vocab = static_cast<std::uint64_t>(model.config().vocab_size);
-    const auto seed = static_cast<std::int32_t>(rng.below(vocab / 2));
-    for (std::size_t b = 0; b < ids.size(); ++b) ids[b] = seed + static_cast<std::int32_t>(b);
-    const Tensor out = model.step(ctx, ctx.from_host<std::int32_t>({batch, 1}, ids), cache).logits;
-    logits = ctx.to_host_as_double(out.view().slice(0, 0, sequences));
-  }
-  return logits;
-}
-
-// The largest difference of logits from those in double precision, by the largest of these.
-double decode_error(Loaded& l, std::int64_t batch) {
-  Reference& exact = reference(l);
-  const std::int64_t sequences = std::min<std::int64_t>(batch, 2);
-  const auto is = logits_after_steps(l.ctx, l.model, batch, sequences);
-  const auto wanted = logits_after_steps(exact.ctx, exact.model, sequences, sequences);
-  double difference = 0;
-  double largest = 0;
-  for (std::size_t i = 0; i < wanted.size(); ++i) {
-    difference = std::max(difference, std::abs(is[i] - wanted[i]));
-    largest = std::max(largest, std::abs(wanted[i]));
-  }
-  return difference / largest;
-}
-
 // One recorded step, replayed: embedding, layers, head, argmax, fed back on the device.
 void decode(benchmark::State& state, const LanguageModel& m, std::int64_t batch) {
   Loaded& l = loaded(m);
@@ -454,9 +408,7 @@ void decode(benchmark::State& state, const LanguageModel& m, std::int64_t batch)
       },
       kSteps);
   report_tokens(state, ms, batch);
-  constexpr std::int64_t kMostParameters = 300'000'000;  // of which a copy in double is made
-  if (l.model.parameters().numel() <= kMostParameters)
-    state.counters["max_err"] = decode_error(l, batch);
+  state.counters["max_err"] = bench::decode_error(ctx, l.model, batch);
 }
 
 // Bytes per second of a sum over 1 GiB.
@@ -638,6 +590,5 @@ int main(int argc, char** argv) {
   benchmark::Initialize(&argc, argv);
   if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 2;
   benchmark::RunSpecifiedBenchmarks();
-  lrnn::kept_reference().reset();
   lrnn::kept_model().reset();  // before the CUDA runtime goes
 }
