@@ -44,7 +44,9 @@ double largest_difference(const std::vector<double>& is, const std::vector<doubl
   double difference = 0;
   double largest = 0;
   for (std::size_t i = 0; i < exact.size(); ++i) {
-    difference = std::max(difference, std::abs(is[i] - exact[i]));
+    const double d = std::abs(is[i] - exact[i]);
+    if (std::isnan(d)) return d;
+    difference = std::max(difference, d);
     largest = std::max(largest, std::abs(exact[i]));
   }
   return difference / largest;

@@ -16,6 +16,7 @@
 #include <algorithm>
 #include <cmath>
 #include <iostream>
+#include <limits>
 #include <string_view>
 
 #include <benchmark/benchmark.h>
@@ -137,7 +138,8 @@ double max_error(Context& ctx, const OpCase& c, Reference& want, Tensors& got, b
     double scale = 1e-300;
 #pragma omp parallel for schedule(static) reduction(max : error, scale)
     for (std::size_t i = 0; i < w.size(); ++i) {
-      error = std::max(error, std::abs(g[i] - w[i]));
+      const double d = std::abs(g[i] - w[i]);
+      error = std::isnan(d) ? std::numeric_limits<double>::infinity() : std::max(error, d);
       scale = std::max(scale, std::abs(w[i]));
     }
     worst = std::max(worst, error / scale);

@@ -1,6 +1,7 @@
 // Blocks and threads are those of the product of few rows; the thread that has a sum moves the
 // window of its channel on. Bound by reading the projection. More rows than that kernel takes go
 // through the ops one by one.
+#include "common/norm_in_front.cuh"
 #include "common/projected_conv1d.cuh"
 #include "ops/projected_conv1d_parts.hpp"
 
@@ -57,15 +58,20 @@ template <class T>
 void step(Context& ctx, const ProjectedConv1dStep& a) {
   const conv::Conv<T> v = conv::step_conv<T>(a);
   const cudaStream_t stream = ctx.stream().handle;
-  const auto product = product_of<T>(a.x, a.projection);
+  const few_rows::Rows rows = few_rows::rows_of<T>(
+      ctx, a.x, a.norm, few_rows::warps_of<T>(static_cast<int>(a.x.dim(1))));
+  const auto product = product_of<T>(rows.x, a.projection);
   float* const state = a.state.data<float>();
   conv::visit_window(v, state, [&]<int K>() {
     const Channel<T, K> channel{v, data_or_null<T>(a.projection_bias), device_rows<T>(a.y), state};
-    if (!a.side_y) return few_rows::launch(stream, product, channel);
-    few_rows::launch_pair(stream, product, channel, product_of<T>(a.x, a.side_projection),
-                          few_rows::StoreSum<T>{.bias = data_or_null<T>(a.side_bias),
-                                                .y = device_rows<T>(a.side_y),
-                                                .accumulate = false});
+    few_rows::visit_norm<T>(rows, {}, [&](const auto& norm) {
+      if (!a.side_y) return few_rows::launch(stream, product, channel, norm);
+      few_rows::launch_pair(stream, product, channel, product_of<T>(rows.x, a.side_projection),
+                            few_rows::StoreSum<T>{.bias = data_or_null<T>(a.side_bias),
+                                                  .y = device_rows<T>(a.side_y),
+                                                  .accumulate = false},
+                            norm);
+    });
   });
 }
 
@@ -80,7 +86,10 @@ bool takes_few_rows(const ProjectedConv1dStep& a) {
 void projected_conv1d_step(Context& ctx, const ProjectedConv1dStep& a) {
   visit_float("projected_conv1d_step", a.x.dtype(), [&]<class T>() {
 #ifdef LRNN_WITH_SM90A
-    if (linear_sm90::takes(a)) return linear_sm90::projected_conv1d_step(ctx, a);
+    if (linear_sm90::takes(a)) {
+      if (a.norm != nullptr) cuda::add_norm_forward(ctx, *a.norm);
+      return linear_sm90::projected_conv1d_step(ctx, a);
+    }
 #endif
     if (takes_few_rows<T>(a)) return step<T>(ctx, a);
     lrnn::detail::projected_conv1d_by_parts(ctx, a);

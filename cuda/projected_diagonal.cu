@@ -6,6 +6,7 @@
 
 #include "common/diagonal_scan.cuh"
 #include "common/linear_two_products.cuh"
+#include "common/norm_in_front.cuh"
 #include "ops/projected_diagonal_parts.hpp"
 
 namespace lrnn::cuda {
@@ -63,6 +64,26 @@ struct AddScaled {
     y.row(r)[c] = from_float<T>(fmaf(o.D, o.x, sum));
   }
 };
+/// The same where the first product took in a norm of x.
+template <class T, class Residual>
+struct AddScaledNormed {
+  DeviceRows<const T> x;  // before the norm
+  few_rows::RmsNorm<Residual> norm;
+  std::int64_t width;
+  const float* D;
+  DeviceRows<T> y;
+
+  struct Operands {
+    float D, x;
+  };
+  __device__ __forceinline__ Operands load(int r, int c) const {
+    const float sum = to_float(x.row(r)[c]) + to_float(norm.residual[r * width + c]);
+    return {D[c], to_float(from_float<T>(sum * norm.rstd[r] * norm.weight[c]))};
+  }
+  __device__ __forceinline__ void operator()(int r, int c, float sum, const Operands& o) const {
+    y.row(r)[c] = from_float<T>(fmaf(o.D, o.x, sum));
+  }
+};
 /// y = read-out + D x, both of them products.
 template <class T>
 struct AddProducts {
@@ -100,22 +121,55 @@ struct Matrices {
 };
 
 template <class T>
+void first_product(cudaStream_t stream, TensorView x, const Matrices& m, const Lane<T>& lane,
+                   const auto& norm) {
+  if (m.B[1])
+    few_rows::launch_two(stream, product_of<T>(x, m.B[0]), product_of<T>(x, m.B[1]), lane, norm);
+  else
+    few_rows::launch(stream, product_of<T>(x, m.B[0]), lane, norm);
+}
+
+/// y = states C^T + D x, of x or of the rows that `norm` makes x of.
+template <class T>
+void second_product(cudaStream_t stream, const ProjectedDiagonalStep& a, TensorView x,
+                    const few_rows::Args<T>& read_out, few_rows::AsTheyAre) {
+  const auto y = device_rows<T>(a.y);
+  if (a.D.rank() == 1)
+    few_rows::launch(stream, read_out, AddScaled<T>{device_rows<T>(x), a.D.data<float>(), y});
+  else
+    few_rows::launch_two(stream, read_out, product_of<T>(x, a.D), AddProducts<T>{y});
+}
+template <class T, class Residual>
+void second_product(cudaStream_t stream, const ProjectedDiagonalStep& a, TensorView x,
+                    const few_rows::Args<T>& read_out, const few_rows::RmsNorm<Residual>& norm) {
+  few_rows::launch(stream, read_out,
+                   AddScaledNormed<T, Residual>{device_rows<T>(x), norm, x.dim(1),
+                                                a.D.data<float>(), device_rows<T>(a.y)});
+}
+
+/// Rows of the first product. A matrix D, another product with x, needs it normalised.
+template <class T>
+few_rows::Rows rows_of(Context& ctx, const ProjectedDiagonalStep& a, const Matrices& m) {
+  const int depth = static_cast<int>(a.x.dim(1));
+  const int warps = a.D.rank() == 2 ? 0
+                    : m.B[1]        ? few_rows::warps_of_two<T>(depth)
+                                    : few_rows::warps_of<T>(depth);
+  return few_rows::rows_of<T>(ctx, a.x, a.norm, warps);
+}
+
+template <class T>
 void step(Context& ctx, const ProjectedDiagonalStep& a, const Matrices& m,
           MutableTensorView states) {
   const cudaStream_t stream = ctx.stream().handle;
   const Lane<T> lane{diagonal::Sizes(a.x.dim(0), 1, a.a.dim(1)),
                      diagonal::MultiplierArgs({.a = a.a, .a_low = a.a_low}), a.gamma.data<float>(),
                      a.state.data<float>(), states.data<T>()};
-  if (m.B[1])
-    few_rows::launch_two(stream, product_of<T>(a.x, m.B[0]), product_of<T>(a.x, m.B[1]), lane);
-  else
-    few_rows::launch(stream, product_of<T>(a.x, m.B[0]), lane);
-  const auto read_out = product_of<T>(states, m.C);
-  const auto y = device_rows<T>(a.y);
-  if (a.D.rank() == 1)
-    few_rows::launch(stream, read_out, AddScaled<T>{device_rows<T>(a.x), a.D.data<float>(), y});
-  else
-    few_rows::launch_two(stream, read_out, product_of<T>(a.x, a.D), AddProducts<T>{y});
+  const few_rows::Rows rows = rows_of<T>(ctx, a, m);
+  Tensor rstd = ctx.empty({a.x.dim(0)}, DType::float32);
+  few_rows::visit_norm<T>(rows, rstd, [&](const auto& norm) {
+    first_product(stream, rows.x, m, lane, norm);
+    second_product<T>(stream, a, rows.x, product_of<T>(states, m.C), norm);
+  });
 }
 
 }  // namespace

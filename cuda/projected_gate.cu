@@ -3,6 +3,7 @@
 // go through the ops one by one.
 #include "common/activation.cuh"
 #include "common/linear_two_products.cuh"
+#include "common/norm_in_front.cuh"
 #include "ops/projected_gate_parts.hpp"
 
 namespace lrnn::cuda {
@@ -28,8 +29,10 @@ void projected_gate(Context& ctx, const ProjectedGate& a) {
     };
     if (!few_rows::fuses<T>(a.x, weight(0)) || !few_rows::fuses<T>(a.x, weight(1)))
       return lrnn::detail::projected_gate_by_parts(ctx, a);
+    const few_rows::Rows rows = few_rows::rows_of<T>(
+        ctx, a.x, a.norm, few_rows::warps_of_two<T>(static_cast<int>(depth)));
     const auto product = [&](int part) {
-      return few_rows::Args<T>{.x = device_rows<T>(a.x),
+      return few_rows::Args<T>{.x = device_rows<T>(rows.x),
                                .weight = device_rows<T>(weight(part)),
                                .rows = static_cast<int>(detail::row_count(a.x)),
                                .columns = static_cast<int>(a.weight.dim(1)),
@@ -37,8 +40,10 @@ void projected_gate(Context& ctx, const ProjectedGate& a) {
                                .stable_weight = true};
     };
     visit_activation(a.kind, [&]<Activation kind>() {
-      few_rows::launch_two(ctx.stream().handle, product(0), product(1),
-                           Gate<T, kind>{device_rows<T>(a.y)});
+      few_rows::visit_norm<T>(rows, {}, [&](const auto& norm) {
+        few_rows::launch_two(ctx.stream().handle, product(0), product(1),
+                             Gate<T, kind>{device_rows<T>(a.y)}, norm);
+      });
     });
   });
 }

@@ -9,6 +9,8 @@
 ///
 /// How K is cut depends on N and K alone, so the bits of a row of y are the same beside any other
 /// rows and on any device of a kind.
+///
+/// A norm in front of a product may be a part of it: see RmsNorm.
 #pragma once
 
 #include <algorithm>
@@ -17,6 +19,7 @@
 #include "common/capability.cuh"
 #include "common/launch.cuh"
 #include "common/mma.cuh"
+#include "common/reduce.cuh"
 #include "common/rows.cuh"
 
 namespace lrnn::cuda::few_rows {
@@ -75,6 +78,28 @@ constexpr int kPitch = kTiles > 1 ? 8 * kTiles + 8 : 8;
 /// Where a thread's elements come from: the weight past the L1 cache, which is left to x.
 enum class Source { Weight, Input };
 
+/// 8 or 16 bytes. Volatile, else the compiler moves loads between the products, to save registers,
+/// where they are waited for.
+template <Source kSource, class T, int N>
+__device__ __forceinline__ void load_ahead(Packed<T, N>& to, const T* from) {
+  auto& w = to.words;
+  if constexpr (kSource == Source::Weight)
+    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3])
+                 : "l"(from)
+                 : "memory");
+  else if constexpr (Packed<T, N>::kBytes == 16)
+    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3])
+                 : "l"(from)
+                 : "memory");
+  else
+    asm volatile("ld.global.v2.u32 {%0, %1}, [%2];"
+                 : "=r"(w[0]), "=r"(w[1])
+                 : "l"(from)
+                 : "memory");
+}
+
 /// kCount rows, kSpacing apart, of which a thread reads kWide<T> elements at a time. The last row
 /// stands for those behind it: what comes of them is not used.
 template <class T, int kCount, int kSpacing, Source kSource>
@@ -90,24 +115,12 @@ struct RowReader {
     for (int i = 0; i < kCount; ++i)
       row[i] = rows.row(min(first + i * kSpacing, count - 1)) + offset;
   }
-  /// Elements from column k of the thread on, 0 from `last` on. Volatile, else the compiler moves
-  /// loads between the products, to save registers, where they are waited for.
+  /// Elements from column k of the thread on, 0 from `last` on.
   __device__ __forceinline__ void load(Elements (&to)[kCount], int k) const {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       to[i] = {};
-      if (k >= last) continue;
-      auto& w = to[i].words;
-      if constexpr (kSource == Source::Weight)
-        asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3])
-                     : "l"(row[i] + k)
-                     : "memory");
-      else
-        asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3])
-                     : "l"(row[i] + k)
-                     : "memory");
+      if (k < last) load_ahead<kSource>(to[i], row[i] + k);
     }
   }
   /// Asks for the lines of columns [k, last), of which this is the first of kLanes threads.
@@ -150,10 +163,27 @@ __device__ __forceinline__ void begin_weight(const Args<T>& a,
   on_inputs();
 }
 
-/// Sums of a warp on tensor cores: x is A, with rows up to 8 kHalves, and eight rows of W are B.
+/// Sums of one step on tensor cores: x is A, with rows up to 8 kHalves, and eight rows of W are B.
 ///
 /// A k step of mma wants elements 2 c, 2 c + 1, 2 c + 8 and 2 c + 9 from lane 4 g + c. It gets
 /// 8 c .. 8 c + 3 of both operands, the next step 8 c + 4 .. 8 c + 7: the order of a sum is free.
+template <int kTiles, int kHalves>
+__device__ __forceinline__ void multiply_step(const Packed<bf16, kWide<bf16>> (&x)[kHalves],
+                                              const Packed<bf16, kWide<bf16>> (&w)[kTiles],
+                                              float (&sums)[kTiles][4]) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const std::uint32_t* const low = x[0].words + 2 * half;
+    const std::uint32_t* const high = x[kHalves - 1].words + 2 * half;
+    const std::uint32_t rows[4] = {low[0], kHalves == 2 ? high[0] : 0, low[1],
+                                   kHalves == 2 ? high[1] : 0};
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t)
+      multiply_add(sums[t], rows, w[t].words[2 * half], w[t].words[2 * half + 1]);
+  }
+}
+
+/// Sums of a warp.
 template <int kTiles, int kHalves, class OnInputs>
 __device__ __forceinline__ void sum_part(const Args<bf16>& a, int column, Part part, int lane,
                                          float (&sums)[kTiles][4], const OnInputs& on_inputs) {
@@ -170,20 +200,24 @@ __device__ __forceinline__ void sum_part(const Args<bf16>& a, int column, Part p
   for (int k0 = part.first; k0 < part.last; k0 += kAhead * kStep<bf16>)
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const std::uint32_t* const low = x.slots[i][0].words + 2 * half;
-        const std::uint32_t* const high = x.slots[i][kHalves - 1].words + 2 * half;
-        const std::uint32_t rows[4] = {low[0], kHalves == 2 ? high[0] : 0, low[1],
-                                       kHalves == 2 ? high[1] : 0};
-#pragma unroll
-        for (int t = 0; t < kTiles; ++t)
-          multiply_add(sums[t], rows, w.slots[i][t].words[2 * half],
-                       w.slots[i][t].words[2 * half + 1]);
-      }
+      multiply_step<kTiles, kHalves>(x.slots[i], w.slots[i], sums);
       const int next = k0 + (i + kAhead) * kStep<bf16>;
       weight.load(w.slots[i], next);
       input.load(x.slots[i], next);
+    }
+}
+
+/// To `to` [8 kHalves, kPitch].
+template <int kTiles, int kHalves>
+__device__ __forceinline__ void put_sums(const float (&sums)[kTiles][4], int lane, float* to) {
+#pragma unroll
+  for (int t = 0; t < kTiles; ++t)
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half) {
+      float* const at =
+          to + (lane / 4 + half * 8) * kPitch<kTiles> + t * kColumns + lane % kLanes * 2;
+      at[0] = sums[t][2 * half];
+      at[1] = sums[t][2 * half + 1];
     }
 }
 
@@ -193,15 +227,7 @@ __device__ __forceinline__ void warp_sums(const Args<bf16>& a, int column, Part 
                                           float* sums, const OnInputs& on_inputs) {
   float c[kTiles][4] = {};
   sum_part<kTiles, kHalves>(a, column, part, lane, c, on_inputs);
-#pragma unroll
-  for (int t = 0; t < kTiles; ++t)
-#pragma unroll
-    for (int half = 0; half < kHalves; ++half) {
-      float* const to =
-          sums + (lane / 4 + half * 8) * kPitch<kTiles> + t * kColumns + lane % kLanes * 2;
-      to[0] = c[t][2 * half];
-      to[1] = c[t][2 * half + 1];
-    }
+  put_sums<kTiles, kHalves>(c, lane, sums);
 }
 
 /// The same in float32, for up to kRows rows. Lane 4 g + c adds the elements of its offset; the
@@ -247,6 +273,138 @@ __device__ __forceinline__ void warp_sums(const Args<float>& a, int column, Part
     }
 }
 
+/// What becomes of the rows of x before they are multiplied: nothing.
+struct AsTheyAre {
+  static constexpr bool kNorm = false;
+};
+
+/// Or r = x + residual, normalised: y = rstd (r * weight) W^T, rstd = 1 / sqrt(mean(r^2) + eps),
+/// with r * weight rounded. As rstd is a factor of the sums, no product waits for it. Every block
+/// does that; the first stores r. A launch less than with a norm by itself.
+template <class Residual>
+struct RmsNorm {
+  static constexpr bool kNorm = true;
+  const Residual* residual;  ///< [rows, depth]
+  const float* weight;       ///< [depth]
+  Residual* residual_out;    ///< [rows, depth]
+  float* rstd;               ///< [rows], or null
+  float inverse_depth, eps;
+
+  __device__ __forceinline__ bool stores() const { return blockIdx.x == 0; }
+};
+
+/// Most rows that a block normalises. Its warps normalise the parts of K that they multiply.
+constexpr int kNormedRows = 4;
+/// Elements of a row that a warp takes, all of which it has in flight.
+constexpr int kNormedPart = kAhead * kStep<bf16>;
+/// Distance of its rows in shared memory: two that are read together hit different banks.
+constexpr int kNormedPitch = kNormedPart + 32;
+
+/// What a warp of a block that normalises has in shared memory beside its sums.
+struct NormedPart {
+  alignas(16) bf16 rows[kNormedRows][kNormedPitch];
+  float squares[kNormedRows];  ///< sums of r^2
+};
+
+/// A lane's elements of the rows of a group, of which the first is row `first` of the norm's.
+template <class Residual>
+struct NormedElements {
+  static constexpr int kCount = kNormedPart / 32;
+  Packed<bf16, kCount> x[kNormedRows];
+  Packed<Residual, kCount> residual[kNormedRows];
+  Packed<float, kCount> weight = {};
+
+  __device__ __forceinline__ void load(const Args<bf16>& a, const RmsNorm<Residual>& norm,
+                                       int first, int k, int last) {
+#pragma unroll
+    for (int r = 0; r < kNormedRows; ++r) {
+      x[r] = {};
+      residual[r] = {};
+      if (k >= last || r >= a.rows) continue;
+      load_ahead<Source::Input>(x[r], a.x.row(r) + k);
+      load_ahead<Source::Input>(
+          residual[r], norm.residual + static_cast<std::int64_t>(first + r) * a.depth + k);
+    }
+  }
+  /// Leaves r * weight in `to`, r in `residual`, and sums of squares in `squares`.
+  __device__ __forceinline__ void normalize(int rows, NormedPart& to, int lane,
+                                            float (&squares)[kNormedRows]) {
+#pragma unroll
+    for (int r = 0; r < kNormedRows; ++r) {
+      squares[r] = 0.0F;
+      if (r >= rows) continue;
+      float sums[kCount];
+      float scaled[kCount];
+#pragma unroll
+      for (int e = 0; e < kCount; ++e) {
+        sums[e] = x[r].get(e) + residual[r].get(e);
+        squares[r] = fmaf(sums[e], sums[e], squares[r]);
+        scaled[e] = sums[e] * weight.get(e);
+      }
+      residual[r].set(sums);
+      Packed<bf16, kCount> rounded;
+      rounded.set(scaled);
+      *reinterpret_cast<uint2*>(&to.rows[r][lane * kCount]) =
+          make_uint2(rounded.words[0], rounded.words[1]);
+    }
+  }
+  __device__ __forceinline__ void store_residual(const RmsNorm<Residual>& norm, int first, int rows,
+                                                 int depth, int k) const {
+#pragma unroll
+    for (int r = 0; r < kNormedRows; ++r)
+      if (r < rows)
+        residual[r].store(norm.residual_out + static_cast<std::int64_t>(first + r) * depth + k);
+  }
+};
+
+/// The same as warp_sums of a group of rows, of which the first is row `first` of the norm's,
+/// normalised but for rstd.
+template <class Residual, class OnInputs>
+__device__ __forceinline__ void warp_sums_of_normed(const Args<bf16>& a,
+                                                    const RmsNorm<Residual>& norm, int first,
+                                                    bool stores, int column, Part part, int lane,
+                                                    float* sums, NormedPart& normed,
+                                                    const OnInputs& on_inputs) {
+  const int group = lane / kLanes;
+  const int offset = lane % kLanes * kWide<bf16>;
+  const WeightReader<bf16, 1> weight(a.weight, column + group, a.columns, offset, part.last);
+  Ring<WeightReader<bf16, 1>, bf16, 1> w;
+  NormedElements<Residual> own;
+  const int k = part.first + lane * own.kCount;
+  if (k < part.last) load_ahead<Source::Input>(own.weight, norm.weight + k);
+  begin_weight(a, weight, w, part.first, lane, on_inputs);
+  own.load(a, norm, first, k, part.last);
+  float squares[kNormedRows];
+  own.normalize(a.rows, normed, lane, squares);
+  __syncwarp();
+  const bf16* const row = normed.rows[min(group, a.rows - 1)] + offset;
+  float c[1][4] = {};
+#pragma unroll
+  for (int i = 0; i < kAhead; ++i) {
+    const uint4 words = *reinterpret_cast<const uint4*>(row + i * kStep<bf16>);
+    const Packed<bf16, kWide<bf16>> x[1] = {{{words.x, words.y, words.z, words.w}}};
+    multiply_step<1, 1>(x, w.slots[i], c);
+  }
+  if (stores && k < part.last) own.store_residual(norm, first, a.rows, a.depth, k);
+#pragma unroll
+  for (int r = 0; r < kNormedRows; ++r) {
+    if (r >= a.rows) break;
+    const float square = warp_sum(squares[r]);
+    if (lane == 0) normed.squares[r] = square;
+  }
+  put_sums<1, 1>(c, lane, sums);
+}
+
+/// Of row r of a group, from what `warps` warps have added up.
+template <class Residual>
+__device__ __forceinline__ float rstd_of(const RmsNorm<Residual>& norm, const NormedPart* parts,
+                                         int warps, int r) {
+  float square = 0.0F;
+#pragma unroll 4
+  for (int w = 0; w < warps; ++w) square += parts[w].squares[r];
+  return rsqrtf(fmaf(square, norm.inverse_depth, norm.eps));
+}
+
 /// Rows [first, first + rows.rows) of a product, of which blockIdx.y counts groups of kRows.
 template <class T>
 struct RowGroup {
@@ -289,10 +447,10 @@ struct OperandsOf<Epilogue> {
 /// epilogue is called once for each row and column, with the sum in float32; if it reads anything
 /// but weights, it may ask for that by prefetch(row, column) before the kernels before this one
 /// end, and return it from load(row, column), of which the first is called before the sums are
-/// taken.
-template <class T, int kTiles, int kRows, class Epilogue>
+/// taken. With a norm one NormedPart for each warp, behind the sums.
+template <class T, int kTiles, int kRows, class Epilogue, class Norm>
 __device__ __forceinline__ void product(const Args<T>& all, int block, float* sums,
-                                        const Epilogue& epilogue) {
+                                        const Epilogue& epilogue, const Norm& norm) {
   const RowGroup<T> group(all, kRows);
   const Args<T>& a = group.rows;
   constexpr int kWidth = kTiles * kColumns;
@@ -312,8 +470,14 @@ __device__ __forceinline__ void product(const Args<T>& all, int block, float* su
     if (i < a.rows * kWidth && column + i % kWidth < a.columns)
       operands.load(epilogue, group.first + i / kWidth, column + i % kWidth);
   };
-  warp_sums<kTiles, kPerLane>(a, column, part_of_warp<T>(a.depth, warp, warps), lane,
-                              sums + warp * kSums, [&] { load(static_cast<int>(threadIdx.x)); });
+  const Part part = part_of_warp<T>(a.depth, warp, warps);
+  const auto on_inputs = [&] { load(static_cast<int>(threadIdx.x)); };
+  auto* const parts = reinterpret_cast<NormedPart*>(sums + warps * kSums);
+  if constexpr (Norm::kNorm)
+    warp_sums_of_normed(a, norm, group.first, norm.stores(), column, part, lane,
+                        sums + warp * kSums, parts[warp], on_inputs);
+  else
+    warp_sums<kTiles, kPerLane>(a, column, part, lane, sums + warp * kSums, on_inputs);
   __syncthreads();
 #pragma unroll 1
   for (int i = static_cast<int>(threadIdx.x); i < a.rows * kWidth;) {
@@ -322,31 +486,37 @@ __device__ __forceinline__ void product(const Args<T>& all, int block, float* su
     float sum = 0.0F;
 #pragma unroll 4
     for (int w = 0; w < warps; ++w) sum += sums[w * kSums + r * kPitch<kTiles> + c];
+    if constexpr (Norm::kNorm) {
+      const float rstd = rstd_of(norm, parts, warps, r);
+      sum *= rstd;
+      if (norm.rstd != nullptr && norm.stores() && c == 0) norm.rstd[group.first + r] = rstd;
+    }
     if (column + c < a.columns) operands.finish(epilogue, group.first + r, column + c, sum);
     i += static_cast<int>(blockDim.x);
     load(i);
   }
 }
 
-template <class T, int kTiles, int kRows, class Epilogue>
-__global__ __launch_bounds__(32 * kMaxWarps) void product_kernel(Args<T> a, Epilogue epilogue) {
+template <class T, int kTiles, int kRows, class Epilogue, class Norm>
+__global__ __launch_bounds__(32 * kMaxWarps) void product_kernel(Args<T> a, Epilogue epilogue,
+                                                                 Norm norm) {
   extern __shared__ float sums[];
   let_next_kernel_start();
-  product<T, kTiles, kRows>(a, static_cast<int>(blockIdx.x), sums, epilogue);
+  product<T, kTiles, kRows>(a, static_cast<int>(blockIdx.x), sums, epilogue, norm);
 }
 
 /// Two products of the same x in one launch; `first_blocks` of the blocks do the first.
-template <class T, int kTiles, int kRows, class First, class Second>
+template <class T, int kTiles, int kRows, class First, class Second, class Norm>
 __global__ __launch_bounds__(32 * kMaxWarps) void product_pair_kernel(Args<T> a, First first,
                                                                       Args<T> b, Second second,
-                                                                      int first_blocks) {
+                                                                      int first_blocks, Norm norm) {
   extern __shared__ float sums[];
   let_next_kernel_start();
   const int block = static_cast<int>(blockIdx.x);
   if (block < first_blocks)
-    product<T, kTiles, kRows>(a, block, sums, first);
+    product<T, kTiles, kRows>(a, block, sums, first, norm);
   else
-    product<T, kTiles, kRows>(b, block - first_blocks, sums, second);
+    product<T, kTiles, kRows>(b, block - first_blocks, sums, second, norm);
 }
 
 /// Whether device and operands suit the kernel: few rows, those of x and W in 16-byte accesses.
@@ -398,6 +568,15 @@ void visit_sizes(const Args<T>& a, F&& f) {
   visit_rows.template operator()<1>();
 }
 
+/// The same; rows that are normalised, at most kNormedRows, fit in the smallest of these.
+template <class T, class Norm, class F>
+void visit_sizes(const Args<T>& a, const Norm&, F&& f) {
+  if constexpr (Norm::kNorm)
+    f.template operator()<1, 8>();
+  else
+    visit_sizes(a, f);
+}
+
 /// Blocks, threads and shared memory of a product.
 template <int kTiles>
 unsigned blocks_of(int columns) {
@@ -408,33 +587,36 @@ template <int kRows>
 unsigned groups_of(int rows) {
   return static_cast<unsigned>((rows + kRows - 1) / kRows);
 }
-template <int kTiles, int kRows>
+template <int kTiles, int kRows, class Norm>
 std::size_t shared_of(int warps) {
-  return sizeof(float) * kRows * kPitch<kTiles> * static_cast<std::size_t>(warps);
+  constexpr std::size_t kPerWarp =
+      sizeof(float) * kRows * kPitch<kTiles> + (Norm::kNorm ? sizeof(NormedPart) : 0);
+  return kPerWarp * static_cast<std::size_t>(warps);
 }
 
-template <class T, class Epilogue>
-void launch(cudaStream_t stream, const Args<T>& a, const Epilogue& epilogue) {
+template <class T, class Epilogue, class Norm = AsTheyAre>
+void launch(cudaStream_t stream, const Args<T>& a, const Epilogue& epilogue,
+            const Norm& norm = {}) {
   const int warps = warps_of<T>(a.depth);
-  visit_sizes(a, [&]<int kTiles, int kRows>() {
-    launch_overlapped(product_kernel<T, kTiles, kRows, Epilogue>,
+  visit_sizes(a, norm, [&]<int kTiles, int kRows>() {
+    launch_overlapped(product_kernel<T, kTiles, kRows, Epilogue, Norm>,
                       dim3(blocks_of<kTiles>(a.columns), groups_of<kRows>(a.rows)),
-                      static_cast<unsigned>(32 * warps), shared_of<kTiles, kRows>(warps), stream, a,
-                      epilogue);
+                      static_cast<unsigned>(32 * warps), shared_of<kTiles, kRows, Norm>(warps),
+                      stream, a, epilogue, norm);
   });
 }
 
 /// Both products of a.x, which is b.x.
-template <class T, class First, class Second>
+template <class T, class First, class Second, class Norm = AsTheyAre>
 void launch_pair(cudaStream_t stream, const Args<T>& a, const First& first, const Args<T>& b,
-                 const Second& second) {
+                 const Second& second, const Norm& norm = {}) {
   const int warps = warps_of<T>(a.depth);
-  visit_sizes(a, [&]<int kTiles, int kRows>() {
+  visit_sizes(a, norm, [&]<int kTiles, int kRows>() {
     const unsigned first_blocks = blocks_of<kTiles>(a.columns);
-    launch_overlapped(product_pair_kernel<T, kTiles, kRows, First, Second>,
+    launch_overlapped(product_pair_kernel<T, kTiles, kRows, First, Second, Norm>,
                       dim3(first_blocks + blocks_of<kTiles>(b.columns), groups_of<kRows>(a.rows)),
-                      static_cast<unsigned>(32 * warps), shared_of<kTiles, kRows>(warps), stream, a,
-                      first, b, second, static_cast<int>(first_blocks));
+                      static_cast<unsigned>(32 * warps), shared_of<kTiles, kRows, Norm>(warps),
+                      stream, a, first, b, second, static_cast<int>(first_blocks), norm);
   });
 }
 

@@ -64,19 +64,19 @@ void tabulate_recurrence(Context& ctx, const LaneParameters& parameters, Diagona
       ctx, {.parameters = parameters, .a = tables.a, .a_low = tables.a_low, .gamma = tables.gamma});
 }
 
-void diagonal_step(Context& ctx, TensorView x, TensorView D, MutableTensorView y,
-                   MixerState& state) {
-  auto& own = state_as<DiagonalState>(state);
-  const Shape rows = {x.dim(0), x.dim(2)};
-  projected_diagonal_step(ctx, {.x = x.reshape(rows),
+void diagonal_step(Context& ctx, const MixerStep& args, TensorView D) {
+  auto& own = state_as<DiagonalState>(args.state);
+  const Shape rows = {args.x.dim(0), args.x.dim(2)};
+  projected_diagonal_step(ctx, {.x = args.x.reshape(rows),
                                 .B = own.tables.B,
                                 .a = own.tables.a,
                                 .a_low = own.tables.a_low,
                                 .gamma = own.tables.gamma,
                                 .C = own.tables.C,
                                 .D = D,
-                                .y = y.reshape(rows),
-                                .state = own.lrnn_state});
+                                .y = args.y.reshape(rows),
+                                .state = own.lrnn_state,
+                                .norm = args.norm});
 }
 
 TensorView in_dtype(Context& ctx, TensorView t, DType dtype, Tensor& storage) {

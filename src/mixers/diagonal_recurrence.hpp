@@ -64,9 +64,8 @@ void recurrence_backward(Context& ctx, const DiagonalRecurrence& recurrence,
 
 /// a, a_low and gamma of `tables`, which are allocated if need be.
 void tabulate_recurrence(Context& ctx, const LaneParameters& parameters, DiagonalTables& tables);
-/// The step of `x` [B, 1, H] by the tables of the state.
-void diagonal_step(Context& ctx, TensorView x, TensorView D, MutableTensorView y,
-                   MixerState& state);
+/// The step by the tables of the state.
+void diagonal_step(Context& ctx, const MixerStep& args, TensorView D);
 
 /// `t` in `dtype`: `t` itself, or a converted copy owned by `storage`.
 [[nodiscard]] TensorView in_dtype(Context& ctx, TensorView t, DType dtype, Tensor& storage);

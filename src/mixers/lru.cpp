@@ -229,7 +229,7 @@ void Lru::do_backward(Context& ctx, MixerSaved& base, const MixerBackward& args)
 }
 
 void Lru::do_step(Context& ctx, const MixerStep& args) const {
-  detail::diagonal_step(ctx, args.x, D_.value, args.y, args.state);
+  detail::diagonal_step(ctx, args, D_.value);
 }
 
 }  // namespace lrnn

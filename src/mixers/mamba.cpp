@@ -296,7 +296,8 @@ void Mamba::do_step(Context& ctx, const MixerStep& args) const {
                               .bias = conv_bias(),
                               .activation = Activation::Silu,
                               .y = uz.view().reshape({batch, 2 * inner_}),
-                              .state = state.conv_state});
+                              .state = state.conv_state,
+                              .norm = args.norm});
   const TensorView u = uz.view().slice(2, 0, inner_);
   projected_selective_scan_step(ctx, {.in = scan_inputs(u, {}, uz, {}, args.integration_timesteps),
                                       .projection = x_proj_.weight_value(),

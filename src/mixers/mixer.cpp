@@ -3,6 +3,7 @@
 #include "lrnn/ops/elementwise.hpp"
 
 #include "ops/dispatch.hpp"
+#include "ops/norm_in_front.hpp"
 
 namespace lrnn {
 namespace {
@@ -54,7 +55,12 @@ void Mixer::step(Context& ctx, const MixerStep& args) const {
   detail::check_operand(op, "y", ctx, args.y, args.x.shape(), args.x.dtype());
   detail::check_optional(op, "integration_timesteps", ctx, args.integration_timesteps,
                          {args.x.dim(0), 1}, accumulate_dtype(args.x.dtype()));
-  do_step(ctx, args);
+  detail::check_norm_in_front(op, ctx, args.norm, args.x);
+  if (args.norm == nullptr || takes_norm()) return do_step(ctx, args);
+  add_norm_forward(ctx, *args.norm);
+  MixerStep rest = args;
+  rest.norm = nullptr;
+  do_step(ctx, rest);
 }
 
 }  // namespace lrnn

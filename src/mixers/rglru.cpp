@@ -235,7 +235,8 @@ void Rglru::do_step(Context& ctx, const MixerStep& args) const {
                               .bias = conv_bias(),
                               .y = w,
                               .side_y = gate,
-                              .state = state.conv_state});
+                              .state = state.conv_state,
+                              .norm = args.norm});
   projected_rglru_step(ctx, {.v = w,
                              .r_projection = recurrent_gate_proj_.weight_value(),
                              .r_bias = recurrent_gate_proj_.bias_value(),

@@ -227,7 +227,7 @@ void S5::do_backward(Context& ctx, MixerSaved& base, const MixerBackward& args) 
 void S5::do_step(Context& ctx, const MixerStep& args) const {
   if (!event_) {
     const auto& tables = state_as<detail::DiagonalState>(args.state).tables;
-    return detail::diagonal_step(ctx, args.x, tables.D, args.y, args.state);
+    return detail::diagonal_step(ctx, args, tables.D);
   }
   static_cast<void>(do_forward(ctx,
                                {.x = args.x,

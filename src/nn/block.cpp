@@ -54,13 +54,15 @@ Tensor Block::mix(Context& ctx, const BlockInputs& inputs, BlockSaved& saved,
 
 Tensor Block::step(Context& ctx, Tensor hidden, const BlockInputs& inputs,
                    BlockSaved& saved) const {
-  saved.norm = norm_.forward(ctx, std::move(hidden), inputs.residual, residual_dtype_, false);
-  Tensor mixed = ctx.empty(saved.norm.y.shape(), saved.norm.y.dtype());
-  mixer_->step(ctx, {.x = saved.norm.y,
+  PendingAddNorm norm = norm_.prepare(ctx, std::move(hidden), inputs.residual, residual_dtype_);
+  Tensor mixed = ctx.empty(norm.out.y.shape(), norm.out.y.dtype());
+  mixer_->step(ctx, {.x = norm.out.y,
                      .integration_timesteps = inputs.integration_timesteps,
                      .position_ids = inputs.position_ids,
                      .y = mixed,
-                     .state = *inputs.state});
+                     .state = *inputs.state,
+                     .norm = norm.norm()});
+  saved.norm.residual = std::move(norm.out.residual);
   return feed_forward(ctx, std::move(mixed), saved, false);
 }
 
@@ -77,11 +79,17 @@ Tensor Block::feed_forward(Context& ctx, Tensor hidden, BlockSaved& saved,
                            bool keep_for_backward) const {
   if (!keep_for_backward) saved.norm.y = Tensor();
   if (!mlp_) return hidden;
-  saved.norm2 = norm2_->forward(ctx, std::move(hidden), saved.norm.residual, residual_dtype_,
-                                keep_for_backward);
-  Tensor out = ctx.empty(saved.norm2.y.shape(), saved.norm2.y.dtype());
-  mlp_->forward(ctx, saved.norm2.y, out, keep_for_backward ? &saved.mlp : nullptr);
-  if (!keep_for_backward) saved.norm2.y = Tensor();
+  Tensor out = ctx.empty(hidden.shape(), hidden.dtype());
+  if (keep_for_backward) {
+    saved.norm2 =
+        norm2_->forward(ctx, std::move(hidden), saved.norm.residual, residual_dtype_, true);
+    mlp_->forward(ctx, saved.norm2.y, out, saved.mlp);
+    return out;
+  }
+  PendingAddNorm norm =
+      norm2_->prepare(ctx, std::move(hidden), saved.norm.residual, residual_dtype_);
+  mlp_->forward(ctx, norm.out.y, out, norm.norm());
+  saved.norm2.residual = std::move(norm.out.residual);
   return out;
 }
 

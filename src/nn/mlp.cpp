@@ -26,19 +26,22 @@ class GatedMlp final : public Mlp {
         fc1_(scope / "fc1", build.d_model, 2 * features_),
         fc2_(scope / "fc2", features_, build.d_model, scaled(features_, build.residual_scale)) {}
 
-  void forward(Context& ctx, TensorView x, MutableTensorView y, MlpSaved* saved) const override {
-    if (saved == nullptr) {
-      Tensor activated = ctx.empty(with_last(x.shape(), features_), x.dtype());
-      projected_gate(ctx, {.x = x,
-                           .weight = fc1_.weight_value().reshape({2, features_, x.dim(-1)}),
-                           .y = activated});
-      return fc2_.forward(ctx, activated, y);
-    }
+  void forward(Context& ctx, TensorView x, MutableTensorView y, MlpSaved& saved) const override {
     Tensor hidden = ctx.empty(with_last(x.shape(), 2 * features_), x.dtype());
     fc1_.forward(ctx, x, hidden);
     const Tensor activated = activate(ctx, hidden);
     fc2_.forward(ctx, activated, y);
-    saved->hidden = std::move(hidden);
+    saved.hidden = std::move(hidden);
+  }
+
+  void forward(Context& ctx, TensorView x, MutableTensorView y,
+               const AddNormForward* norm) const override {
+    Tensor activated = ctx.empty(with_last(x.shape(), features_), x.dtype());
+    projected_gate(ctx, {.x = x,
+                         .weight = fc1_.weight_value().reshape({2, features_, x.dim(-1)}),
+                         .y = activated,
+                         .norm = norm});
+    fc2_.forward(ctx, activated, y);
   }
 
   void backward(Context& ctx, const MlpSaved& saved, TensorView x, TensorView dy,
@@ -83,12 +86,19 @@ class PlainMlp final : public Mlp {
         fc2_(scope / "fc2", build.d_intermediate, build.d_model,
              scaled(build.d_intermediate, build.residual_scale)) {}
 
-  void forward(Context& ctx, TensorView x, MutableTensorView y, MlpSaved* saved) const override {
+  void forward(Context& ctx, TensorView x, MutableTensorView y, MlpSaved& saved) const override {
     Tensor hidden = ctx.empty(with_last(x.shape(), fc1_.out_features()), x.dtype());
     fc1_.forward(ctx, x, hidden);
     const Tensor activated = activate(ctx, hidden);
     fc2_.forward(ctx, activated, y);
-    if (saved != nullptr) saved->hidden = std::move(hidden);
+    saved.hidden = std::move(hidden);
+  }
+
+  void forward(Context& ctx, TensorView x, MutableTensorView y,
+               const AddNormForward* norm) const override {
+    if (norm != nullptr) add_norm_forward(ctx, *norm);
+    MlpSaved dropped;
+    forward(ctx, x, y, dropped);
   }
 
   void backward(Context& ctx, const MlpSaved& saved, TensorView x, TensorView dy,

@@ -1,6 +1,7 @@
 #include "lrnn/ops/add_norm.hpp"
 
 #include "ops/dispatch.hpp"
+#include "ops/norm_in_front.hpp"
 
 namespace lrnn {
 namespace {
@@ -23,7 +24,7 @@ void check_residual(const char* op, const char* operand, const Context& ctx, Ten
 
 }  // namespace
 
-void add_norm_forward(Context& ctx, const AddNormForward& a) {
+void detail::check_add_norm_forward(const Context& ctx, const AddNormForward& a) {
   constexpr const char* op = "add_norm_forward";
   LRNN_CHECK(a.x && a.x.rank() >= 1, ShapeError, op, ": x is required");
   const Shape& xs = a.x.shape();
@@ -39,6 +40,19 @@ void add_norm_forward(Context& ctx, const AddNormForward& a) {
   check_residual(op, "residual_out", ctx, a.residual_out, xs, dtype);
   detail::check_optional(op, "rstd", ctx, a.rstd, drop_last(xs), accumulate);
   detail::check_optional(op, "mean", ctx, a.mean, drop_last(xs), accumulate);
+}
+
+void detail::check_norm_in_front(const char* op, const Context& ctx, const AddNormForward* norm,
+                                 TensorView x) {
+  if (norm == nullptr) return;
+  check_add_norm_forward(ctx, *norm);
+  LRNN_CHECK(x.raw() == norm->y.raw() && x.numel() == norm->y.numel() && x.is_contiguous() &&
+                 x.dim(-1) == norm->y.dim(-1),
+             InvalidArgument, op, ": norm: expected x as its y, got other memory or another shape");
+}
+
+void add_norm_forward(Context& ctx, const AddNormForward& a) {
+  detail::check_add_norm_forward(ctx, a);
   if (a.x.numel() == 0) return;
   LRNN_DISPATCH(add_norm_forward, ctx, a);
 }

@@ -1,6 +1,7 @@
 #include "lrnn/ops/projected_conv1d.hpp"
 
 #include "ops/dispatch.hpp"
+#include "ops/norm_in_front.hpp"
 #include "ops/projected_conv1d_parts.hpp"
 
 namespace lrnn {
@@ -41,11 +42,13 @@ void projected_conv1d_step(Context& ctx, const ProjectedConv1dStep& a) {
   detail::check_optional(op, "bias", ctx, a.bias, {channels}, dtype);
   detail::check_operand(op, "state", ctx, a.state, {a.x.dim(0), channels, width},
                         accumulate_dtype(dtype));
-  if (a.y.numel() == 0) return;
+  detail::check_norm_in_front(op, ctx, a.norm, a.x);
+  if (a.y.numel() == 0) return detail::run_norm_in_front(ctx, a.norm);
   LRNN_DISPATCH(projected_conv1d_step, ctx, a);
 }
 
 void detail::projected_conv1d_by_parts(Context& ctx, const ProjectedConv1dStep& a) {
+  run_norm_in_front(ctx, a.norm);
   linear_forward(ctx, {.x = a.x,
                        .weight = a.projection,
                        .bias = a.projection_bias,

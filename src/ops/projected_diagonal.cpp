@@ -5,6 +5,7 @@
 #include "lrnn/ops/linear.hpp"
 
 #include "ops/dispatch.hpp"
+#include "ops/norm_in_front.hpp"
 #include "ops/projected_diagonal_parts.hpp"
 
 namespace lrnn {
@@ -35,11 +36,13 @@ void projected_diagonal_step(Context& ctx, const ProjectedDiagonalStep& a) {
     detail::check_operand(op, "D", ctx, a.D, {width, width}, dtype);
   detail::check_rows(op, "y", ctx, a.y, a.x.shape(), dtype);
   detail::check_operand(op, "state", ctx, a.state, {a.x.dim(0), 2, lanes}, accumulate);
-  if (a.y.numel() == 0) return;
+  detail::check_norm_in_front(op, ctx, a.norm, a.x);
+  if (a.y.numel() == 0) return detail::run_norm_in_front(ctx, a.norm);
   LRNN_DISPATCH(projected_diagonal_step, ctx, a);
 }
 
 void detail::projected_diagonal_by_parts(Context& ctx, const ProjectedDiagonalStep& a) {
+  run_norm_in_front(ctx, a.norm);
   const std::int64_t batch = a.x.dim(0);
   const std::int64_t width = a.x.dim(1);
   const std::int64_t lanes = a.a.dim(1);

@@ -4,6 +4,7 @@
 #include "lrnn/ops/linear.hpp"
 
 #include "ops/dispatch.hpp"
+#include "ops/norm_in_front.hpp"
 #include "ops/projected_gate_parts.hpp"
 
 namespace lrnn {
@@ -26,11 +27,13 @@ void projected_gate(Context& ctx, const ProjectedGate& a) {
   detail::check_operand(op, "weight", ctx, a.weight, {2, features, a.x.dim(-1)},
                         detail::weight_dtype(ctx, a.weight, dtype));
   detail::check_rows(op, "y", ctx, a.y, with_last(a.x.shape(), features), dtype);
-  if (a.y.numel() == 0) return;
+  detail::check_norm_in_front(op, ctx, a.norm, a.x);
+  if (a.y.numel() == 0) return detail::run_norm_in_front(ctx, a.norm);
   LRNN_DISPATCH(projected_gate, ctx, a);
 }
 
 void detail::projected_gate_by_parts(Context& ctx, const ProjectedGate& a) {
+  run_norm_in_front(ctx, a.norm);
   const std::int64_t features = a.weight.dim(1);
   Tensor both = ctx.empty(with_last(a.x.shape(), 2 * features), a.x.dtype());
   linear_forward(ctx, {.x = a.x,

@@ -1,6 +1,6 @@
 #include "lrnn/ops/projected_conv1d.hpp"
 
-#include "support/op_case.hpp"
+#include "support/norm_in_front.hpp"
 
 namespace lrnn::testing {
 namespace {
@@ -10,10 +10,11 @@ struct Sizes {
   std::int64_t side = 0;  // columns of the side projection
   Activation activation = Activation::Silu;
   bool biases = true;
+  NormInFront norm = NormInFront::None;
 };
 
-void step(const Sizes& z, Context& ctx, Tensors& t) {
-  projected_conv1d_step(ctx, {.x = t["x"],
+void step(const Sizes& z, Context& ctx, Tensors& t, TensorView x, const AddNormForward* norm) {
+  projected_conv1d_step(ctx, {.x = x,
                               .projection = t["projection"],
                               .projection_bias = t["projection_bias"],
                               .side_projection = t["side_projection"],
@@ -23,7 +24,8 @@ void step(const Sizes& z, Context& ctx, Tensors& t) {
                               .activation = z.activation,
                               .y = t["y"],
                               .side_y = t["side_y"],
-                              .state = t["state_out"]});
+                              .state = t["state_out"],
+                              .norm = norm});
 }
 
 std::string name_of_case(const Sizes& z) {
@@ -43,7 +45,7 @@ OpCase projected_conv1d_case(const Sizes& z) {
                  {.name = "weight", .shape = {z.channels, z.width}}},
       .outputs = {{.name = "y", .shape = {z.batch, z.outputs}},
                   {.name = "state_out", .shape = state, .storage = Storage::Accumulate}},
-      .forward = [z](Context& ctx, Tensors& t) { step(z, ctx, t); },
+      .forward = {},
   };
   if (z.biases) {
     c.params.push_back({.name = "projection_bias", .shape = {z.outputs}});
@@ -54,7 +56,11 @@ OpCase projected_conv1d_case(const Sizes& z) {
     if (z.biases) c.params.push_back({.name = "side_bias", .shape = {z.side}});
     c.outputs.push_back({.name = "side_y", .shape = {z.batch, z.side}});
   }
-  return step_case(std::move(c));
+  return step_case(behind_norm(
+      std::move(c), z.norm,
+      [z](Context& ctx, Tensors& t, TensorView x, const AddNormForward* norm) {
+        step(z, ctx, t, x, norm);
+      }));
 }
 
 std::vector<OpCase> cases() {
@@ -75,6 +81,18 @@ std::vector<OpCase> cases() {
            Sizes{97, 1536, 192, 96, 4},
        })
     all.push_back(projected_conv1d_case(z));
+  // With the norm within the product: one row and the most, aside, blocks in part, the most depth.
+  // Before it: more rows, more depth, odd depth, few rows of a large projection.
+  for (const NormInFront norm : kNormsInFront)
+    for (Sizes z : {Sizes{1, 64, 48, 24, 4}, Sizes{3, 72, 40, 13, 4, 21, Activation::Identity},
+                    Sizes{4, 256, 96, 96, 3, 96, Activation::Silu, false},
+                    Sizes{5, 136, 64, 32, 4, 64}, Sizes{2, 2040, 24, 8, 4},
+                    Sizes{2, 2056, 24, 8, 4}, Sizes{17, 64, 32, 16, 4, 8},
+                    Sizes{2, 37, 11, 5, 2, 3}, Sizes{1, 768, 3072, 1536, 4},
+                    Sizes{70, 136, 128, 64, 4}}) {
+      z.norm = norm;
+      all.push_back(projected_conv1d_case(z));
+    }
   return all;
 }
 const RegisterOpCases kRegister(cases());
@@ -87,6 +105,9 @@ std::vector<OpCase> bench_cases() {
     all.push_back(projected_conv1d_case({batch, 2048, 8192, 4096, 4}));
     all.push_back(projected_conv1d_case({batch, 768, 768, 768, 4, 768, Activation::Identity}));
   }
+  for (const std::int64_t batch : {1, 16})
+    all.push_back(projected_conv1d_case({batch, 768, 768, 768, 4, 768, Activation::Identity, true,
+                                         NormInFront::RmsWide}));
   return all;
 }
 const RegisterBenchCases kRegisterBench(bench_cases());

@@ -56,6 +56,7 @@ class Lru final : public Mixer {
                                          bool keep_for_backward) const override;
   void do_backward(Context& ctx, MixerSaved& saved, const MixerBackward& args) const override;
   void do_step(Context& ctx, const MixerStep& args) const override;
+  [[nodiscard]] bool takes_norm() const noexcept override { return true; }
   [[nodiscard]] LaneParameters lanes() const;
   /// What a step derives from the parameters, allocated if need be.
   void tabulate(Context& ctx, DType dtype, detail::DiagonalTables& tables) const;

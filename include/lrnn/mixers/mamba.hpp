@@ -110,6 +110,7 @@ class Mamba final : public Mixer {
                                          bool keep_for_backward) const override;
   void do_backward(Context& ctx, MixerSaved& saved, const MixerBackward& args) const override;
   void do_step(Context& ctx, const MixerStep& args) const override;
+  [[nodiscard]] bool takes_norm() const noexcept override { return true; }
 
   /// u = silu(conv1d(u0)) from the stored projection.
   void convolve(Context& ctx, TensorView xz, TensorView lengths, const State* state_in,

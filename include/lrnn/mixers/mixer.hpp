@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "lrnn/nn/parameter.hpp"
+#include "lrnn/ops/add_norm.hpp"
 
 namespace lrnn {
 
@@ -63,6 +64,7 @@ struct MixerStep {
   TensorView position_ids = {};           ///< [B, 1] int32
   MutableTensorView y;                    ///< [B, 1, H]
   MixerState& state;                      ///< updated in place
+  const AddNormForward* norm = nullptr;   ///< makes x, if given: its y is x
 };
 
 /// What a model tells a mixer at construction beside its options.
@@ -125,6 +127,8 @@ class Mixer {
   virtual void do_backward(Context& ctx, MixerSaved& saved,
                            const MixerBackward& args) const = 0;
   virtual void do_step(Context& ctx, const MixerStep& args) const = 0;
+  /// Whether do_step() takes a norm, to hand it to its first op. Otherwise step() runs it before.
+  [[nodiscard]] virtual bool takes_norm() const noexcept { return false; }
 
   std::int64_t d_model_;
 };

@@ -80,6 +80,7 @@ class Rglru final : public Mixer {
                                          bool keep_for_backward) const override;
   void do_backward(Context& ctx, MixerSaved& saved, const MixerBackward& args) const override;
   void do_step(Context& ctx, const MixerStep& args) const override;
+  [[nodiscard]] bool takes_norm() const noexcept override { return true; }
 
   /// w = conv1d(u) and, unless absent, the window after it.
   void convolve(Context& ctx, TensorView u, TensorView lengths, const State* state_in,

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "lrnn/nn/linear.hpp"
+#include "lrnn/ops/add_norm.hpp"
 
 namespace lrnn {
 
@@ -30,8 +31,11 @@ class Mlp {
   Mlp& operator=(const Mlp&) = delete;
   virtual ~Mlp() = default;
 
-  /// x [..., H] -> y [..., H]. `saved` may be null.
-  virtual void forward(Context& ctx, TensorView x, MutableTensorView y, MlpSaved* saved) const = 0;
+  /// x [..., H] -> y [..., H].
+  virtual void forward(Context& ctx, TensorView x, MutableTensorView y, MlpSaved& saved) const = 0;
+  /// The same, keeping nothing. `norm`, if there is one, makes x: its y is x.
+  virtual void forward(Context& ctx, TensorView x, MutableTensorView y,
+                       const AddNormForward* norm) const = 0;
   /// `x` is the input of forward(). Overwrites dx, accumulates the gradients of the parameters.
   virtual void backward(Context& ctx, const MlpSaved& saved, TensorView x, TensorView dy,
                         MutableTensorView dx) const = 0;

@@ -10,6 +10,7 @@
 #pragma once
 
 #include "lrnn/ops/activation.hpp"
+#include "lrnn/ops/add_norm.hpp"
 
 namespace lrnn {
 
@@ -25,9 +26,10 @@ struct ProjectedConv1dStep {
   MutableTensorView y;                           ///< [B, N], rows may be column slices
   MutableTensorView side_y = {};                 ///< [B, M], rows may be column slices
   MutableTensorView state;                       ///< [B, C, K], float32 (float64), updated in place
+  const AddNormForward* norm = nullptr;  ///< makes x, if given, as add_norm.hpp says
 };
 
-/// @throws ShapeError, DTypeError, DeviceError
+/// @throws ShapeError, DTypeError, DeviceError, InvalidArgument
 void projected_conv1d_step(Context& ctx, const ProjectedConv1dStep& args);
 
 // Backends. Unchecked: call the function above.

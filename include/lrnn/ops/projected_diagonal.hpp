@@ -11,7 +11,7 @@
 /// arXiv:2303.06349.
 #pragma once
 
-#include "lrnn/core/context.hpp"
+#include "lrnn/ops/add_norm.hpp"
 
 namespace lrnn {
 
@@ -25,9 +25,10 @@ struct ProjectedDiagonalStep {
   TensorView D;             ///< [H], float32 (float64), or [H, H], dtype of x: D x is x D^T
   MutableTensorView y;      ///< [B, H]
   MutableTensorView state;  ///< [B, 2, N], float32 (float64), updated in place
+  const AddNormForward* norm = nullptr;  ///< makes x, if given, as add_norm.hpp says
 };
 
-/// @throws ShapeError, DTypeError, DeviceError
+/// @throws ShapeError, DTypeError, DeviceError, InvalidArgument
 void projected_diagonal_step(Context& ctx, const ProjectedDiagonalStep& args);
 
 // Backends. Unchecked: call the function above.

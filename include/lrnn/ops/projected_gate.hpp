@@ -8,6 +8,7 @@
 #pragma once
 
 #include "lrnn/ops/activation.hpp"
+#include "lrnn/ops/add_norm.hpp"
 
 namespace lrnn {
 
@@ -16,9 +17,10 @@ struct ProjectedGate {
   TensorView x;         ///< [..., H]
   TensorView weight;    ///< [2, F, H]: of the value, then of the gate
   MutableTensorView y;  ///< [..., F]
+  const AddNormForward* norm = nullptr;  ///< makes x, if given, as add_norm.hpp says
 };
 
-/// @throws ShapeError, DTypeError, DeviceError
+/// @throws ShapeError, DTypeError, DeviceError, InvalidArgument
 void projected_gate(Context& ctx, const ProjectedGate& args);
 
 // Backends. Unchecked: call the function above.
