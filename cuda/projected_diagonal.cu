@@ -77,7 +77,8 @@ struct AddScaledNormed {
     float D, x;
   };
   __device__ __forceinline__ Operands load(int r, int c) const {
-    const float sum = to_float(x.row(r)[c]) + to_float(norm.residual[r * width + c]);
+    float sum = to_float(x.row(r)[c]);
+    if (norm.residual != nullptr) sum += to_float(norm.residual[r * width + c]);
     return {D[c], to_float(from_float<T>(sum * norm.rstd[r] * norm.weight[c]))};
   }
   __device__ __forceinline__ void operator()(int r, int c, float sum, const Operands& o) const {
@@ -165,8 +166,9 @@ void step(Context& ctx, const ProjectedDiagonalStep& a, const Matrices& m,
                      diagonal::MultiplierArgs({.a = a.a, .a_low = a.a_low}), a.gamma.data<float>(),
                      a.state.data<float>(), states.data<T>()};
   const few_rows::Rows rows = rows_of<T>(ctx, a, m);
-  Tensor rstd = ctx.empty({a.x.dim(0)}, DType::float32);
-  few_rows::visit_norm<T>(rows, rstd, [&](const auto& norm) {
+  Tensor rstd;
+  if (rows.norm != nullptr) rstd = ctx.empty({a.x.dim(0)}, DType::float32);
+  few_rows::visit_norm<T>(rows, rstd ? rstd.view() : MutableTensorView(), [&](const auto& norm) {
     first_product(stream, rows.x, m, lane, norm);
     second_product<T>(stream, a, rows.x, product_of<T>(states, m.C), norm);
   });

@@ -101,9 +101,7 @@ template <class T, int kPairs, bool kInterleaved>
 void launch(Context& ctx, const RotaryArgs<T>& a) {
   const std::size_t shared = sizeof(float2) * kTokens * static_cast<std::size_t>(a.dim / 2);
   const auto kernel = rotary_kernel<T, kPairs, kInterleaved>;
-  if (shared > 48 * 1024)
-    LRNN_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                         static_cast<int>(shared)));
+  allow_shared(kernel, shared);
   const auto blocks = static_cast<unsigned>((a.rows + kTokens - 1) / kTokens);
   kernel<<<blocks, kThreads, shared, ctx.stream().handle>>>(a);
   LRNN_CUDA_CHECK_LAUNCH();

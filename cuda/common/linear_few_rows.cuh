@@ -278,18 +278,19 @@ struct AsTheyAre {
   static constexpr bool kNorm = false;
 };
 
-/// Or r = x + residual, normalised: y = rstd (r * weight) W^T, rstd = 1 / sqrt(mean(r^2) + eps),
+/// Or r = x (+ residual), normalised: y = rstd (r * weight) W^T, rstd = 1 / sqrt(mean(r^2) + eps),
 /// with r * weight rounded. As rstd is a factor of the sums, no product waits for it. Every block
 /// does that; the first stores r. A launch less than with a norm by itself.
 template <class Residual>
 struct RmsNorm {
   static constexpr bool kNorm = true;
-  const Residual* residual;  ///< [rows, depth]
+  const Residual* residual;  ///< [rows, depth], or null
   const float* weight;       ///< [depth]
-  Residual* residual_out;    ///< [rows, depth]
+  Residual* residual_out;    ///< [rows, depth], or null
   float* rstd;               ///< [rows], or null
   float inverse_depth, eps;
 
+  /// Whether this block stores r and rstd.
   __device__ __forceinline__ bool stores() const { return blockIdx.x == 0; }
 };
 
@@ -322,8 +323,9 @@ struct NormedElements {
       residual[r] = {};
       if (k >= last || r >= a.rows) continue;
       load_ahead<Source::Input>(x[r], a.x.row(r) + k);
-      load_ahead<Source::Input>(
-          residual[r], norm.residual + static_cast<std::int64_t>(first + r) * a.depth + k);
+      if (norm.residual != nullptr)
+        load_ahead<Source::Input>(
+            residual[r], norm.residual + static_cast<std::int64_t>(first + r) * a.depth + k);
     }
   }
   /// Leaves r * weight in `to`, r in `residual`, and sums of squares in `squares`.
@@ -385,7 +387,8 @@ __device__ __forceinline__ void warp_sums_of_normed(const Args<bf16>& a,
     const Packed<bf16, kWide<bf16>> x[1] = {{{words.x, words.y, words.z, words.w}}};
     multiply_step<1, 1>(x, w.slots[i], c);
   }
-  if (stores && k < part.last) own.store_residual(norm, first, a.rows, a.depth, k);
+  if (stores && norm.residual_out != nullptr && k < part.last)
+    own.store_residual(norm, first, a.rows, a.depth, k);
 #pragma unroll
   for (int r = 0; r < kNormedRows; ++r) {
     if (r >= a.rows) break;

@@ -15,15 +15,17 @@ template <class T>
 bool takes_in(const AddNormForward& norm, int warps) {
   if constexpr (!std::is_same_v<T, bf16>) return false;
   const std::int64_t depth = norm.x.dim(-1);
-  const auto in_vectors = [&](TensorView t) {
-    return depth % kWide<bf16> == 0 && reinterpret_cast<std::uintptr_t>(t.raw()) % 16 == 0;
+  const TensorView residual = norm.residual;
+  const TensorView out = norm.residual_out;
+  const auto in_vectors = [](TensorView t) {
+    return reinterpret_cast<std::uintptr_t>(t.raw()) % 16 == 0;  // so is an absent one
   };
-  return norm.kind == NormKind::Rms && !norm.rstd && norm.residual && norm.residual_out &&
-         norm.residual.dtype() == norm.residual_out.dtype() &&
-         norm.residual_out.raw() != norm.residual.raw() &&
-         norm.residual_out.raw() != norm.x.raw() && depth <= warps * kNormedPart &&
-         detail::row_count(norm.x) <= kNormedRows && in_vectors(norm.x) &&
-         in_vectors(norm.residual) && in_vectors(norm.residual_out) && in_vectors(norm.weight);
+  const bool one_dtype = !residual || !out || residual.dtype() == out.dtype();
+  const bool apart = !out || (out.raw() != residual.raw() && out.raw() != norm.x.raw());
+  return norm.kind == NormKind::Rms && !norm.rstd && one_dtype && apart &&
+         detail::row_count(norm.x) <= kNormedRows && depth <= warps * kNormedPart &&
+         depth % kWide<bf16> == 0 && in_vectors(norm.x) && in_vectors(residual) &&
+         in_vectors(out) && in_vectors(norm.weight);
 }
 
 /// Rows that a product reads, and the norm that it takes in, if any.
@@ -47,16 +49,20 @@ void visit_norm(const Rows& rows, MutableTensorView rstd, F&& f) {
   if constexpr (std::is_same_v<T, bf16>) {
     const AddNormForward* const norm = rows.norm;
     const auto visit = [&]<class Residual>() {
-      f(RmsNorm<Residual>{.residual = norm->residual.data<Residual>(),
+      const TensorView residual = norm->residual;
+      const MutableTensorView out = norm->residual_out;
+      f(RmsNorm<Residual>{.residual = residual ? residual.data<Residual>() : nullptr,
                           .weight = norm->weight.data<float>(),
-                          .residual_out = norm->residual_out.data<Residual>(),
+                          .residual_out = out ? out.data<Residual>() : nullptr,
                           .rstd = rstd ? rstd.data<float>() : nullptr,
                           .inverse_depth = 1.0F / static_cast<float>(rows.x.dim(-1)),
                           .eps = static_cast<float>(norm->eps)});
     };
-    if (norm != nullptr && norm->residual.dtype() == DType::float32)
-      return visit.template operator()<float>();
-    if (norm != nullptr) return visit.template operator()<bf16>();
+    if (norm != nullptr) {
+      const TensorView either = norm->residual ? norm->residual : norm->residual_out;
+      const bool wide = either && either.dtype() == DType::float32;
+      return wide ? visit.template operator()<float>() : visit.template operator()<bf16>();
+    }
   }
   f(AsTheyAre{});
 }

@@ -17,7 +17,8 @@ enum class NormInFront {
   None,
   Rms,       ///< with a residual of activations
   RmsWide,   ///< with one of float32
-  RmsFirst,  ///< without one, but with its sum
+  RmsFirst,  ///< without one, x kept in float32
+  RmsAlone,  ///< without one, nothing kept
   Layer,     ///< with a residual of float32
 };
 
@@ -31,9 +32,10 @@ inline OpCase behind_norm(OpCase c, NormInFront kind, BehindNorm op) {
   const Shape width = {rows[-1]};
   const auto wide = kind == NormInFront::Rms ? Storage::Activation : Storage::Accumulate;
   const bool layer = kind == NormInFront::Layer;
-  const char* const names[] = {"", "rms", "rms_float32", "rms_first", "layer"};
+  const char* const names[] = {"", "rms", "rms_float32", "rms_first", "rms_alone", "layer"};
   c.name += std::string("/") + names[static_cast<int>(kind)];
-  if (kind != NormInFront::RmsFirst)
+  const bool alone = kind == NormInFront::RmsAlone;
+  if (kind != NormInFront::RmsFirst && !alone)
     c.inputs.push_back({.name = "residual", .shape = rows, .storage = wide});
   c.params.push_back({.name = "norm_weight",
                       .shape = width,
@@ -42,7 +44,7 @@ inline OpCase behind_norm(OpCase c, NormInFront kind, BehindNorm op) {
                       .storage = Storage::Accumulate});
   if (layer)
     c.params.push_back({.name = "norm_bias", .shape = width, .storage = Storage::Accumulate});
-  c.outputs.push_back({.name = "residual_out", .shape = rows, .storage = wide});
+  if (!alone) c.outputs.push_back({.name = "residual_out", .shape = rows, .storage = wide});
   c.forward = [op, layer](Context& ctx, Tensors& t) {
     Tensor x = ctx.empty(t["x"].shape(), t["x"].dtype());
     const AddNormForward norm{.kind = layer ? NormKind::Layer : NormKind::Rms,
@@ -58,6 +60,7 @@ inline OpCase behind_norm(OpCase c, NormInFront kind, BehindNorm op) {
 }
 
 inline constexpr NormInFront kNormsInFront[] = {NormInFront::Rms, NormInFront::RmsWide,
-                                                NormInFront::RmsFirst, NormInFront::Layer};
+                                                NormInFront::RmsFirst, NormInFront::RmsAlone,
+                                                NormInFront::Layer};
 
 }  // namespace lrnn::testing

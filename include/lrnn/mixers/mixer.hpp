@@ -64,7 +64,8 @@ struct MixerStep {
   TensorView position_ids = {};           ///< [B, 1] int32
   MutableTensorView y;                    ///< [B, 1, H]
   MixerState& state;                      ///< updated in place
-  const AddNormForward* norm = nullptr;   ///< makes x, if given: its y is x
+  /// Makes x, if given: its y is x, which may stay unwritten. See ops/add_norm.hpp.
+  const AddNormForward* norm = nullptr;
 };
 
 /// What a model tells a mixer at construction beside its options.

@@ -33,7 +33,7 @@ class Mlp {
 
   /// x [..., H] -> y [..., H].
   virtual void forward(Context& ctx, TensorView x, MutableTensorView y, MlpSaved& saved) const = 0;
-  /// The same, keeping nothing. `norm`, if there is one, makes x: its y is x.
+  /// The same, keeping nothing. `norm`, if there is one, makes x, as ops/add_norm.hpp says.
   virtual void forward(Context& ctx, TensorView x, MutableTensorView y,
                        const AddNormForward* norm) const = 0;
   /// `x` is the input of forward(). Overwrites dx, accumulates the gradients of the parameters.

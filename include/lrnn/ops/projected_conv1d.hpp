@@ -26,7 +26,7 @@ struct ProjectedConv1dStep {
   MutableTensorView y;                           ///< [B, N], rows may be column slices
   MutableTensorView side_y = {};                 ///< [B, M], rows may be column slices
   MutableTensorView state;                       ///< [B, C, K], float32 (float64), updated in place
-  const AddNormForward* norm = nullptr;  ///< makes x, if given, as add_norm.hpp says
+  const AddNormForward* norm = nullptr;  ///< makes x, if given: see ops/add_norm.hpp
 };
 
 /// @throws ShapeError, DTypeError, DeviceError, InvalidArgument

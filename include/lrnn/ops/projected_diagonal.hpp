@@ -25,7 +25,7 @@ struct ProjectedDiagonalStep {
   TensorView D;             ///< [H], float32 (float64), or [H, H], dtype of x: D x is x D^T
   MutableTensorView y;      ///< [B, H]
   MutableTensorView state;  ///< [B, 2, N], float32 (float64), updated in place
-  const AddNormForward* norm = nullptr;  ///< makes x, if given, as add_norm.hpp says
+  const AddNormForward* norm = nullptr;  ///< makes x, if given: see ops/add_norm.hpp
 };
 
 /// @throws ShapeError, DTypeError, DeviceError, InvalidArgument

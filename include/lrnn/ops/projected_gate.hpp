@@ -17,7 +17,7 @@ struct ProjectedGate {
   TensorView x;         ///< [..., H]
   TensorView weight;    ///< [2, F, H]: of the value, then of the gate
   MutableTensorView y;  ///< [..., F]
-  const AddNormForward* norm = nullptr;  ///< makes x, if given, as add_norm.hpp says
+  const AddNormForward* norm = nullptr;  ///< makes x, if given: see ops/add_norm.hpp
 };
 
 /// @throws ShapeError, DTypeError, DeviceError, InvalidArgument
