@@ -78,8 +78,8 @@ std::vector<double> logits_of_last_token(Context& ctx, const LRNNLMHeadModel& mo
 
 // The first `sequences` of [B, L] int32, moved to the CPU.
 Tensor first_on_cpu(Context& from, Context& cpu, const Tensor& ids, std::int64_t sequences) {
-  return cpu.from_host<std::int32_t>(
-      {sequences, ids.dim(1)}, from.to_host<std::int32_t>(ids.view().slice(0, 0, sequences)));
+  return cpu.from_host<std::int32_t>({sequences, ids.dim(1)},
+                                     from.to_host<std::int32_t>(ids.view().slice(0, 0, sequences)));
 }
 
 double loss_and_gradients(Context& ctx, LRNNLMHeadModel& model, const Tensor& ids,
@@ -102,16 +102,16 @@ double decode_error(Context& ctx, const LRNNLMHeadModel& model, std::int64_t bat
 double prefill_error(Context& ctx, const LRNNLMHeadModel& model, const Tensor& ids) {
   Context cpu = Context::cpu();
   const LRNNLMHeadModel exact = in_double(ctx, cpu, model);
-  return largest_difference(
-      logits_of_last_token(ctx, model, ids),
-      logits_of_last_token(cpu, exact, first_on_cpu(ctx, cpu, ids, 1)));
+  return largest_difference(logits_of_last_token(ctx, model, ids),
+                            logits_of_last_token(cpu, exact, first_on_cpu(ctx, cpu, ids, 1)));
 }
 
 TrainingError training_error(Context& ctx, LRNNLMHeadModel& model, const Tensor& ids,
                              const Tensor& targets) {
   Context cpu = Context::cpu();
   LRNNLMHeadModel exact = in_double(ctx, cpu, model);
-  const std::vector<std::int32_t> none(static_cast<std::size_t>(targets.shape().numel()), kIgnoreIndex);
+  const std::vector<std::int32_t> none(static_cast<std::size_t>(targets.shape().numel()),
+                                       kIgnoreIndex);
   Tensor counted = ctx.from_host<std::int32_t>(targets.shape(), none);
   ctx.copy(counted.view().slice(0, 0, 1), targets.view().slice(0, 0, 1));
   const double loss = loss_and_gradients(ctx, model, ids, counted);

@@ -58,8 +58,8 @@ template <class T>
 void step(Context& ctx, const ProjectedConv1dStep& a) {
   const conv::Conv<T> v = conv::step_conv<T>(a);
   const cudaStream_t stream = ctx.stream().handle;
-  const few_rows::Rows rows = few_rows::rows_of<T>(
-      ctx, a.x, a.norm, few_rows::warps_of<T>(static_cast<int>(a.x.dim(1))));
+  const few_rows::Rows rows =
+      few_rows::rows_of<T>(ctx, a.x, a.norm, few_rows::warps_of<T>(static_cast<int>(a.x.dim(1))));
   const auto product = product_of<T>(rows.x, a.projection);
   float* const state = a.state.data<float>();
   conv::visit_window(v, state, [&]<int K>() {

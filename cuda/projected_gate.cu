@@ -29,8 +29,8 @@ void projected_gate(Context& ctx, const ProjectedGate& a) {
     };
     if (!few_rows::fuses<T>(a.x, weight(0)) || !few_rows::fuses<T>(a.x, weight(1)))
       return lrnn::detail::projected_gate_by_parts(ctx, a);
-    const few_rows::Rows rows = few_rows::rows_of<T>(
-        ctx, a.x, a.norm, few_rows::warps_of_two<T>(static_cast<int>(depth)));
+    const few_rows::Rows rows =
+        few_rows::rows_of<T>(ctx, a.x, a.norm, few_rows::warps_of_two<T>(static_cast<int>(depth)));
     const auto product = [&](int part) {
       return few_rows::Args<T>{.x = device_rows<T>(rows.x),
                                .weight = device_rows<T>(weight(part)),

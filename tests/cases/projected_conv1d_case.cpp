@@ -56,11 +56,9 @@ OpCase projected_conv1d_case(const Sizes& z) {
     if (z.biases) c.params.push_back({.name = "side_bias", .shape = {z.side}});
     c.outputs.push_back({.name = "side_y", .shape = {z.batch, z.side}});
   }
-  return step_case(behind_norm(
-      std::move(c), z.norm,
-      [z](Context& ctx, Tensors& t, TensorView x, const AddNormForward* norm) {
-        step(z, ctx, t, x, norm);
-      }));
+  return step_case(behind_norm(std::move(c), z.norm,
+                               [z](Context& ctx, Tensors& t, TensorView x,
+                                   const AddNormForward* norm) { step(z, ctx, t, x, norm); }));
 }
 
 std::vector<OpCase> cases() {
@@ -84,12 +82,11 @@ std::vector<OpCase> cases() {
   // With the norm within the product: one row and the most, aside, blocks in part, the most depth.
   // Before it: more rows, more depth, odd depth, few rows of a large projection.
   for (const NormInFront norm : kNormsInFront)
-    for (Sizes z : {Sizes{1, 64, 48, 24, 4}, Sizes{3, 72, 40, 13, 4, 21, Activation::Identity},
-                    Sizes{4, 256, 96, 96, 3, 96, Activation::Silu, false},
-                    Sizes{5, 136, 64, 32, 4, 64}, Sizes{2, 2040, 24, 8, 4},
-                    Sizes{2, 2056, 24, 8, 4}, Sizes{17, 64, 32, 16, 4, 8},
-                    Sizes{2, 37, 11, 5, 2, 3}, Sizes{1, 768, 3072, 1536, 4},
-                    Sizes{70, 136, 128, 64, 4}}) {
+    for (Sizes z :
+         {Sizes{1, 64, 48, 24, 4}, Sizes{3, 72, 40, 13, 4, 21, Activation::Identity},
+          Sizes{4, 256, 96, 96, 3, 96, Activation::Silu, false}, Sizes{5, 136, 64, 32, 4, 64},
+          Sizes{2, 2040, 24, 8, 4}, Sizes{2, 2056, 24, 8, 4}, Sizes{17, 64, 32, 16, 4, 8},
+          Sizes{2, 37, 11, 5, 2, 3}, Sizes{1, 768, 3072, 1536, 4}, Sizes{70, 136, 128, 64, 4}}) {
       z.norm = norm;
       all.push_back(projected_conv1d_case(z));
     }
@@ -106,8 +103,8 @@ std::vector<OpCase> bench_cases() {
     all.push_back(projected_conv1d_case({batch, 768, 768, 768, 4, 768, Activation::Identity}));
   }
   for (const std::int64_t batch : {1, 16})
-    all.push_back(projected_conv1d_case({batch, 768, 768, 768, 4, 768, Activation::Identity, true,
-                                         NormInFront::RmsWide}));
+    all.push_back(projected_conv1d_case(
+        {batch, 768, 768, 768, 4, 768, Activation::Identity, true, NormInFront::RmsWide}));
   return all;
 }
 const RegisterBenchCases kRegisterBench(bench_cases());

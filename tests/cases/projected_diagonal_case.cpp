@@ -74,9 +74,9 @@ std::vector<OpCase> cases() {
   // in part, the most depth of two products and of one. Before it: more depth, more rows.
   for (const bool complex : {false, true})
     for (const NormInFront norm : kNormsInFront)
-      for (const Sizes& z : {Sizes{1, 64, 16}, Sizes{3, 40, 12}, Sizes{4, 768, 24},
-                             Sizes{5, 24, 8}, Sizes{2, 776, 8}, Sizes{1, 2048, 8},
-                             Sizes{17, 32, 16}, Sizes{2, 7, 3}})
+      for (const Sizes& z :
+           {Sizes{1, 64, 16}, Sizes{3, 40, 12}, Sizes{4, 768, 24}, Sizes{5, 24, 8},
+            Sizes{2, 776, 8}, Sizes{1, 2048, 8}, Sizes{17, 32, 16}, Sizes{2, 7, 3}})
         all.push_back(projected_diagonal_case({z.batch, z.width, z.lanes, complex, false, norm}));
   all.push_back(projected_diagonal_case({3, 64, 16, true, true, NormInFront::Rms}));
   return all;
@@ -90,8 +90,7 @@ std::vector<OpCase> bench_cases() {
     for (const bool complex : {true, false})
       all.push_back(projected_diagonal_case({batch, 768, 64, complex}));
   for (const std::int64_t batch : {1, 16})
-    all.push_back(
-        projected_diagonal_case({batch, 768, 256, true, false, NormInFront::RmsWide}));
+    all.push_back(projected_diagonal_case({batch, 768, 256, true, false, NormInFront::RmsWide}));
   return all;
 }
 const RegisterBenchCases kRegisterBench(bench_cases());

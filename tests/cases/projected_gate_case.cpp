@@ -39,7 +39,13 @@ std::vector<OpCase> cases() {
   // it: more rows, more depth, odd depth.
   for (const auto& [rows, inputs, features] :
        std::initializer_list<std::tuple<std::int64_t, std::int64_t, std::int64_t>>{
-           {1, 64, 40}, {3, 136, 13}, {4, 768, 24}, {5, 40, 16}, {2, 776, 8}, {17, 32, 16}, {2, 7, 5}})
+           {1, 64, 40},
+           {3, 136, 13},
+           {4, 768, 24},
+           {5, 40, 16},
+           {2, 776, 8},
+           {17, 32, 16},
+           {2, 7, 5}})
     for (const NormInFront norm : kNormsInFront)
       all.push_back(projected_gate_case(rows, inputs, features, Activation::Silu, norm));
   return all;

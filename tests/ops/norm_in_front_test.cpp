@@ -44,8 +44,8 @@ TEST_F(NormInFront, OfAnotherTensorIsRefusedByOps) {
 TEST_F(NormInFront, OfAnotherTensorIsRefusedByMixers) {
   for (const MixerType type : {MixerType::LRU, MixerType::S4D}) {
     ParameterStore store;
-    const auto mixer = make_mixer(type, {}, {.d_model = kWidth, .d_state = 4},
-                                  ParameterScope(store, "mixer."));
+    const auto mixer =
+        make_mixer(type, {}, {.d_model = kWidth, .d_state = 4}, ParameterScope(store, "mixer."));
     store.materialize(ctx, DType::float32, 1);
     const auto state = mixer->make_state(ctx, 2, 1, DType::float32);
     expect_refused("Mixer::step", [&](const AddNormForward& norm) {
@@ -58,8 +58,8 @@ TEST_F(NormInFront, OfAnotherTensorIsRefusedByMixers) {
 TEST_F(NormInFront, GivesTheStepOfTheNormalisedInput) {
   for (const MixerType type : all_mixer_types()) {
     ParameterStore store;
-    const auto mixer = make_mixer(type, {}, {.d_model = kWidth, .d_state = 4},
-                                  ParameterScope(store, "mixer."));
+    const auto mixer =
+        make_mixer(type, {}, {.d_model = kWidth, .d_state = 4}, ParameterScope(store, "mixer."));
     store.materialize(ctx, DType::float32, 1);
     std::vector<float> values(2 * kWidth);
     for (std::size_t i = 0; i < values.size(); ++i) values[i] = std::sin(static_cast<float>(i));

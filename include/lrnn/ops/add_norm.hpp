@@ -11,8 +11,8 @@
 /// Ops that begin with a product of x, one token of each sequence, may be handed the AddNormForward
 /// that makes it (`norm`, whose y is their x), to save a launch. Their results may then not overlap
 /// its operands, and whether they write x is theirs. CUDA adds and norms within the product where
-/// there are up to four rows of bfloat16, an RMS norm and up to 2048 columns (768 where two products
-/// meet); r weight is then rounded before its factor rstd is applied.
+/// there are up to four rows of bfloat16, an RMS norm and up to 2048 columns (768 where two
+/// products meet); r weight is then rounded before its factor rstd is applied.
 /// Papers: arXiv:1910.07467 (RMSNorm), arXiv:1607.06450 (LayerNorm).
 /// Matches: the fused path of lrnnx/ops/triton/layer_norm.py.
 #pragma once
