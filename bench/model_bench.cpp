@@ -15,7 +15,8 @@
 /// Layers: events around a replay of the recorded pass, as the Trainer replays it, 128 MiB written
 /// before each iteration (cold L2). Models: no flush. `peak_MB` is what the pass allocates beside
 /// parameters, gradients and input. `of_gemm`: the share of the rate of a product of 8192^3
-/// measured in the same run. Errors of models on CUDA: see model_error.hpp.
+/// measured in the same run. Errors of layers, in the rows of training, and of models on CUDA: see
+/// model_error.hpp.
 #include <algorithm>
 #include <chrono>
 #include <cmath>
@@ -83,13 +84,13 @@ struct LayerSizes {
 };
 
 void layer(benchmark::State& state, MixerType type, const LayerSizes& z, bool train,
-           Precision precision) {
+           Precision precision, bool with_error) {
   Context ctx = Context::best();
   ctx.set_allow_tf32(precision == Precision::Tf32);
   const DType dtype = precision == Precision::BFloat16 ? DType::bfloat16 : DType::float32;
   ParameterStore store;
-  const auto mixer = make_mixer(type, {}, {.d_model = z.d_model, .d_state = z.d_state},
-                                ParameterScope(store, "mixer."));
+  const MixerBuild build{.d_model = z.d_model, .d_state = z.d_state};
+  const auto mixer = make_mixer(type, {}, build, ParameterScope(store, "mixer."));
   store.materialize(ctx, dtype, 1);
   if (train) store.enable_grad(ctx);
   const Shape shape = {z.batch, z.seqlen, z.d_model};
@@ -124,6 +125,11 @@ void layer(benchmark::State& state, MixerType type, const LayerSizes& z, bool tr
   state.counters["peak_MB"] = peak / 1e6;
   state.counters["ns/token"] = summarise(ms).median_ms * 1e6 / tokens;
   state.counters["kB/token"] = peak / 1e3 / tokens;
+  if (!train || !with_error) return;
+  const auto error = bench::layer_error(ctx, type, build, *mixer, store, x, dy);
+  state.counters["y_err"] = error.y;
+  state.counters["dx_err"] = error.dx;
+  state.counters["grad_err"] = error.gradient;
 }
 
 void register_layer(const char* group, MixerType type, const LayerSizes& z, bool train,
@@ -131,8 +137,10 @@ void register_layer(const char* group, MixerType type, const LayerSizes& z, bool
   const std::string name = detail::concat(
       group, mixer_name(type), "/B:", z.batch, "/L:", z.seqlen, "/H:", z.d_model, "/N:", z.d_state,
       train ? "/train/" : "/forward/", kPrecisionNames[static_cast<int>(precision)]);
-  benchmark::RegisterBenchmark(name.c_str(),
-                               [=](benchmark::State& s) { layer(s, type, z, train, precision); })
+  const bool with_error = std::string_view(group) == "layer/";
+  benchmark::RegisterBenchmark(
+      name.c_str(),
+      [=](benchmark::State& s) { layer(s, type, z, train, precision, with_error); })
       ->UseManualTime()
       ->Iterations(iterations)
       ->Unit(benchmark::kMillisecond);

@@ -82,6 +82,43 @@ Tensor first_on_cpu(Context& from, Context& cpu, const Tensor& ids, std::int64_t
                                      from.to_host<std::int32_t>(ids.view().slice(0, 0, sequences)));
 }
 
+// |g - exact| / |exact| over all parameters.
+double gradient_difference(Context& ctx, const ParameterStore& of, Context& cpu,
+                           ParameterStore& exact) {
+  double difference = 0;
+  double norm = 0;
+  for (const Parameter& p : of) {
+    const auto is = ctx.to_host_as_double(p.grad);
+    const auto wanted = cpu.to_host_as_double(exact.at(p.name).grad);
+    for (std::size_t i = 0; i < wanted.size(); ++i) {
+      difference += (is[i] - wanted[i]) * (is[i] - wanted[i]);
+      norm += wanted[i] * wanted[i];
+    }
+  }
+  return std::sqrt(difference / norm);
+}
+
+struct LayerResults {
+  Tensor y, dx;
+};
+
+LayerResults forward_and_backward(Context& ctx, const Mixer& mixer, ParameterStore& store,
+                                  TensorView x, TensorView dy) {
+  store.enable_grad(ctx);
+  store.zero_grad(ctx);
+  LayerResults out{ctx.empty(x.shape(), x.dtype()), ctx.empty(x.shape(), x.dtype())};
+  const auto saved = mixer.forward(ctx, {.x = x, .y = out.y}, true);
+  mixer.backward(ctx, *saved, {.dy = dy, .dx = out.dx});
+  return out;
+}
+
+// Of [B, L, H] the first tokens of the first sequence, [1, tokens, H].
+template <class View>
+View first_tokens(View t, std::int64_t tokens) {
+  const std::int64_t width = t.dim(2);
+  return t.reshape({t.dim(0) * t.dim(1), width}).slice(0, 0, tokens).reshape({1, tokens, width});
+}
+
 double loss_and_gradients(Context& ctx, LRNNLMHeadModel& model, const Tensor& ids,
                           const Tensor& targets) {
   model.parameters().enable_grad(ctx);
@@ -90,6 +127,31 @@ double loss_and_gradients(Context& ctx, LRNNLMHeadModel& model, const Tensor& id
 }
 
 }  // namespace
+
+LayerError layer_error(Context& ctx, MixerType type, const MixerBuild& build, const Mixer& mixer,
+                       ParameterStore& store, const Tensor& x, const Tensor& dy) {
+  const std::int64_t tokens = std::min<std::int64_t>(x.dim(1), 4096);
+  Context cpu = Context::cpu();
+  ParameterStore exact_store;
+  const auto exact = make_mixer(type, {}, build, ParameterScope(exact_store, "mixer."));
+  exact_store.materialize(cpu, DType::float64, 0, false);
+  for (const Parameter& p : store)
+    cpu.write_from_host(exact_store.at(p.name).value, ctx.to_host_as_double(p.value));
+  const auto on_cpu = [&](const Tensor& t) {
+    return cpu.from_host_as({1, tokens, t.dim(2)}, DType::float64,
+                            ctx.to_host_as_double(first_tokens(t.view(), tokens)));
+  };
+  Tensor first_dy = ctx.zeros(dy.shape(), dy.dtype());
+  ctx.copy(first_tokens(first_dy.view(), tokens), first_tokens(dy.view(), tokens));
+  const LayerResults is = forward_and_backward(ctx, mixer, store, x, first_dy);
+  const LayerResults wanted = forward_and_backward(cpu, *exact, exact_store, on_cpu(x), on_cpu(dy));
+  const auto difference = [&](const Tensor& got, const Tensor& exact_value) {
+    return largest_difference(ctx.to_host_as_double(first_tokens(got.view(), tokens)),
+                              cpu.to_host_as_double(exact_value));
+  };
+  return {difference(is.y, wanted.y), difference(is.dx, wanted.dx),
+          gradient_difference(ctx, store, cpu, exact_store)};
+}
 
 double decode_error(Context& ctx, const LRNNLMHeadModel& model, std::int64_t batch) {
   Context cpu = Context::cpu();
@@ -117,17 +179,8 @@ TrainingError training_error(Context& ctx, LRNNLMHeadModel& model, const Tensor&
   const double loss = loss_and_gradients(ctx, model, ids, counted);
   const double exact_loss = loss_and_gradients(cpu, exact, first_on_cpu(ctx, cpu, ids, 1),
                                                first_on_cpu(ctx, cpu, targets, 1));
-  double difference = 0;
-  double norm = 0;
-  for (const Parameter& p : model.parameters()) {
-    const auto is = ctx.to_host_as_double(p.grad);
-    const auto wanted = cpu.to_host_as_double(exact.parameters().at(p.name).grad);
-    for (std::size_t i = 0; i < wanted.size(); ++i) {
-      difference += (is[i] - wanted[i]) * (is[i] - wanted[i]);
-      norm += wanted[i] * wanted[i];
-    }
-  }
-  return {std::abs(loss - exact_loss) / std::abs(exact_loss), std::sqrt(difference / norm)};
+  return {std::abs(loss - exact_loss) / std::abs(exact_loss),
+          gradient_difference(ctx, model.parameters(), cpu, exact.parameters())};
 }
 
 }  // namespace lrnn::bench

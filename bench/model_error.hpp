@@ -1,17 +1,29 @@
-/// Errors of a model, against the same weights in double on the CPU.
+/// Errors of a layer or a model, against the same weights in double on the CPU.
 ///
-/// The weights are those of the moment. A difference is max |x - exact| / max |exact| of the logits
-/// unless it says otherwise.
+/// The weights are those of the moment. A difference is max |x - exact| / max |exact| unless it
+/// says otherwise.
 #pragma once
 
+#include "lrnn/mixers/registry.hpp"
 #include "lrnn/models/lm_head_model.hpp"
 
 namespace lrnn::bench {
 
-/// Of `batch` sequences the first two, after three tokens, token by token.
+struct LayerError {
+  double y, dx;
+  double gradient;  ///< as TrainingError::gradient
+};
+
+/// x, dy: [B, L, H]; `build` is that of `mixer`. All of x runs, forward and backward; results at the
+/// first tokens of the first sequence are compared, and what comes of a dy that is zero elsewhere:
+/// mixers of the list are causal. Overwrites the gradients of `store`.
+LayerError layer_error(Context& ctx, MixerType type, const MixerBuild& build, const Mixer& mixer,
+                       ParameterStore& store, const Tensor& x, const Tensor& dy);
+
+/// Logits of the first two of `batch` sequences after three tokens, token by token.
 double decode_error(Context& ctx, const LRNNLMHeadModel& model, std::int64_t batch);
 
-/// ids: [B, L] int32. The last token of the first sequence, all of them having been run.
+/// ids: [B, L] int32. Logits of the last token of the first sequence, all of them having been run.
 double prefill_error(Context& ctx, const LRNNLMHeadModel& model, const Tensor& ids);
 
 struct TrainingError {
