@@ -15,7 +15,7 @@
 /// Layers: events around a replay of the recorded pass, as the Trainer replays it, 128 MiB written
 /// before each iteration (cold L2). Models: no flush. `peak_MB` is what the pass allocates beside
 /// parameters, gradients and input. `of_gemm`: the share of the rate of a product of 8192^3
-/// measured in the same run. Errors of layers, in the rows of training, and of models on CUDA: see
+/// measured in the same run. Errors of layers, in the rows of training, and of models: see
 /// model_error.hpp.
 #include <algorithm>
 #include <chrono>
@@ -469,6 +469,7 @@ void decode_on_cpu(benchmark::State& state, LanguageModel m, DType dtype) {
   state.counters["GB/s"] = rate / 1e9;
   state.counters["read_GB/s"] = ceiling / 1e9;
   state.counters["of_read"] = rate / ceiling;
+  state.counters["max_err"] = bench::decode_error(ctx, model, 1);
 }
 
 void register_cpu(const LanguageModel& m) {
