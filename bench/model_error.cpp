@@ -8,34 +8,16 @@
 #include "lrnn/core/random.hpp"
 #include "lrnn/ops/cross_entropy.hpp"
 
+#include "io/temporary_directory.hpp"
+
 namespace lrnn::bench {
 namespace {
 
-namespace fs = std::filesystem;
-
-// A folder of its own, gone at the end of the scope.
-class TemporaryFolder {
- public:
-  TemporaryFolder()
-      : path_(fs::temp_directory_path() /
-              ("model_error." + std::to_string(std::random_device{}()))) {
-    fs::create_directory(path_);
-  }
-  TemporaryFolder(const TemporaryFolder&) = delete;
-  TemporaryFolder& operator=(const TemporaryFolder&) = delete;
-  ~TemporaryFolder() {
-    std::error_code ignored;
-    fs::remove_all(path_, ignored);
-  }
-  [[nodiscard]] const fs::path& path() const noexcept { return path_; }
-
- private:
-  fs::path path_;
-};
-
 // By way of files: a model that is loaded draws no initial values, which takes longer.
 LRNNLMHeadModel in_double(Context& from, Context& cpu, const LRNNLMHeadModel& model) {
-  const TemporaryFolder folder;
+  const detail::TemporaryDirectory folder(
+      std::filesystem::temp_directory_path() /
+      ("model_error." + std::to_string(std::random_device{}())));
   model.save_pretrained(from, folder.path());
   return LRNNLMHeadModel::from_pretrained(cpu, folder.path(), {.dtype = DType::float64});
 }

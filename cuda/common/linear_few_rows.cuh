@@ -10,7 +10,8 @@
 /// How K is cut depends on N and K alone, so the bits of a row of y are the same beside any other
 /// rows and on any device of a kind.
 ///
-/// A norm in front of a product may be a part of it: see RmsNorm.
+/// A norm in front of a product may be a part of it, for up to kNormedRows rows: see RmsNorm. Their
+/// bits differ from those of rows that were normalised before.
 #pragma once
 
 #include <algorithm>

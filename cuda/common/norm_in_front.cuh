@@ -43,7 +43,7 @@ Rows rows_of(Context& ctx, TensorView x, const AddNormForward* norm, int warps) 
   return {x, nullptr};
 }
 
-/// Calls f(AsTheyAre or RmsNorm). rstd: [rows] float32 for what the norm divides by, or absent.
+/// Calls f(AsTheyAre or RmsNorm). rstd: [rows] float32, where a norm's is left, or absent.
 template <class T, class F>
 void visit_norm(const Rows& rows, MutableTensorView rstd, F&& f) {
   if constexpr (std::is_same_v<T, bf16>) {

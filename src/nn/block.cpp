@@ -63,7 +63,13 @@ Tensor Block::step(Context& ctx, Tensor hidden, const BlockInputs& inputs,
                      .state = *inputs.state,
                      .norm = norm.norm()});
   saved.norm.residual = std::move(norm.out.residual);
-  return feed_forward(ctx, std::move(mixed), saved, false);
+  if (!mlp_) return mixed;
+  PendingAddNorm norm2 =
+      norm2_->prepare(ctx, std::move(mixed), saved.norm.residual, residual_dtype_);
+  Tensor out = ctx.empty(norm2.out.y.shape(), norm2.out.y.dtype());
+  mlp_->forward(ctx, norm2.out.y, out, norm2.norm());
+  saved.norm2.residual = std::move(norm2.out.residual);
+  return out;
 }
 
 std::optional<MambaStackLayer> Block::stack_layer(MixerState& state) const {
@@ -79,17 +85,15 @@ Tensor Block::feed_forward(Context& ctx, Tensor hidden, BlockSaved& saved,
                            bool keep_for_backward) const {
   if (!keep_for_backward) saved.norm.y = Tensor();
   if (!mlp_) return hidden;
-  Tensor out = ctx.empty(hidden.shape(), hidden.dtype());
+  saved.norm2 = norm2_->forward(ctx, std::move(hidden), saved.norm.residual, residual_dtype_,
+                                keep_for_backward);
+  Tensor out = ctx.empty(saved.norm2.y.shape(), saved.norm2.y.dtype());
   if (keep_for_backward) {
-    saved.norm2 =
-        norm2_->forward(ctx, std::move(hidden), saved.norm.residual, residual_dtype_, true);
     mlp_->forward(ctx, saved.norm2.y, out, saved.mlp);
-    return out;
+  } else {
+    mlp_->forward(ctx, saved.norm2.y, out, nullptr);
+    saved.norm2.y = Tensor();
   }
-  PendingAddNorm norm =
-      norm2_->prepare(ctx, std::move(hidden), saved.norm.residual, residual_dtype_);
-  mlp_->forward(ctx, norm.out.y, out, norm.norm());
-  saved.norm2.residual = std::move(norm.out.residual);
   return out;
 }
 

@@ -8,6 +8,7 @@
 #include "lrnn/io/safetensors.hpp"
 
 #include "io/manifest.hpp"
+#include "io/temporary_directory.hpp"
 
 namespace lrnn {
 namespace {
@@ -138,24 +139,6 @@ void read_tensors(Context& ctx, const SafetensorsFile& file,
   }
 }
 
-// Removes a directory unless it was given its final name.
-class TemporaryDirectory {
- public:
-  explicit TemporaryDirectory(fs::path path) : path_(std::move(path)) {
-    fs::create_directories(path_);
-  }
-  TemporaryDirectory(const TemporaryDirectory&) = delete;
-  TemporaryDirectory& operator=(const TemporaryDirectory&) = delete;
-  ~TemporaryDirectory() {
-    std::error_code ignored;
-    fs::remove_all(path_, ignored);
-  }
-  [[nodiscard]] const fs::path& path() const noexcept { return path_; }
-
- private:
-  fs::path path_;
-};
-
 FoundCheckpoint verify(const Candidate& candidate) {
   const fs::path manifest_path = candidate.path / kManifestFile;
   const detail::Manifest manifest =
@@ -197,10 +180,11 @@ fs::path save_checkpoint(Context& ctx, const SaveCheckpoint& args, ParameterStor
     const std::string name = name_of_step(args.step);
     fs::path final_path = args.directory / name;
     const std::string suffix = std::to_string(args.step) + "-" + std::to_string(::getpid());
-    const TemporaryDirectory temporary(args.directory / (kTemporaryPrefix + suffix));
+    const detail::TemporaryDirectory temporary(args.directory / (kTemporaryPrefix + suffix));
     write_content(ctx, temporary.path(), args, parameters, optimizer);
     // A checkpoint of this step that a search rejected makes room.
-    const TemporaryDirectory replaced(args.directory / (kTemporaryPrefix + suffix + "-replaced"));
+    const detail::TemporaryDirectory replaced(args.directory /
+                                              (kTemporaryPrefix + suffix + "-replaced"));
     if (fs::exists(final_path)) fs::rename(final_path, replaced.path());
     fs::rename(temporary.path(), final_path);
     sync_directory(args.directory);

@@ -22,7 +22,7 @@ enum class NormInFront {
   Layer,     ///< with a residual of float32
 };
 
-/// `c`, whose inputs have x, with `op` as its forward pass.
+/// `c`, whose first input is x, with `op` as its forward pass.
 inline OpCase behind_norm(OpCase c, NormInFront kind, BehindNorm op) {
   if (kind == NormInFront::None) {
     c.forward = [op](Context& ctx, Tensors& t) { op(ctx, t, t["x"], nullptr); };
